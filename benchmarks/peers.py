@@ -1,0 +1,14 @@
+"""Makes the PyTorch peers importable where torchvision's compiled operators don't fit a CPU build of PyTorch.
+
+Import this before ``clip`` or ``open_clip``. Both import torchvision, whose wheels are built for CUDA; beside a
+CPU build of PyTorch its extension does not load, and its import then fails on operators that neither peer uses.
+Declaring those operators is enough.
+"""
+
+import contextlib
+
+import torch
+
+for operator in ("nms", "qnms"):
+    with contextlib.suppress(RuntimeError):  # already declared: the extension did load
+        torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")

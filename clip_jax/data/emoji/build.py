@@ -1,0 +1,154 @@
+"""Builds the pairs that ship: one emoji, three hands, its name and its keywords.
+
+    pip install -e ".[dev]"
+    python -m clip_jax.data.emoji.build
+
+downloads four npm packages at the versions below (``npm`` must be installed), keeps the concepts that
+all of them have, and writes one ArrayRecord file per style and split beside this script, with
+``concepts.json``, the list of every concept. Given the same packages it writes the same bytes.
+
+A record is what :class:`clip_jax.data.sources.ArrayRecordSource` reads: a msgpack map of
+``key`` (the emoji's code points), ``image`` (PNG, RGB, 64 x 64, on white), ``captions`` and ``label``.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import pathlib
+import subprocess
+import tempfile
+
+import msgpack
+import resvg_py
+from array_record.python import array_record_module
+from PIL import Image
+
+PACKAGES = {
+    "emoji-datasource-google": "16.0.0",  # Noto Emoji, Apache-2.0
+    "emoji-datasource-twitter": "16.0.0",  # Twemoji, CC-BY 4.0
+    "openmoji": "17.0.0",  # OpenMoji, CC BY-SA 4.0
+    "emojibase-data": "17.0.0",  # names and keywords, MIT
+}
+IMAGE_SIZE = 64
+HELD_OUT_ONE_IN = 10
+COMPONENT_GROUP = 2  # emojibase's group of skin-tone and hair swatches: parts of emoji, not emoji
+
+
+def is_held_out(key: str) -> bool:
+    """Whether a concept is kept from training in every style: one in ten, by its code points alone."""
+    return int(hashlib.sha256(key.encode()).hexdigest(), 16) % HELD_OUT_ONE_IN == 0
+
+
+def captions_of(name: str, keywords: list[str]) -> list[str]:
+    """The name, and sentences made from it and its keywords; every caption names the concept."""
+    extra = [word for word in keywords if word.lower() not in name.lower()]
+    captions = [
+        name,
+        f"an emoji of {name}",
+        f"a drawing of {name}",
+        f"a small picture that means {name}",
+    ]
+    captions += [f"{name}, {word}" for word in extra[:6]]
+    captions += [f"{first} and {second}: {name}" for first, second in zip(extra[::2], extra[1::2], strict=False)][:3]
+    if len(extra) >= 3:
+        captions.append(f"{name}. Keywords: {', '.join(extra[:5])}")
+    return captions
+
+
+def on_white(image: Image.Image) -> bytes:
+    """Composites a picture on white at 64 x 64 and returns it as PNG."""
+    image = image.convert("RGBA").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+    canvas = Image.new("RGBA", image.size, "white")
+    canvas.alpha_composite(image)
+    stream = io.BytesIO()
+    canvas.convert("RGB").save(stream, "PNG", optimize=True)
+    return stream.getvalue()
+
+
+def render(svg: pathlib.Path) -> Image.Image:
+    # Four times the final size, so that the downscale does the antialiasing as it did for the other styles.
+    png = resvg_py.svg_to_bytes(svg_path=str(svg), width=4 * IMAGE_SIZE, height=4 * IMAGE_SIZE)
+    return Image.open(io.BytesIO(bytes(png)))
+
+
+def without_variation_selector(code_points: str) -> str:
+    """The sources disagree on U+FE0F, so it takes no part in the key."""
+    return "-".join(point for point in code_points.upper().split("-") if point != "FE0F")
+
+
+def download(folder: pathlib.Path) -> None:
+    for name, version in PACKAGES.items():
+        if (folder / name).is_dir():
+            continue
+        archive = subprocess.run(
+            ["npm", "pack", "--silent", f"{name}@{version}"], cwd=folder, check=True, text=True, stdout=subprocess.PIPE
+        ).stdout.strip()
+        (folder / name).mkdir()
+        subprocess.run(
+            ["tar", "xzf", archive, "-C", name, "--strip-components=1", "--no-same-owner"], cwd=folder, check=True
+        )
+
+
+def build(packages: pathlib.Path, output: pathlib.Path) -> None:
+    """Writes the records and ``concepts.json`` from the unpacked npm packages."""
+
+    def read_json(path: str):
+        return json.loads((packages / path).read_text())
+
+    def datasource(name: str, style: str) -> dict[str, pathlib.Path]:
+        folder = packages / name / "img" / style / "64"
+        return {
+            without_variation_selector(entry["unified"]): folder / entry["image"]
+            for entry in read_json(f"{name}/emoji.json")
+            if entry[f"has_img_{style}"]
+        }
+
+    noto = datasource("emoji-datasource-google", "google")
+    twemoji = datasource("emoji-datasource-twitter", "twitter")
+    openmoji = {without_variation_selector(path.stem): path for path in (packages / "openmoji/color/svg").glob("*.svg")}
+    names = {
+        without_variation_selector(entry["hexcode"]): entry
+        for entry in read_json("emojibase-data/en/data.json")
+        if entry.get("group") not in (None, COMPONENT_GROUP)
+    }
+    keys = sorted(set(noto) & set(twemoji) & set(openmoji) & set(names), key=lambda key: names[key]["order"])
+
+    styles = {
+        "noto": {key: Image.open(noto[key]) for key in keys},
+        "twemoji": {key: Image.open(twemoji[key]) for key in keys},
+        "openmoji": {key: render(openmoji[key]) for key in keys},
+    }
+    for style, pictures in styles.items():
+        for split, held_out in (("train", False), ("held_out", True)):
+            chosen = [key for key in keys if is_held_out(key) == held_out]
+            path = output / f"{style}-{split}.array_record"
+            writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+            for key in chosen:
+                label = names[key]["label"]
+                captions = captions_of(label, names[key].get("tags", []))
+                record = {"key": key, "image": on_white(pictures[key]), "captions": captions, "label": label}
+                writer.write(msgpack.packb(record))
+            writer.close()
+            print(f"{path.name}: {len(chosen)} pairs, {path.stat().st_size / 1e6:.1f} MB")
+
+    concepts = [{"key": key, "name": names[key]["label"], "held_out": is_held_out(key)} for key in keys]
+    lines = ",\n".join(json.dumps(concept, ensure_ascii=False) for concept in concepts)
+    (output / "concepts.json").write_text(f"[\n{lines}\n]\n")
+    print(f"concepts.json: {len(concepts)} concepts, {sum(c['held_out'] for c in concepts)} held out")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--packages", type=pathlib.Path, help="folder with the unpacked npm packages, kept and reused")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(__file__).parent)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        packages = arguments.packages or pathlib.Path(temporary)
+        packages.mkdir(parents=True, exist_ok=True)
+        download(packages)
+        build(packages, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

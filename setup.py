@@ -1,0 +1,61 @@
+"""Metadata, dependencies and package data of clip_jax: the only place for them."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "clip_jax/__init__.py").read_text())[1]
+
+setup(
+    name="clip-jax-tpu",  # "clip-jax" belongs to another project
+    version=VERSION,
+    description="Trains, checks, evaluates and uses CLIP models in JAX and Flax, on TPU pods and on a laptop",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["clip_jax", "clip_jax.*"]), "clip_jax.configs"],
+    package_dir={"clip_jax.configs": "configs"},
+    package_data={
+        "clip_jax.data": ["emoji/*.array_record", "emoji/*.json", "emoji/*.md", "emoji/LICENSE*", "vocabulary/*"],
+        "clip_jax.evaluation": ["prompts/*.json"],
+    },
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12",  # linen: the towers
+        "optax>=0.2.8",  # AdamW and schedules
+        "orbax-checkpoint>=0.12.8,<0.13",  # checkpoints; its interface changes between minor versions
+        "grain>=0.2.18",  # the input pipeline; brings ArrayRecord
+        "ml_collections>=1.1",  # the config tree
+        "etils[epath]",  # paths that may be gs://
+        "numpy>=2",
+        "pillow>=11",  # decoding and resizing
+        "msgpack",  # the records of the pairs that ship
+        "ftfy>=6.3",  # part of CLIP's tokenizer
+        "regex",  # the same: \p{L} and \p{N}, which re lacks
+        "matplotlib",  # the report's pictures
+        "tensorboardX",  # TensorBoard files without TensorFlow
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "test": ["pytest", "hypothesis", "pytest-timeout"],
+        "dev": ["ruff", "resvg_py"],  # resvg_py renders OpenMoji's drawings when the shipped pairs are built
+        # What tests and benchmarks compare with. setuptools: clip-anytorch imports pkg_resources.
+        "peers": [
+            "torch==2.13.0",
+            "open_clip_torch==3.3.0",
+            "clip-anytorch==2.6.0",
+            "setuptools<81",
+        ],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
