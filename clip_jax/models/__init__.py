@@ -1,0 +1,1 @@
+"""The two towers of CLIP as pure Flax modules."""

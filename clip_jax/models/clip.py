@@ -1,0 +1,68 @@
+"""CLIP: an image tower and a text tower into one space, and the temperature between them."""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from clip_jax.models.presets import CLIPPreset
+from clip_jax.models.text_transformer import TextTransformer
+from clip_jax.models.vision_transformer import VisionTransformer
+
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+MAX_LOGIT_SCALE = math.log(100)
+
+# Mean and standard deviation of CLIP's training pictures, RGB in [0, 1], as published with its weights.
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def normalize_images(images: jax.Array) -> jax.Array:
+    """uint8 ``[B, H, W, 3]`` RGB to float32 with CLIP's mean and standard deviation taken out."""
+    return (images.astype(jnp.float32) / 255 - jnp.array(IMAGE_MEAN)) / jnp.array(IMAGE_STD)
+
+
+def unit_length(x: jax.Array) -> jax.Array:
+    """Divides each row by its Euclidean length, in float32."""
+    x = x.astype(jnp.float32)
+    # Not x / norm: the gradient of a norm is not a number where a row is zero.
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis=-1, keepdims=True), 1e-24))
+
+
+class CLIP(nn.Module):
+    """Both towers; parameters float32, computation in ``dtype``.
+
+    ``remat`` is "none", or "full" to recompute each layer in the backward pass; ``scan_unroll`` is how many layers a scan
+    step holds (1 compiles fastest; all of them let XLA work across layers, which pays for small models on CPU).
+    """
+
+    preset: CLIPPreset
+    remat: str = "none"
+    scan_unroll: int = 1
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        shared = {"embed_dim": self.preset.embed_dim, "remat": self.remat, "dtype": self.dtype}
+
+        def tower(module, preset):
+            # A scan step cannot hold more layers than there are.
+            unroll = min(self.scan_unroll, preset.num_layers)
+            return module(**dataclasses.asdict(preset), **shared, scan_unroll=unroll)
+
+        self.vision = tower(VisionTransformer, self.preset.vision)
+        self.text = tower(TextTransformer, self.preset.text)
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(INITIAL_LOGIT_SCALE), ())
+
+    def encode_image(self, images: jax.Array) -> jax.Array:
+        """Normalised images ``[B, H, W, 3]`` to image_embeddings float32 ``[B, embed_dim]`` of unit length."""
+        return unit_length(self.vision(images))
+
+    def encode_text(self, tokens: jax.Array) -> jax.Array:
+        """Tokens int32 ``[B, L]``, L at most context_length, to text_embeddings float32 of unit length."""
+        return unit_length(self.text(tokens))
+
+    def __call__(self, images: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns image_embeddings, text_embeddings and logit_scale (its natural logarithm, as it is stored)."""
+        return self.encode_image(images), self.encode_text(tokens), self.logit_scale

@@ -1,0 +1,53 @@
+"""The text tower: a GPT-2 style transformer whose feature is the one at the end-of-text token (section 2.4)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from clip_jax.models.attention import LayerNorm, Linear, Transformer, text_initializers
+
+
+class TextTransformer(nn.Module):
+    """Maps tokens int32 ``[B, L]`` to features ``[B, embed_dim]`` in ``dtype``, not yet of unit length.
+
+    Attention is causal and padding isn't masked: what stands behind the end-of-text token cannot reach it.
+    That token has the highest id of the vocabulary, so its position is the arg max over the ids.
+    """
+
+    context_length: int
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    embed_dim: int
+    remat: str = "none"
+    scan_unroll: int = 1
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        normal, partitioned = nn.initializers.normal, nn.with_logical_partitioning
+        token_embedding = self.param(
+            "token_embedding", partitioned(normal(0.02), ("vocab", "embed")), (self.vocab_size, self.width)
+        )
+        positions = self.param(
+            "positional_embedding", partitioned(normal(0.01), ("position", "embed")), (self.context_length, self.width)
+        )
+        x = token_embedding.astype(self.dtype)[tokens] + positions[: tokens.shape[1]].astype(self.dtype)  # [B, L, W]
+        x = Transformer(
+            self.num_layers,
+            self.num_heads,
+            text_initializers(self.width, self.num_layers),
+            causal=True,
+            remat=self.remat,
+            scan_unroll=self.scan_unroll,
+            dtype=self.dtype,
+            name="transformer",
+        )(x)
+        x = jnp.take_along_axis(x, tokens.argmax(axis=-1)[:, None, None], axis=1)[:, 0]  # [B, W]
+        # LayerNorm works on each position alone, so normalising only the one that is read is the same function.
+        x = LayerNorm(self.dtype, name="ln_final")(x)
+        project = Linear(
+            self.embed_dim, ("embed", "output"), normal(self.width**-0.5), dtype=self.dtype, name="projection"
+        )
+        return project(x)

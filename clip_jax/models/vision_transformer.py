@@ -1,0 +1,61 @@
+"""The image tower: a Vision Transformer as CLIP has it (section 2.4 of the paper)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from clip_jax.models.attention import LayerNorm, Linear, Transformer, torch_linear_init, vision_initializers
+
+
+def split_into_patches(images: jax.Array, patch_size: int) -> jax.Array:
+    """Cuts ``[B, H, W, 3]`` into ``[B, (H / P) * (W / P), P * P * 3]``, row by row; a pixel's channels stay together."""
+    batch, height, width, channels = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    patches = images.reshape(batch, rows, patch_size, columns, patch_size, channels).transpose(0, 1, 3, 2, 4, 5)
+    return patches.reshape(batch, rows * columns, patch_size * patch_size * channels)
+
+
+class VisionTransformer(nn.Module):
+    """Patches, class token, positions, norm, blocks, norm of the class token, projection without bias.
+
+    The patch embedding is a convolution whose stride is its kernel, written as the matrix product that it is.
+    Maps normalised images ``[B, H, W, 3]`` to features ``[B, embed_dim]`` in ``dtype``, not yet of unit length.
+    """
+
+    image_size: int
+    patch_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    embed_dim: int
+    remat: str = "none"
+    scan_unroll: int = 1
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        normal = nn.initializers.normal(self.width**-0.5)
+        patches = split_into_patches(images.astype(self.dtype), self.patch_size)  # [B, N, P * P * 3]
+        patch_init = torch_linear_init(patches.shape[-1])
+        x = Linear(self.width, ("patch", "embed"), patch_init, dtype=self.dtype, name="patch_embedding")(patches)
+
+        class_embedding = self.param("class_embedding", nn.with_logical_partitioning(normal, ("embed",)), (self.width,))
+        class_token = jnp.broadcast_to(class_embedding.astype(self.dtype), (x.shape[0], 1, self.width))
+        x = jnp.concatenate([class_token, x], axis=1)  # [B, 1 + N, W]
+        positions = self.param(
+            "positional_embedding",
+            nn.with_logical_partitioning(normal, ("position", "embed")),
+            ((self.image_size // self.patch_size) ** 2 + 1, self.width),
+        )
+        x = LayerNorm(self.dtype, name="ln_pre")(x + positions.astype(self.dtype))
+        x = Transformer(
+            self.num_layers,
+            self.num_heads,
+            vision_initializers(self.width),
+            remat=self.remat,
+            scan_unroll=self.scan_unroll,
+            dtype=self.dtype,
+            name="transformer",
+        )(x)
+        x = LayerNorm(self.dtype, name="ln_post")(x[:, 0])  # [B, W]
+        return Linear(self.embed_dim, ("embed", "output"), normal, dtype=self.dtype, name="projection")(x)
