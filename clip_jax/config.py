@@ -1,0 +1,219 @@
+"""The whole config tree with its defaults, and every check of it that needs no device.
+
+A file under ``configs/`` returns :func:`default_config` for a preset with its differences. The tree is locked: a
+key that isn't here is a mistake.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import pathlib
+from collections.abc import Iterator
+
+import ml_collections
+
+from clip_jax.data.images import Augmentation
+from clip_jax.models.presets import CLIPPreset, TextTransformerPreset, VisionTransformerPreset, get_preset
+
+DTYPES = ("float32", "bfloat16")
+REMAT_POLICIES = ("none", "full")
+
+# What may change between a run and its resumption without making it another run.
+NOT_PART_OF_A_RUN = (
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "checkpoints_to_keep",
+    "data.num_workers",
+    "data.num_threads",
+    "mesh.fsdp",
+    "model.remat",
+    "model.scan_unroll",
+)
+
+
+def default_config(preset: str) -> ml_collections.ConfigDict:
+    """The paper's training of this preset (tables 18 to 20), with no data named and no evaluation.
+
+    Raises:
+      ValueError: the preset is unknown.
+    """
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.global_batch_size = 32_768  # pairs a step, over all devices
+    config.epochs = 32.0  # over the source
+    config.steps = 0  # if not 0, ends the training here whatever epochs says; the schedule spans it
+    config.log_every = 10  # steps
+    config.eval_every = 0  # steps; 0: only at the end
+    config.checkpoint_every = 1_000  # steps; the last step is always saved
+    config.checkpoints_to_keep = 3
+
+    config.model = ml_collections.ConfigDict(dataclasses.asdict(get_preset(preset)))
+    config.model.name = preset
+    config.model.remat = "none"  # or "full": recompute each layer in the backward pass
+    config.model.dtype = "bfloat16"  # of the computation; parameters are float32
+    config.model.scan_unroll = 1  # layers in one step of the scan over layers
+
+    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer.learning_rate = 5e-4
+    config.optimizer.warmup_steps = 2_000
+    config.optimizer.beta1 = 0.9
+    config.optimizer.beta2 = 0.98
+    config.optimizer.epsilon = 1e-6
+    config.optimizer.weight_decay = 0.2
+    config.optimizer.gradient_clip_norm = 0.0  # global norm; 0: no clipping
+
+    config.mesh = ml_collections.ConfigDict()
+    config.mesh.fsdp = 1  # devices that share one copy of the parameters; the others repeat it
+
+    config.data = ml_collections.ConfigDict()
+    config.data.source = ""  # see clip_jax.data.sources
+    config.data.num_workers = 4  # processes that decode; 0: threads of this process
+    config.data.num_threads = 2  # in each
+    config.data.augmentation = ml_collections.ConfigDict(dataclasses.asdict(Augmentation()))
+
+    config.evaluation = ml_collections.ConfigDict()
+    config.evaluation.zero_shot = ""  # a source whose records have labels: all its labels are the classes
+    config.evaluation.templates = "emoji"  # a file of clip_jax/evaluation/prompts, without .json
+    config.evaluation.pixel_baseline = ""  # the source for the baseline of nearest mean pictures; empty: none
+    config.evaluation.retrieval = ml_collections.ConfigDict()  # name: source; empty: none
+    config.evaluation.batch_size = 256  # over all devices
+    config.lock()
+    return config
+
+
+def model_preset(config: ml_collections.ConfigDict) -> CLIPPreset:
+    """The model that ``config.model`` describes: its preset with whatever was overridden."""
+    model = config.model
+    return CLIPPreset(model.embed_dim, VisionTransformerPreset(**model.vision), TextTransformerPreset(**model.text))
+
+
+def load_config_file(path: str) -> ml_collections.ConfigDict:
+    """Runs a config file's ``get_config``; a path that isn't there is looked up among the packaged configs.
+
+    Raises:
+      FileNotFoundError: neither is there; the message lists the packaged ones.
+    """
+    packaged = pathlib.Path(__file__).parent / "configs"  # in an installed wheel
+    if not packaged.is_dir():
+        packaged = pathlib.Path(__file__).parent.parent / "configs"
+    file = pathlib.Path(path)
+    if not file.is_file():
+        file = packaged / (file.name if file.suffix == ".py" else f"{file.name}.py")
+    if not file.is_file():
+        names = ", ".join(sorted(f"configs/{candidate.name}" for candidate in packaged.glob("*.py")))
+        raise FileNotFoundError(f"no config file {path!r}; the packaged ones are {names}")
+    spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def _leaves(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def flatten(config: ml_collections.ConfigDict) -> dict[str, object]:
+    """``{"data.source": ..., ...}``: every leaf by its dotted name."""
+    return dict(_leaves(config))
+
+
+def override(config: ml_collections.ConfigDict, name: str, text: str) -> None:
+    """Sets the leaf of this dotted name from what was typed, read as the type that the leaf has.
+
+    Raises:
+      ValueError: no such leaf (the message names the nearest), or the text is not of its type.
+    """
+    leaves = flatten(config)
+    if name not in leaves:
+        near = difflib.get_close_matches(name, leaves, n=1, cutoff=0.0)[0]
+        raise ValueError(f"--config.{name}: there is no such key; did you mean --config.{near}?")
+    kind = type(leaves[name])
+    readers = {bool: lambda text: {"true": True, "false": False}[text.lower()]}
+    try:
+        value = readers.get(kind, kind)(text)
+    except (ValueError, KeyError):
+        raise ValueError(f"--config.{name}={text}: not a value of type {kind.__name__}") from None
+    *parents, key = name.split(".")
+    for parent in parents:
+        config = config[parent]
+    config[key] = value
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Checks all that can be known without data and devices, and reports all that is wrong together.
+
+    Raises:
+      ValueError: one line for each mistake: which key, what is wrong, the mend.
+    """
+    problems = []
+
+    def check(condition: bool, problem: str) -> None:
+        if not condition:
+            problems.append(problem)
+
+    model, optimizer, data = config.model, config.optimizer, config.data
+    check(
+        bool(data.source),
+        "no data: name some with --config.data.source=folder:/pictures, csv:/pairs.csv or array_record:/pairs-*",
+    )
+    check(config.steps > 0 or config.epochs > 0, "config.steps or config.epochs must be positive")
+    check(config.steps >= 0, f"config.steps={config.steps} must not be negative")
+    check(config.global_batch_size > 1, f"config.global_batch_size={config.global_batch_size} must be at least 2")
+    check(0 <= config.seed < 2**32, f"config.seed={config.seed} must be in [0, 2**32)")
+    for key in ("log_every", "checkpoint_every", "checkpoints_to_keep", "evaluation.batch_size", "mesh.fsdp"):
+        check(flatten(config)[key] > 0, f"config.{key} must be positive")
+    check(config.eval_every >= 0, "config.eval_every must not be negative")
+    check(data.num_workers >= 0, "config.data.num_workers must not be negative")
+    check(data.num_threads > 0, "config.data.num_threads must be positive")
+    check(model.dtype in DTYPES, f"config.model.dtype={model.dtype!r} must be one of {', '.join(DTYPES)}")
+    check(
+        model.remat in REMAT_POLICIES, f"config.model.remat={model.remat!r} must be one of {', '.join(REMAT_POLICIES)}"
+    )
+    sizes = {name: value for name, value in flatten(model).items() if isinstance(value, int)}
+    too_small = [f"config.model.{name}={value} must be positive" for name, value in sizes.items() if value <= 0]
+    problems.extend(too_small)
+    if not too_small:
+        vision, text = model.vision, model.text
+        check(
+            vision.image_size % vision.patch_size == 0,
+            f"config.model.vision.patch_size={vision.patch_size} must divide image_size={vision.image_size}",
+        )
+        for tower, part in (("vision", vision), ("text", text)):
+            check(
+                part.width % part.num_heads == 0,
+                f"config.model.{tower}.num_heads={part.num_heads} must divide width={part.width}",
+            )
+    check(optimizer.learning_rate > 0, "config.optimizer.learning_rate must be positive")
+    for key in ("warmup_steps", "weight_decay", "gradient_clip_norm"):
+        check(optimizer[key] >= 0, f"config.optimizer.{key} must not be negative")
+    for key in ("beta1", "beta2"):
+        check(0 <= optimizer[key] < 1, f"config.optimizer.{key}={optimizer[key]} must be in [0, 1)")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def check_same_run(config: ml_collections.ConfigDict, saved: dict, where: str) -> None:
+    """Refuses to go on in the folder of another run.
+
+    Raises:
+      ValueError: some keys that make a run differ; they are listed with both values.
+    """
+    now = flatten(config)
+    before = flatten(ml_collections.ConfigDict(saved))
+    different = [
+        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted(now.keys() | before.keys())
+        if now.get(name) != before.get(name) and name not in NOT_PART_OF_A_RUN
+    ]
+    if different:
+        raise ValueError(f"{where} holds a run of another config ({'; '.join(different)}); choose another --workdir")

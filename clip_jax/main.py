@@ -1,0 +1,106 @@
+"""Trains a CLIP model.
+
+    python -m clip_jax.main --config=configs/quickstart.py --workdir=runs/quickstart [--config.steps=100 ...]
+
+Exit codes: 0 finished, 1 failed, 2 a mistake in what was asked for (one line each), 3 interrupted and saved.
+"""
+
+import argparse
+import logging
+import os
+import sys
+
+import absl.logging
+
+from clip_jax.config import load_config_file, override, validate
+
+# Whatever starts processes for a pod (Cloud TPU, Slurm, GKE, Open MPI) is found by JAX itself; these name one by hand.
+POD_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def parse_arguments(argv: list[str]) -> tuple:
+    """Returns the config with its overrides, the folder of the run, and whether to start jax.distributed.
+
+    Raises:
+      ValueError, FileNotFoundError: a flag is unknown or its value is not of its type, or the config is missing.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m clip_jax.main",
+        description="Trains a CLIP model. Any value of the config can be set: --config.global_batch_size=512",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="a config file, such as configs/quickstart.py")
+    parser.add_argument("--workdir", help="the folder of the run; runs/NAME_OF_CONFIG if not given")
+    parser.add_argument(
+        "--distributed", action="store_true", help="join the other hosts of a pod; found by itself on Cloud TPU"
+    )
+    try:
+        known, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
+    config = load_config_file(known.config)
+    words = iter(rest)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not name.startswith("--config."):
+            raise ValueError(f"unknown argument {word}; the config's values are set with --config.NAME=VALUE")
+        if not equals:
+            value = next(words, None)
+            if value is None:
+                raise ValueError(f"{name} has no value; write {name}=VALUE")
+        override(config, name.removeprefix("--config."), value)
+    name = os.path.splitext(os.path.basename(known.config))[0]
+    return config, known.workdir or f"runs/{name}", known.distributed
+
+
+def start_distributed(asked_for: bool) -> None:
+    """Joins the pod if asked to, or if the environment shows one; must come before anything touches a device."""
+    import jax
+
+    by_hand = all(name in os.environ for name in POD_VARIABLES)
+    # A Cloud TPU VM of a slice with several hosts lists them all here.
+    several_tpu_hosts = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    if by_hand:
+        jax.distributed.initialize(
+            os.environ[POD_VARIABLES[0]], int(os.environ[POD_VARIABLES[1]]), int(os.environ[POD_VARIABLES[2]])
+        )
+    elif asked_for or several_tpu_hosts:
+        jax.distributed.initialize()
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        config, workdir, distributed = parse_arguments(sys.argv[1:] if argv is None else argv)
+        validate(config)
+        start_distributed(distributed)
+        _log_to_console()
+        # Imported late: the workers that decode pictures import this module anew, and need neither model nor device.
+        from clip_jax.training import loop
+
+        run = loop.prepare(config, workdir)
+    except (ValueError, OSError) as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+    try:
+        return 0 if loop.train(run) else 3
+    except FloatingPointError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+
+
+def _log_to_console() -> None:
+    """Our log goes to standard output, from the first host only; warnings come from all."""
+    import jax
+
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("clip_jax")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)
+    absl.logging.set_verbosity(absl.logging.ERROR)  # orbax warns of every option that follows from another
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Labels pictures with a trained model.
+
+python -m clip_jax.predict --model=runs/quickstart --labels="red apple,dog face" photo.png [...]
+"""
+
+import argparse
+import json
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m clip_jax.predict", description="Labels pictures by names.")
+    parser.add_argument("--model", required=True, help="the folder of a run")
+    parser.add_argument("--labels", required=True, help="names to choose among, separated by commas")
+    parser.add_argument("--template", default="{}", help='a sentence around each name, such as "an emoji of {}"')
+    parser.add_argument("--top", type=int, default=3, help="how many labels to print for a picture")
+    parser.add_argument("--json", action="store_true", help="print all probabilities as JSON instead of a table")
+    parser.add_argument("pictures", nargs="+")
+    arguments = parser.parse_args(argv)
+    labels = [label.strip() for label in arguments.labels.split(",") if label.strip()]
+    from clip_jax.loading import load
+
+    try:
+        if not labels:
+            raise ValueError("--labels names nothing to choose among")
+        if "{}" not in arguments.template:
+            raise ValueError(f"--template={arguments.template} has no {{}} for the name")
+        probabilities = load(arguments.model).classify(arguments.pictures, labels, [arguments.template])
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if arguments.json:
+        rows = [dict(zip(labels, map(float, row), strict=True)) for row in probabilities]
+        print(json.dumps(dict(zip(arguments.pictures, rows, strict=True)), indent=2, ensure_ascii=False))
+        return 0
+    width = max(map(len, arguments.pictures))
+    for picture, row in zip(arguments.pictures, probabilities, strict=True):
+        best = (-row).argsort()[: arguments.top]
+        print(f"{picture:{width}}  " + "  ".join(f"{labels[index]} {row[index]:.1%}" for index in best))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

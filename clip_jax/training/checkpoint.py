@@ -1,0 +1,132 @@
+"""Saving and restoring a run: the state, the data position and what the data was, with orbax alone.
+
+A folder of a step that a crash left half-written, or that a disk has damaged, is passed over for the one before it.
+"""
+
+import json
+import logging
+from typing import NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from clip_jax.training.step import TrainState
+
+logger = logging.getLogger("clip_jax")
+
+
+class Restored(NamedTuple):
+    """``state`` lives where the template's shardings say; ``position`` counts the examples drawn by all hosts."""
+
+    state: TrainState
+    position: int
+    data_fingerprint: str
+
+
+class Checkpointer:
+    """Saves to ``workdir/checkpoints/<step>``, in the background, keeping the newest ``keep``."""
+
+    def __init__(self, workdir: epath.Path, keep: int):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(workdir / "checkpoints", options=options)
+
+    def save(self, step: int, state: TrainState, position: int, data_fingerprint: str) -> None:
+        """Starts a save; returns before it is on disk, but after the state may be donated."""
+        extra = {"position": position, "data_fingerprint": data_fingerprint}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), data=ocp.args.JsonSave(extra)),
+            force=True,
+        )
+
+    def preempted(self, step: int) -> bool:
+        """Whether any host has been told to stop (SIGTERM); all hosts get the same answer at the same step."""
+        return self._manager.reached_preemption(step)
+
+    def restore_latest(self, template: TrainState) -> Restored | None:
+        """The newest step that can be read in full, or None if there is none yet.
+
+        Raises:
+          ValueError: there are steps, but none can be read.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                return self._restore(step, template)
+            except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
+                logger.warning("checkpoint %d cannot be read and is skipped: %s", step, str(error).splitlines()[0])
+                self._manager.delete(step)
+        if steps:
+            raise ValueError(f"none of the checkpoints in {self._manager.directory} can be read: {steps}")
+        return None
+
+    def _restore(self, step: int, template: TrainState) -> Restored:
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(template._asdict()), data=ocp.args.JsonRestore()),
+        )
+        return Restored(TrainState(**restored.state), **restored.data)
+
+    def wait(self) -> None:
+        """Returns when every save is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for saves under way and ends the background threads."""
+        self._manager.close()
+
+
+def saved_fingerprint(workdir: epath.Path) -> str | None:
+    """The fingerprint of the data that the newest readable checkpoint was trained on, or None without one."""
+    if not (workdir / "checkpoints").exists():
+        return None
+    with ocp.CheckpointManager(
+        workdir / "checkpoints", options=ocp.CheckpointManagerOptions(read_only=True)
+    ) as manager:
+        for step in sorted(manager.all_steps(), reverse=True):
+            try:
+                restored = manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))
+            except Exception:  # damaged: restoring will say so
+                continue
+            return restored.data["data_fingerprint"]
+    return None
+
+
+def restore_params(workdir: epath.Path, params_template: dict) -> dict:
+    """The parameters alone, of the newest checkpoint of a run, for using the model.
+
+    Raises:
+      FileNotFoundError: the run has no checkpoint.
+    """
+    with ocp.CheckpointManager(
+        workdir / "checkpoints", options=ocp.CheckpointManagerOptions(read_only=True)
+    ) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise FileNotFoundError(f"{workdir} has no checkpoint")
+        path = manager.directory / str(step) / "state"
+    restored = ocp.PyTreeCheckpointer().restore(
+        path,
+        args=ocp.args.PyTreeRestore(
+            item={"params": params_template},
+            restore_args=ocp.checkpoint_utils.construct_restore_args({"params": params_template}),
+            partial_restore=True,
+        ),
+    )
+    return restored["params"]
+
+
+def write_config(workdir: epath.Path, text: str) -> None:
+    """Writes ``config.json`` from the first process, whole or not at all."""
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        temporary = workdir / "config.json.tmp"
+        temporary.write_text(text)
+        temporary.replace(workdir / "config.json")
+
+
+def read_config(workdir: epath.Path) -> dict | None:
+    """The config of the run in this folder, or None if there is no run."""
+    file = workdir / "config.json"
+    return json.loads(file.read_text()) if file.exists() else None

@@ -1,0 +1,259 @@
+"""A training run from its config to its report: the only place that knows all parts.
+
+How a run starts, by what its folder holds:
+
+1. nothing: parameters are initialised from the seed, and data starts at position 0;
+2. the same run, unfinished: state and data position come from the newest checkpoint that can be read;
+3. the same run, finished: only the evaluation and the report are made again;
+4. another run: it is refused before anything is written.
+"""
+
+import json
+import logging
+import math
+import os
+import signal
+from typing import NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from clip_jax.config import check_same_run, to_json, validate
+from clip_jax.data.images import Augmentation, ImageError, decode_image
+from clip_jax.data.pipeline import TRANSFORM_VERSION, Batches, LoadPair
+from clip_jax.data.sources import Source, open_source
+from clip_jax.evaluation.embedding import Embedder
+from clip_jax.evaluation.report import write_report
+from clip_jax.evaluation.tasks import EvaluationResults, Evaluations
+from clip_jax.training.checkpoint import Checkpointer, read_config, saved_fingerprint, write_config
+from clip_jax.training.metrics import MetricWriter, StepLog
+from clip_jax.training.optimizer import make_optimizer
+from clip_jax.training.sharding import check_batch_divides, make_mesh, to_global_batch
+from clip_jax.training.step import TrainState, TrainStep, abstract_state, create_state, make_model, make_train_step
+
+logger = logging.getLogger("clip_jax")
+
+
+class Run(NamedTuple):
+    """A run that has passed every check and has written nothing yet."""
+
+    config: ml_collections.ConfigDict
+    workdir: epath.Path
+    source: Source
+    evaluations: Evaluations
+    mesh: Mesh
+    steps: int
+    data_fingerprint: str
+
+
+def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
+    """Checks config, data, folder and devices, in that order; writes nothing.
+
+    Raises:
+      ValueError, OSError: a mistake of the user's; the message says what, where and the mend.
+    """
+    validate(config)
+    folder = epath.Path(workdir)
+    saved = read_config(folder)
+    if saved is not None:
+        check_same_run(config, saved, workdir)
+    source = open_source(config.data.source)
+    if len(source) == 0:
+        raise ValueError(f"config.data.source={config.data.source} has no pairs")
+    try:
+        decode_image(source[0].image)
+    except ImageError as error:
+        raise ValueError(
+            f"config.data.source={config.data.source}: its first picture, {source[0].key}: {error}"
+        ) from None
+    evaluations = Evaluations(config)
+    mesh = make_mesh(config.mesh.fsdp)
+    check_batch_divides(config.global_batch_size, mesh)
+    steps = config.steps or math.ceil(config.epochs * len(source) / config.global_batch_size)
+    fingerprint = f"{source.fingerprint()}-{len(source)}-seed{config.seed}-transform{TRANSFORM_VERSION}"
+    before = saved_fingerprint(folder)
+    if before not in (None, fingerprint):
+        raise ValueError(f"{workdir} was trained on other data than config.data.source={config.data.source} now holds")
+    # No host may begin to write while another still looks at what the folder holds.
+    multihost_utils.sync_global_devices("prepared")
+    return Run(config, folder, source, evaluations, mesh, steps, fingerprint)
+
+
+class Interruption:
+    """Notes SIGINT and SIGTERM, so that the loop can save and leave between two steps; a second one ends at once."""
+
+    def __init__(self):
+        self.requested = False
+        self._previous = {}
+
+    def __enter__(self) -> "Interruption":
+        if jax.process_count() == 1:
+            handlers = {signal.SIGINT: self._note, signal.SIGTERM: self._note}
+        else:
+            # All hosts must stop at the same step. SIGTERM is left to JAX, which tells the others; Ctrl-C joins it.
+            handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
+        self._previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame) -> None:
+        self.requested = True
+        signal.signal(number, signal.SIG_DFL)
+
+
+def train(run: Run) -> bool:
+    """Trains to the last step, then evaluates and reports; True if the run is finished, False if interrupted."""
+    config, mesh = run.config, run.mesh
+    model, optimizer = make_model(config), make_optimizer(config.optimizer, run.steps)
+    write_config(run.workdir, to_json(config))
+    checkpointer = Checkpointer(run.workdir, config.checkpoints_to_keep)
+    writer = MetricWriter(run.workdir)
+    try:
+        restored = checkpointer.restore_latest(abstract_state(model, optimizer, mesh))
+        if restored:
+            state, position = restored.state, restored.position
+            logger.info("resumed at step %d of %d", int(state.step), run.steps)
+        else:
+            state, position = create_state(model, optimizer, config.seed, mesh), 0
+        _log_start(run, state)
+        embedder = Embedder(model, mesh, config.evaluation.batch_size)
+        train_step = make_train_step(model, optimizer, mesh)
+        with Interruption() as interruption:
+            state = train_steps(run, train_step, state, position, checkpointer, writer, embedder, interruption)
+        checkpointer.wait()
+        step = int(state.step)
+        if step < run.steps:
+            logger.info(
+                "stopped at step %d of %d, which is saved; the same command goes on from there", step, run.steps
+            )
+            return False
+        if run.evaluations:
+            results = evaluate(run, embedder, state, writer, final=True)
+            if jax.process_index() == 0:
+                write_report(run.workdir, run.evaluations, results)
+                logger.info("%s", results.table())
+        _log_end(run)
+        return True
+    finally:
+        checkpointer.close()
+        writer.close()
+
+
+def train_steps(
+    run: Run,
+    train_step: TrainStep,
+    state: TrainState,
+    position: int,
+    checkpointer: Checkpointer,
+    writer: MetricWriter,
+    embedder: Embedder,
+    interruption: Interruption,
+) -> TrainState:
+    """Steps until the last one or an interruption; the state that it returns is saved, or being saved.
+
+    Raises:
+      FloatingPointError: the loss is no longer a number.
+    """
+    config = run.config
+    batches = make_batches(run, position)
+    log = StepLog(config.log_every, config.global_batch_size, run.steps, writer)
+    step, stopping = int(state.step), False
+    try:
+        while step < run.steps and not stopping:
+            with log.waiting_for_data():
+                batch = next(batches)
+            log_broken_pictures(run.source, batch.pop("broken"))
+            batch = to_global_batch(batch, run.mesh)
+            state, metrics = train_step(state, batch["image"], batch["tokens"])
+            step += 1
+            log.add(step, metrics)
+
+            alone = jax.process_count() == 1
+            stopping = interruption.requested if alone else checkpointer.preempted(step)
+            if stopping or step == run.steps or step % config.checkpoint_every == 0:
+                checkpointer.save(step, state, batches.position, run.data_fingerprint)
+            if run.evaluations and config.eval_every and step % config.eval_every == 0 and step < run.steps:
+                log.flush()
+                results = evaluate(run, embedder, state, writer)
+                logger.info("step %d  %s", step, results.line())
+        log.flush()
+    finally:
+        batches.close()
+    return state
+
+
+def make_batches(run: Run, position: int) -> Batches:
+    """This host's batches from the data position on."""
+    config = run.config
+    model, data = config.model, config.data
+    load_pair = LoadPair(
+        run.source, model.vision.image_size, model.text.context_length, Augmentation(**data.augmentation)
+    )
+    return Batches(
+        load_pair,
+        config.global_batch_size,
+        config.seed,
+        jax.process_index(),
+        jax.process_count(),
+        data.num_workers,
+        data.num_threads,
+        position,
+    )
+
+
+def log_broken_pictures(source: Source, broken: np.ndarray) -> None:
+    """Names the pictures of this batch that were replaced; ``broken`` is int64 ``[B]``, -1 where all was well."""
+    for index in broken[broken >= 0]:
+        pair = source[int(index)]
+        try:
+            decode_image(pair.image)
+        except ImageError as error:
+            logger.warning("replaced a broken picture by the next one: %s: %s", pair.key, error)
+
+
+def evaluate(
+    run: Run, embedder: Embedder, state: TrainState, writer: MetricWriter, final: bool = False
+) -> EvaluationResults:
+    """Scores the state, and writes ``eval/<step>.json`` and the metrics; ``final`` adds the baseline."""
+    step = int(state.step)
+    results = run.evaluations.score(embedder.with_params(state.params), with_baseline=final)
+    writer.write(step, results.scalars())
+    if jax.process_index() == 0:
+        folder = run.workdir / "eval"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{step}.json").write_text(json.dumps(results.as_dict(), indent=2) + "\n")
+    return results
+
+
+def _log_start(run: Run, state: TrainState) -> None:
+    config = run.config
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    data, fsdp = run.mesh.devices.shape
+    logger.info(
+        "%s, %s parameters; %s pairs, batch %s, %s steps (%.1f epochs); %d %s devices, data %d x fsdp %d",
+        config.model.name,
+        f"{parameters:,}",
+        f"{len(run.source):,}",
+        f"{config.global_batch_size:,}",
+        f"{run.steps:,}",
+        run.steps * config.global_batch_size / len(run.source),
+        jax.device_count(),
+        jax.default_backend(),
+        data,
+        fsdp,
+    )
+
+
+def _log_end(run: Run) -> None:
+    logger.info("finished %d steps. In %s:", run.steps, run.workdir)
+    logger.info("  checkpoints/%d  metrics.jsonl  tensorboard/  config.json", run.steps)
+    if run.evaluations:
+        logger.info("  eval/%d.json  report/index.html (open it in a browser)", run.steps)
+    logger.info('Use it:  python -m clip_jax.predict --model=%s --labels="a dog,a cat" picture.png', run.workdir)

@@ -1,0 +1,144 @@
+"""What a run writes about itself: a line to read, ``metrics.jsonl`` and TensorBoard, from the first process alone."""
+
+import contextlib
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from typing import IO
+
+import jax
+from etils import epath
+from tensorboardX import SummaryWriter
+
+logger = logging.getLogger("clip_jax")
+
+
+def format_duration(seconds: float) -> str:
+    """``1h02m``, ``3m05s`` or ``42s``."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+
+
+class MetricWriter:
+    """Writes scalars; on hosts other than the first it does nothing."""
+
+    def __init__(self, workdir: epath.Path):
+        self._file: IO | None = None
+        if jax.process_index() == 0:
+            self._file = (workdir / "metrics.jsonl").open("a")
+            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), write_to_disk=True)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._file.flush()
+        for name, value in scalars.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._tensorboard.close()
+
+
+class StepLog:
+    """Logs steps one behind the device, so that the host never waits for the step that it has just started.
+
+    Reading the step before also keeps the host from running ahead: never more than two steps are under way.
+    """
+
+    def __init__(self, every: int, images_per_step: int, last_step: int, writer: MetricWriter):
+        self._every, self._images_per_step, self._last_step, self._writer = every, images_per_step, last_step, writer
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._restart_clock()
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Around the fetching of a batch."""
+        started = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - started
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of the step just started, and logs those of the one before.
+
+        Raises:
+          FloatingPointError: its loss is not a number.
+        """
+        self._log_pending()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Logs the last step. What follows, an evaluation or the end, is not counted as training time."""
+        self._log_pending()
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self._since: tuple[float, int] | None = None  # when and at which step the rate's measurement began
+        self._waited = 0.0
+
+    def _log_pending(self) -> None:
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        loss = float(metrics["loss"])
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} at step {step}; a lower config.optimizer.learning_rate or a "
+                "config.optimizer.gradient_clip_norm of 1 may help"
+            )
+        now = time.perf_counter()
+        if self._since is None:
+            self._since = (now, step)  # the first step's time is mostly compilation
+            self._waited = 0.0
+        if step % self._every and step != self._last_step:
+            return
+        scalars = {name: float(value) for name, value in metrics.items()}
+        elapsed, steps = now - self._since[0], step - self._since[1]
+        if steps:
+            scalars["images_per_second"] = self._images_per_step * steps / elapsed
+            scalars["data_wait_share"] = self._waited / elapsed
+            scalars["seconds_left"] = elapsed / steps * (self._last_step - step)
+            self._since, self._waited = (now, step), 0.0
+        self._writer.write(step, scalars)
+        logger.info("%s", progress_line(step, self._last_step, scalars))
+
+
+def progress_line(step: int, last_step: int, scalars: dict[str, float]) -> str:
+    """One line of a person's log, explained in ``docs/training.md``."""
+    accuracy = (scalars["image_to_text_accuracy"] + scalars["text_to_image_accuracy"]) / 2
+    parts = [
+        f"step {step:>{len(str(last_step))}}/{last_step}",
+        f"loss {scalars['loss']:.4f}",
+        f"accuracy {accuracy:.1%}",
+    ]
+    if "images_per_second" in scalars:
+        rate = scalars["images_per_second"]
+        parts.append(f"{rate:,.0f} images/s")
+        if jax.device_count() > 1:
+            parts.append(f"{rate / jax.device_count():,.1f} images/s/chip")
+        parts.append(f"{format_duration(scalars['seconds_left'])} left")
+    return "  ".join(parts)
+
+
+def read_metrics(workdir: epath.Path) -> list[dict[str, float]]:
+    """All lines of ``metrics.jsonl``, the last written for each step and kind, in order of steps.
+
+    A run that was killed repeats the steps since its last checkpoint; the later line counts.
+    """
+    lines: dict[tuple, dict] = {}
+    with (workdir / "metrics.jsonl").open() as stream:
+        for line in stream:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # cut short by a kill
+            lines[record["step"], "loss" not in record] = record
+    return [lines[key] for key in sorted(lines)]

@@ -1,0 +1,107 @@
+"""One training step: uint8 images and tokens in, a new state and metrics out, as one program over the mesh."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh
+
+from clip_jax.config import model_preset
+from clip_jax.models.clip import CLIP, MAX_LOGIT_SCALE, normalize_images
+from clip_jax.training.loss import contrastive_loss
+from clip_jax.training.sharding import batch_sharding, replicated, state_sharding
+
+
+class TrainState(NamedTuple):
+    """All that a step changes: int32 ``step``, float32 ``params``, and the optimizer's state over them."""
+
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+
+
+TrainStep = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make_model(config: ml_collections.ConfigDict) -> CLIP:
+    model = config.model
+    return CLIP(model_preset(config), model.remat, model.scan_unroll, jnp.dtype(model.dtype))
+
+
+def _init_params(model: CLIP, key: jax.Array) -> dict:
+    """New parameters, still in boxes that carry their logical axes."""
+    vision, text = model.preset.vision, model.preset.text
+    images = jnp.zeros((1, vision.image_size, vision.image_size, 3))
+    tokens = jnp.zeros((1, text.context_length), jnp.int32)
+    return model.init(key, images, tokens)["params"]
+
+
+def _init_state(model: CLIP, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    params = _init_params(model, key)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def _abstract(init: Callable[[jax.Array], Any], mesh: Mesh):
+    boxed = jax.eval_shape(init, jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.meta.unbox(boxed),
+        state_sharding(boxed, mesh),
+    )
+
+
+def abstract_params(model: CLIP, mesh: Mesh) -> dict:
+    """Shapes, dtypes and shardings of the parameters, with nothing computed."""
+    return _abstract(lambda key: _init_params(model, key), mesh)
+
+
+def abstract_state(model: CLIP, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, with nothing computed: what restoring and compiling need."""
+    return _abstract(lambda key: _init_state(model, optimizer, key), mesh)
+
+
+def create_state(model: CLIP, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
+    """A new state, created where it will live: no device ever holds all of it."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
+    init = jax.jit(lambda key: nn.meta.unbox(_init_state(model, optimizer, key)), out_shardings=shardings)
+    return init(jax.random.key(seed))
+
+
+def make_train_step(model: CLIP, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainStep:
+    """Returns ``step(state, images, tokens) -> (state, metrics)``, jitted over the mesh; the old state is donated.
+
+    ``images`` are uint8 ``[B, H, W, 3]``, ``tokens`` int32 ``[B, L]``, both split over all devices. Metrics are
+    float32 scalars: loss, both accuracies within the batch, logit_scale (as multiplied) and gradient_norm.
+    """
+    batch = batch_sharding(mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
+
+    def loss_fn(params, images, tokens):
+        image_embeddings, text_embeddings, logit_scale = model.apply(
+            {"params": params}, normalize_images(images), tokens
+        )
+        return contrastive_loss(image_embeddings, text_embeddings, logit_scale, mesh)
+
+    def train_step(state: TrainState, images: jax.Array, tokens: jax.Array):
+        (loss, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, images, tokens)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        # The paper clips the temperature so that logits are never scaled by more than 100 (section 2.5).
+        params["logit_scale"] = jnp.clip(params["logit_scale"], 0, MAX_LOGIT_SCALE)
+        metrics = metrics | {
+            "loss": loss,
+            "logit_scale": jnp.exp(state.params["logit_scale"]),
+            "gradient_norm": optax.global_norm(gradients),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(
+        train_step,
+        in_shardings=(shardings, batch, batch),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )

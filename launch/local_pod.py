@@ -1,0 +1,90 @@
+"""Runs clip_jax.main as a pod of several processes on this machine, each with its own CPU devices.
+
+    python launch/local_pod.py --processes=2 --devices=4 -- --config=configs/quickstart.py --config.steps=20
+
+To try what several hosts would do, without them. The first process's output is shown as it is, the others' behind
+their number. If one fails the others are ended; Ctrl-C and SIGTERM are passed on to all.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start(index: int, processes: int, devices: int, port: int, arguments: list[str]) -> subprocess.Popen:
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {
+        "XLA_FLAGS": flags.strip(),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(processes),
+        "JAX_PROCESS_ID": str(index),
+        "PYTHONUNBUFFERED": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "clip_jax.main", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A group of its own: the terminal's Ctrl-C reaches this launcher alone, which passes it on once.
+        start_new_session=True,
+    )
+
+
+def show(index: int, process: subprocess.Popen) -> None:
+    for line in process.stdout:
+        print(line if index == 0 else f"[{index}] {line}", end="", flush=True)
+
+
+def wait(pod: list[subprocess.Popen], grace: float) -> int:
+    """Waits for all; once one has failed the others get ``grace`` seconds. Returns the first failure's exit code."""
+    deadline = None
+    code = 0
+    while any(process.poll() is None for process in pod):
+        failed = [process.returncode for process in pod if process.returncode not in (None, 0)]
+        if failed and deadline is None:
+            code, deadline = failed[0], time.monotonic() + grace
+        if deadline and time.monotonic() > deadline:
+            for process in pod:
+                process.kill()
+        time.sleep(0.1)
+    return code or next((process.returncode for process in pod if process.returncode), 0)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--devices", type=int, default=4, help="of each process")
+    parser.add_argument("--grace", type=float, default=30, help="seconds the others get once one has failed")
+    parser.add_argument("arguments", nargs="*", help="of clip_jax.main, behind --")
+    arguments = parser.parse_args()
+    port = free_port()
+    pod = [
+        start(index, arguments.processes, arguments.devices, port, arguments.arguments)
+        for index in range(arguments.processes)
+    ]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: [process.send_signal(number) for process in pod])
+    readers = [threading.Thread(target=show, args=(index, process)) for index, process in enumerate(pod)]
+    for reader in readers:
+        reader.start()
+    code = wait(pod, arguments.grace)
+    for reader in readers:
+        reader.join(timeout=10)
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
