@@ -1,0 +1,36 @@
+"""Eight virtual CPU devices for every test, and what the tests of towers and steps share: meshes and a tiny model."""
+
+import os
+
+# Read when JAX starts, so they have to stand here before its first import.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from clip_jax.config import default_config
+
+
+@pytest.fixture(scope="session")
+def mesh_of():
+    """A function from a shape ``(data, fsdp)`` to a mesh of the first ``data * fsdp`` devices."""
+
+    def make(shape: tuple[int, int]) -> Mesh:
+        devices = np.array(jax.devices()[: shape[0] * shape[1]]).reshape(shape)
+        return Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+    return make
+
+
+@pytest.fixture
+def tiny_config():
+    """A whole config whose model compiles in a second: 4 patches of 8 x 8, 8 tokens of a vocabulary of 64."""
+    config = default_config("ViT-tiny")
+    config.model.embed_dim = 16
+    config.model.dtype = "float32"
+    config.model.vision.update(image_size=16, patch_size=8, width=32, num_layers=3, num_heads=2)
+    config.model.text.update(width=24, num_layers=2, num_heads=2, context_length=8, vocab_size=64)
+    return config

@@ -1,0 +1,98 @@
+"""A training small enough to run in seconds, for the tests that start whole processes."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+DEADLINE = 300  # seconds; whatever takes longer is killed
+
+SMALL = [
+    "--config=configs/quickstart.py",
+    "--config.global_batch_size=16",
+    "--config.log_every=1",
+    "--config.eval_every=0",
+    "--config.data.num_workers=0",
+    "--config.evaluation.zero_shot=",
+    "--config.evaluation.pixel_baseline=",
+    "--config.evaluation.retrieval.unseen_concepts=",
+    "--config.evaluation.retrieval.unseen_concepts_in_the_unseen_style=",
+    "--config.model.embed_dim=16",
+    "--config.model.vision.image_size=16",
+    "--config.model.vision.patch_size=8",
+    "--config.model.vision.width=16",
+    "--config.model.vision.num_layers=2",
+    "--config.model.vision.num_heads=2",
+    "--config.model.text.width=8",
+    "--config.model.text.num_layers=1",
+    "--config.model.text.num_heads=1",
+]
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    """The variables of a process with so many CPU devices, whatever this one has."""
+    return os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+
+
+def start(*arguments: str, devices: int = 1) -> subprocess.Popen:
+    """Starts ``python -m clip_jax.main`` in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "clip_jax.main", *arguments],
+        cwd=REPOSITORY,
+        env=environment(devices),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    """All that the process still prints; kills it and what it started if it doesn't end in time."""
+    try:
+        return process.communicate(timeout=DEADLINE)[0]
+    finally:
+        kill(process)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """``kill -9`` for the process and everything that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def run(*arguments: str, devices: int = 1) -> str:
+    """Runs a training to its end and returns what it printed."""
+    process = start(*arguments, devices=devices)
+    output = finish(process)
+    assert process.returncode == 0, output
+    return output
+
+
+def wait_for_step(process: subprocess.Popen, step: int) -> None:
+    """Reads the output until the log shows this step."""
+    deadline = time.monotonic() + DEADLINE
+    for line in process.stdout:
+        words = line.split()
+        if words[:1] == ["step"] and int(words[1].split("/")[0]) >= step:
+            return
+        assert time.monotonic() < deadline
+    raise AssertionError(f"the training ended before step {step}")
+
+
+def losses(workdir: pathlib.Path) -> dict[int, float]:
+    """The loss of each step, bit for bit; of a step that was run twice, the later one."""
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record["loss"] for record in records if "loss" in record}
