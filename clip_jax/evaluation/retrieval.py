@@ -13,13 +13,14 @@ def recall_at_k(scores: np.ndarray, query_ids: np.ndarray, candidate_ids: np.nda
       query_ids: int ``[Q]``; a query's matches are the candidates that share its id.
       candidate_ids: int ``[C]``.
 
-    A tie with a wrong candidate counts against the query, and so does a score that is not a number.
+    A tie with a wrong candidate counts against the query, and so do a score that is not a number and having no match.
     """
     matches = query_ids[:, None] == candidate_ids[None, :]  # [Q, C]
     best_match = np.where(matches, scores, -np.inf).max(axis=1, keepdims=True)
     # "Not below" instead of "at least": true for a score that isn't a number, which so ranks first.
     ahead = (~matches & ~(scores < best_match)).sum(axis=1)
-    return {k: float((ahead < k).mean()) for k in RECALL_AT}
+    has_match = matches.any(axis=1)
+    return {k: float((has_match & (ahead < k)).mean()) for k in RECALL_AT}
 
 
 def retrieval_metrics(

@@ -34,10 +34,12 @@ def classifier_weights(
 def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
     """Share of rows whose label is among the ``k`` best of scores ``[M, C]``.
 
-    A tie counts against the label, so a model that gives every class the same score is never right.
+    A tie counts against the label, so a model that gives every class the same score is never right; so does a score
+    that is not a number.
     """
     own = np.take_along_axis(scores, labels[:, None], axis=1)  # [M, 1]
-    at_least_as_good = (scores >= own).sum(axis=1)  # the label itself included
+    # "Not below" instead of "at least": true for a score that isn't a number, which so ranks first.
+    at_least_as_good = (~(scores < own)).sum(axis=1)  # the label itself included
     return float((at_least_as_good <= k).mean())
 
 

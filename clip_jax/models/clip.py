@@ -34,8 +34,8 @@ def unit_length(x: jax.Array) -> jax.Array:
 class CLIP(nn.Module):
     """Both towers; parameters float32, computation in ``dtype``.
 
-    ``remat`` is "none", or "full" to recompute each layer in the backward pass; ``scan_unroll`` is how many layers a scan
-    step holds (1 compiles fastest; all of them let XLA work across layers, which pays for small models on CPU).
+    ``remat`` is "none", or "full" to recompute each layer in the backward pass; ``scan_unroll`` is how many layers a
+    scan step holds (1 compiles fastest; all of them let XLA work across layers, which pays for small models on CPU).
     """
 
     preset: CLIPPreset

@@ -8,7 +8,7 @@ from clip_jax.models.attention import LayerNorm, Linear, Transformer, torch_line
 
 
 def split_into_patches(images: jax.Array, patch_size: int) -> jax.Array:
-    """Cuts ``[B, H, W, 3]`` into ``[B, (H / P) * (W / P), P * P * 3]``, row by row; a pixel's channels stay together."""
+    """Cuts ``[B, H, W, 3]`` into ``[B, (H / P) * (W / P), P * P * 3]``, row by row, a pixel's channels together."""
     batch, height, width, channels = images.shape
     rows, columns = height // patch_size, width // patch_size
     patches = images.reshape(batch, rows, patch_size, columns, patch_size, channels).transpose(0, 1, 3, 2, 4, 5)

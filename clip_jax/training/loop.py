@@ -169,11 +169,12 @@ def train_steps(
         while step < run.steps and not stopping:
             with log.waiting_for_data():
                 batch = next(batches)
-            log_broken_pictures(run.source, batch.pop("broken"))
+            broken = batch.pop("broken")
+            log_broken_pictures(run.source, broken)
             batch = to_global_batch(batch, run.mesh)
             state, metrics = train_step(state, batch["image"], batch["tokens"])
             step += 1
-            log.add(step, metrics)
+            log.add(step, metrics, broken_pictures=int((broken >= 0).sum()))
 
             alone = jax.process_count() == 1
             stopping = interruption.requested if alone else checkpointer.preempted(step)

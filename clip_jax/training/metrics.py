@@ -56,6 +56,7 @@ class StepLog:
     def __init__(self, every: int, images_per_step: int, last_step: int, writer: MetricWriter):
         self._every, self._images_per_step, self._last_step, self._writer = every, images_per_step, last_step, writer
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._broken_pictures = 0
         self._restart_clock()
 
     @contextlib.contextmanager
@@ -65,14 +66,17 @@ class StepLog:
         yield
         self._waited += time.perf_counter() - started
 
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def add(self, step: int, metrics: dict[str, jax.Array], broken_pictures: int) -> None:
         """Takes the metrics of the step just started, and logs those of the one before.
+
+        ``broken_pictures`` of its batch were replaced on this host; logged is their sum since the program started.
 
         Raises:
           FloatingPointError: its loss is not a number.
         """
         self._log_pending()
         self._pending = (step, metrics)
+        self._broken_pictures += broken_pictures
 
     def flush(self) -> None:
         """Logs the last step. What follows, an evaluation or the end, is not counted as training time."""
@@ -101,6 +105,7 @@ class StepLog:
         if step % self._every and step != self._last_step:
             return
         scalars = {name: float(value) for name, value in metrics.items()}
+        scalars["broken_pictures"] = self._broken_pictures
         elapsed, steps = now - self._since[0], step - self._since[1]
         if steps:
             scalars["images_per_second"] = self._images_per_step * steps / elapsed

@@ -95,7 +95,7 @@ def make_train_step(model: CLIP, optimizer: optax.GradientTransformation, mesh: 
         metrics = metrics | {
             "loss": loss,
             "logit_scale": jnp.exp(state.params["logit_scale"]),
-            "gradient_norm": optax.global_norm(gradients),
+            "gradient_norm": optax.tree.norm(gradients),
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 

@@ -1,0 +1,118 @@
+"""Batches are a function of source, seed and number alone."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_jax.data.images import Augmentation
+from clip_jax.data.pipeline import Batches, LoadPair, UndecodableError
+from clip_jax.data.sources import Pair, open_source
+
+class Numbered:
+    """Eleven pictures that each have one colour, a caption with their number, and some broken ones."""
+
+    def __init__(self, broken: tuple[int, ...] = ()):
+        self._broken = broken
+
+    def __len__(self) -> int:
+        return 11
+
+    def __getitem__(self, index: int) -> Pair:
+        if index in self._broken:
+            return Pair(b"broken", ["broken"], str(index))
+        stream = io.BytesIO()
+        Image.new("RGB", (8, 8), (index, index, index)).save(stream, "PNG")
+        return Pair(stream.getvalue(), [f"number {index}"], str(index))
+
+
+def batches(source=None, **arguments) -> Batches:
+    load_pair = LoadPair(source or Numbered(), 8, 16, Augmentation())
+    return Batches(load_pair, **({"global_batch_size": 4, "seed": 3} | arguments))
+
+
+def take(stream: Batches, count: int) -> list[dict[str, np.ndarray]]:
+    taken = [next(stream) for _ in range(count)]
+    stream.close()
+    return taken
+
+
+def numbers(taken: list[dict[str, np.ndarray]]) -> list[int]:
+    return [int(image[0, 0, 0]) for batch in taken for image in batch["image"]]
+
+
+def assert_equal(one: list[dict[str, np.ndarray]], other: list[dict[str, np.ndarray]]) -> None:
+    for left, right in zip(one, other, strict=True):
+        for name in left:
+            np.testing.assert_array_equal(left[name], right[name])
+
+
+def test_an_epoch_holds_each_pair_once_and_the_next_has_another_order():
+    drawn = numbers(take(batches(), 6))
+    first, second = drawn[:11], drawn[11:22]
+    assert sorted(first) == sorted(second) == list(range(11))
+    assert first != second
+    assert first != list(range(11))
+
+
+def test_shapes_and_dtypes_are_those_of_the_contract():
+    [batch] = take(batches(), 1)
+    assert batch["image"].shape == (4, 8, 8, 3)
+    assert batch["image"].dtype == np.uint8
+    assert batch["tokens"].shape == (4, 16)
+    assert batch["tokens"].dtype == np.int32
+
+
+def test_another_seed_gives_another_order():
+    assert numbers(take(batches(), 2)) != numbers(take(batches(seed=4), 2))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_do_not_change_the_batches(num_workers):
+    source = open_source("emoji:noto/held_out")  # pickles, as whatever goes to a worker must
+    assert_equal(take(batches(source), 3), take(batches(source, num_workers=num_workers), 3))
+
+
+def test_the_position_restores_the_stream():
+    whole = take(batches(), 7)
+    stream = batches()
+    for _ in range(3):
+        next(stream)
+    position = stream.position
+    stream.close()
+    assert position == 12
+    assert_equal(whole[3:], take(batches(position=position), 4))
+
+
+def test_hosts_share_each_global_batch_and_any_of_their_positions_restores_all():
+    alone = take(batches(), 3)
+    hosts = [take(batches(host=host, hosts=2), 3) for host in range(2)]
+    for step, batch in enumerate(alone):
+        assert sorted(numbers([batch])) == sorted(numbers([host[step] for host in hosts]))
+    assert numbers(take(batches(position=4), 1)) == numbers([alone[1]])
+    joined = numbers([take(batches(host=host, hosts=2, position=4), 1)[0] for host in range(2)])
+    assert sorted(joined) == sorted(numbers([alone[1]]))
+
+
+def test_a_broken_picture_becomes_its_next_neighbour_and_is_reported():
+    taken = take(batches(Numbered(broken=(5, 6))), 3)
+    drawn = numbers(taken)[:11]
+    assert sorted(drawn) == sorted([*range(5), 7, 7, *range(7, 11)])
+    reported = [index for batch in taken for index in batch["broken"] if index >= 0]
+    assert set(reported) == {5, 6}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_pictures_that_are_all_broken_end_the_stream_with_an_error(num_workers):
+    stream = batches(Numbered(broken=tuple(range(11))), num_workers=num_workers)
+    with pytest.raises(UndecodableError, match="11 pictures in a row"):
+        take(stream, 1)
+    stream.close()
+
+
+def test_each_visit_draws_one_of_the_captions():
+    source = open_source("emoji:noto/held_out")
+    tokens = {tuple(row) for batch in take(batches(source, global_batch_size=205), 4) for row in batch["tokens"]}
+    captions = {caption for index in range(len(source)) for caption in source[index].captions}
+    assert 205 < len(tokens) <= len(captions)

@@ -1,0 +1,93 @@
+"""Sources give pairs by index, and say what is wrong before anything else happens."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from clip_jax.data.emoji.build import captions_of, is_held_out
+from clip_jax.data.images import decode_image
+from clip_jax.data.sources import EMOJI_FOLDER, open_source
+
+
+def test_the_pairs_that_ship_are_whole():
+    concepts = json.loads((EMOJI_FOLDER / "concepts.json").read_text())
+    assert len(concepts) > 1_850
+    held_out = {concept["key"] for concept in concepts if concept["held_out"]}
+    assert held_out == {concept["key"] for concept in concepts if is_held_out(concept["key"])}
+    assert 0.08 < len(held_out) / len(concepts) < 0.12
+    for style in ("noto", "twemoji", "openmoji"):
+        for split, keys in (("held_out", held_out), ("train", {c["key"] for c in concepts} - held_out)):
+            source = open_source(f"emoji:{style}/{split}")
+            assert {source[index].key for index in range(len(source))} == keys
+
+
+def test_a_shipped_pair_is_a_64_pixel_picture_whose_captions_all_name_it():
+    source = open_source("emoji:openmoji/all")
+    for index in range(0, len(source), 97):
+        pair = source[index]
+        image = decode_image(pair.image)
+        assert (image.mode, image.size) == ("RGB", (64, 64))
+        assert pair.captions[0] == pair.label
+        assert all(pair.label in caption for caption in pair.captions)
+        assert len(set(pair.captions)) == len(pair.captions) >= 4
+
+
+def test_no_shipped_concept_is_a_skin_tone_variant():
+    for concept in json.loads((EMOJI_FOLDER / "concepts.json").read_text()):
+        assert "skin tone" not in concept["name"]
+        assert not any(f"1F3F{digit}" in concept["key"].split("-") for digit in "BCDEF")
+
+
+def test_all_that_ships_stays_below_25_megabytes():
+    assert sum(path.stat().st_size for path in EMOJI_FOLDER.iterdir() if path.is_file()) < 25e6
+
+
+def test_captions_are_made_of_name_and_keywords():
+    captions = captions_of("red apple", ["apple", "fruit", "health", "red", "ripe"])
+    assert captions[0] == "red apple"
+    assert "red apple, fruit" in captions
+    assert not any(caption.endswith(", apple") for caption in captions)
+
+
+def test_several_styles_are_one_source():
+    both, noto = open_source("emoji:noto,twemoji/train"), open_source("emoji:noto/train")
+    assert len(both) == 2 * len(noto)
+    assert both[len(noto)].key == noto[0].key
+    assert both[len(noto)].image != noto[0].image
+
+
+def test_a_tsv_is_read_by_its_ending(tmp_path):
+    Image.new("RGB", (3, 3)).save(tmp_path / "a.png")
+    (tmp_path / "pairs.tsv").write_text("filepath\ttitle\na.png\tone, two\n")
+    source = open_source(f"csv:{tmp_path}/pairs.tsv?image=filepath&caption=title")
+    assert source[0].captions == ["one, two"]
+    assert decode_image(source[0].image).size == (3, 3)
+
+
+def test_a_missing_picture_of_a_csv_is_broken_rather_than_fatal(tmp_path):
+    (tmp_path / "pairs.csv").write_text("image,caption\nnone.png,nothing\n")
+    source = open_source(f"csv:{tmp_path}/pairs.csv")
+    assert source[0].image == b""
+    assert source[0].key.endswith("none.png")
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [("image,caption\na.png,\n", "line 2: the caption is empty"), ("image,caption\n", "has no rows")],
+)
+def test_a_csv_with_gaps_is_refused(tmp_path, rows, expected):
+    (tmp_path / "pairs.csv").write_text(rows)
+    with pytest.raises(ValueError, match=expected):
+        open_source(f"csv:{tmp_path}/pairs.csv")
+
+
+def test_an_unknown_option_of_a_csv_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="nothing else"):
+        open_source(f"csv:{tmp_path}/pairs.csv?separator=;")
+
+
+def test_the_fingerprint_tells_sources_apart_and_is_the_same_for_the_same():
+    assert open_source("emoji:noto/train").fingerprint() == open_source("emoji:noto/train").fingerprint()
+    assert open_source("emoji:noto/train").fingerprint() != open_source("emoji:noto/held_out").fingerprint()
+    assert open_source("emoji:noto,twemoji/train").fingerprint() != open_source("emoji:twemoji,noto/train").fingerprint()

@@ -1,0 +1,168 @@
+"""What a person types and what they get back: one line and exit code 2 for each mistake."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_jax.main import main
+
+QUICKSTART = "--config=configs/quickstart.py"
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of eight pictures with captions, and a CSV of them."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    rows = ["path,text"]
+    for index in range(8):
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"noise number {index}\nanother caption\n")
+        rows.append(f"pictures/{index}.png,noise number {index}")
+    (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def small_vit_l14(source: str, workdir) -> list[str]:
+    return [
+        "--config=configs/vit_l14.py",
+        f"--config.data.source={source}",
+        f"--workdir={workdir}",
+        "--config.steps=2",
+        "--config.log_every=1",
+        "--config.global_batch_size=8",
+        "--config.data.num_workers=0",
+        "--config.model.vision.num_layers=1",
+        "--config.model.text.num_layers=1",
+        "--config.model.vision.width=64",
+        "--config.model.vision.num_heads=1",
+        "--config.model.vision.image_size=28",
+        "--config.model.text.width=64",
+        "--config.model.text.num_heads=1",
+    ]
+
+
+def mistake(capsys, *arguments: str) -> str:
+    """The one line of an error; there is no traceback and nothing else."""
+    assert main(list(arguments)) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_a_wrong_key_is_told_with_the_nearest_right_one(capsys):
+    assert "--config.steps?" in mistake(capsys, QUICKSTART, "--config.stepz=3")
+    assert "--config.model.vision.width?" in mistake(capsys, QUICKSTART, "--config.model.vision.widht=3")
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("--config.steps=many", "not a value of type int"),
+        ("--config.steps=1.5", "not a value of type int"),
+        ("--config.optimizer.learning_rate=fast", "not a value of type float"),
+        ("--config.steps", "has no value"),
+        ("--confg.steps=1", "unknown argument"),
+        ("--config.global_batch_size=0", "at least 2"),
+        ("--config.model.dtype=float17", "float32, bfloat16"),
+        ("--config.model.vision.patch_size=7", "must divide image_size"),
+        ("--config.optimizer.beta2=1", "in [0, 1)"),
+        ("--config.evaluation.templates=none", "there are emoji"),
+        ("--config.data.source=emoji:apple/train", "noto, twemoji, openmoji"),
+        ("--config.data.source=/data", "names no source"),
+    ],
+)
+def test_a_wrong_value_is_one_line(capsys, tmp_path, argument, expected):
+    workdir = tmp_path / "run"
+    assert expected in mistake(capsys, QUICKSTART, f"--workdir={workdir}", argument)
+    assert not workdir.exists()
+
+
+def test_a_config_that_is_not_there_is_told_with_those_that_are(capsys):
+    assert "configs/vit_l14.py" in mistake(capsys, "--config=configs/vit_g.py")
+
+
+def test_all_mistakes_of_a_config_are_told_together(capsys):
+    assert main([QUICKSTART, "--config.model.dtype=int8", "--config.log_every=0", "--config.optimizer.beta1=2"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 3
+
+
+def test_the_config_of_a_published_model_without_data_says_how_to_name_some(capsys):
+    assert "--config.data.source=folder:" in mistake(capsys, "--config=configs/vit_l14.py")
+
+
+def test_a_batch_that_the_devices_cannot_share_is_told_with_sizes_that_fit(capsys, tmp_path, pictures):
+    arguments = [*small_vit_l14(f"folder:{pictures}", tmp_path / "run"), "--config.global_batch_size=12"]
+    assert "8 or 16 can" in mistake(capsys, *arguments)
+    assert "does not divide the 8 devices" in mistake(capsys, *arguments, "--config.mesh.fsdp=3")
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_data_is_one_line(capsys, tmp_path, pictures):
+    workdir = tmp_path / "run"
+    assert "no folder" in mistake(capsys, *small_vit_l14(f"folder:{tmp_path}/none", workdir))
+    assert "no file" in mistake(capsys, *small_vit_l14(f"csv:{tmp_path}/none.csv", workdir))
+    assert "match" in mistake(capsys, *small_vit_l14(f"array_record:{tmp_path}/none-*", workdir))
+    message = mistake(capsys, *small_vit_l14(f"csv:{tmp_path}/pairs.csv?image=path", workdir))
+    assert "no column 'caption', only path, text" in message
+    (pictures / "3.txt").unlink()
+    assert "3.png has no caption" in mistake(capsys, *small_vit_l14(f"folder:{pictures}", workdir))
+    assert not workdir.exists()
+
+
+def test_data_whose_first_picture_is_broken_is_refused(capsys, tmp_path, pictures):
+    (pictures / "0.png").write_bytes(b"not a picture")
+    message = mistake(capsys, *small_vit_l14(f"folder:{pictures}", tmp_path / "run"))
+    assert "0.png" in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "csv"])
+def test_vit_l14_at_reduced_depth_trains_two_steps_on_eight_pictures(capsys, tmp_path, pictures, kind):
+    source = f"folder:{pictures}" if kind == "folder" else f"csv:{tmp_path}/pairs.csv?image=path&caption=text"
+    assert main(small_vit_l14(source, tmp_path / "run")) == 0
+    output = capsys.readouterr().out
+    assert "step 2/2" in output
+    assert "python -m clip_jax.predict --model=" in output
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2]
+    # Two captions or one a picture, eight pairs a batch: an untrained model is near chance.
+    assert 1.5 < records[0]["loss"] < 6
+
+
+def test_a_broken_picture_in_the_middle_is_replaced_counted_and_named(capsys, tmp_path, pictures):
+    picture = pictures / "5.png"
+    picture.write_bytes(picture.read_bytes()[:200])
+    assert main(small_vit_l14(f"folder:{pictures}", tmp_path / "run")) == 0
+    output = capsys.readouterr().out
+    named = [line for line in output.splitlines() if "5.png" in line]
+    assert len(named) == 2  # once in each of the two epochs
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["broken_pictures"] == 2
+
+
+def test_the_folder_of_another_run_is_refused_and_left_as_it_is(capsys, tmp_path, pictures):
+    arguments = small_vit_l14(f"folder:{pictures}", tmp_path / "run")
+    assert main(arguments) == 0
+    capsys.readouterr()
+    before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*"))
+    assert "seed was 0 and is 1" in mistake(capsys, *arguments, "--config.seed=1")
+    (pictures / "7.txt").write_text("another caption than it was trained with\n")
+    assert "was trained on other data" in mistake(capsys, *arguments)
+    assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["quickstart", "vit_b32", "vit_b16", "vit_l14", "vit_l14_336"])
+def test_every_config_takes_overrides_and_passes_its_own_checks(name):
+    from clip_jax.config import validate
+    from clip_jax.main import parse_arguments
+
+    config, workdir, _ = parse_arguments(
+        [f"--config=configs/{name}.py", "--config.steps=5", "--config.data.source=folder:/pictures"]
+    )
+    validate(config)
+    assert config.steps == 5
+    assert workdir == f"runs/{name}"
