@@ -25,12 +25,20 @@ def mesh_of():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tiny_config():
     """A whole config whose model compiles in a second: 4 patches of 8 x 8, 8 tokens of a vocabulary of 64."""
     config = default_config("ViT-tiny")
     config.model.embed_dim = 16
     config.model.dtype = "float32"
-    config.model.vision.update(image_size=16, patch_size=8, width=32, num_layers=3, num_heads=2)
+    config.model.vision.update(image_size=16, patch_size=8, width=32, num_layers=2, num_heads=2)
     config.model.text.update(width=24, num_layers=2, num_heads=2, context_length=8, vocab_size=64)
     return config
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Programs this small take far longer to optimise than to run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

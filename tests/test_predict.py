@@ -52,7 +52,7 @@ def test_a_finished_run_leaves_all_that_it_promises(run):
 def test_the_report_is_one_self_contained_page(run):
     page = (run / "run/report/index.html").read_text()
     assert page.count("data:image/png;base64,") == 3
-    assert "src=\"http" not in page
+    assert 'src="http' not in page
     assert "nearest mean picture" in page
 
 

@@ -53,9 +53,12 @@ def _local_loss(images: jax.Array, texts: jax.Array, logit_scale: jax.Array):
     image_to_text = all_sum((row_log_sums - positives).sum()) / total
     text_to_image = (column_log_sums.sum() - all_sum(positives.sum())) / total
 
-    column_best = jax.lax.dynamic_slice_in_dim(column_max, first_row, local)
+    # A tie counts as wrong: a collapsed model, to which all is alike, must not look like a perfect one.
+    all_positives = jax.lax.all_gather(positives, BATCH_AXES, tiled=True)  # [N]
+    row_ranks = (logits >= positives[:, None]).sum(axis=1)  # [N / devices], the positive itself included
+    column_ranks = all_sum((logits >= all_positives).sum(axis=0))  # [N]
     metrics = {
-        "image_to_text_accuracy": all_sum((positives >= logits.max(axis=1)).sum()) / total,
-        "text_to_image_accuracy": all_sum((positives >= column_best).sum()) / total,
+        "image_to_text_accuracy": all_sum((row_ranks == 1).sum()) / total,
+        "text_to_image_accuracy": (column_ranks == 1).mean(),
     }
     return (image_to_text + text_to_image) / 2, jax.tree.map(jax.lax.stop_gradient, metrics)

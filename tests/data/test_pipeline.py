@@ -10,6 +10,7 @@ from clip_jax.data.images import Augmentation
 from clip_jax.data.pipeline import Batches, LoadPair, UndecodableError
 from clip_jax.data.sources import Pair, open_source
 
+
 class Numbered:
     """Eleven pictures that each have one colour, a caption with their number, and some broken ones."""
 

@@ -90,4 +90,6 @@ def test_an_unknown_option_of_a_csv_is_refused(tmp_path):
 def test_the_fingerprint_tells_sources_apart_and_is_the_same_for_the_same():
     assert open_source("emoji:noto/train").fingerprint() == open_source("emoji:noto/train").fingerprint()
     assert open_source("emoji:noto/train").fingerprint() != open_source("emoji:noto/held_out").fingerprint()
-    assert open_source("emoji:noto,twemoji/train").fingerprint() != open_source("emoji:twemoji,noto/train").fingerprint()
+    assert (
+        open_source("emoji:noto,twemoji/train").fingerprint() != open_source("emoji:twemoji,noto/train").fingerprint()
+    )

@@ -9,25 +9,38 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_jax.config import model_preset
 from clip_jax.models.clip import CLIP, IMAGE_MEAN, IMAGE_STD, normalize_images, unit_length
-from clip_jax.models.presets import PRESETS, get_preset
+from clip_jax.models.presets import PRESETS, CLIPPreset, TextTransformerPreset, VisionTransformerPreset, get_preset
 from clip_jax.models.vision_transformer import split_into_patches
 
 END = 63  # the highest id of the tiny vocabulary
 
 
-@pytest.fixture
-def tiny(tiny_config):
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+PRESET = CLIPPreset(
+    16,
+    VisionTransformerPreset(image_size=16, patch_size=8, width=32, num_layers=2, num_heads=2),
+    TextTransformerPreset(width=24, num_layers=2, num_heads=2, context_length=8, vocab_size=END + 1),
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(quick_compilation):
     """A tiny model, its parameters, four pictures and four texts."""
-    model = CLIP(model_preset(tiny_config))
+    model = CLIP(PRESET)
     random = np.random.default_rng(0)
     images = jnp.float32(random.normal(size=(4, 16, 16, 3)))
     tokens = random.integers(1, END, (4, 8))
     tokens[np.arange(4), [3, 7, 1, 5]] = END
     tokens = jnp.int32(tokens)
-    params = nn.meta.unbox(model.init(jax.random.key(0), images, tokens))
+    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), images, tokens))
     return model, params, images, tokens
+
+
+@pytest.fixture(scope="module")
+def encode_text(tiny):
+    model, params, _, _ = tiny
+    return jax.jit(lambda tokens: model.apply(params, tokens, method="encode_text"))
 
 
 @pytest.mark.parametrize(
@@ -110,48 +123,42 @@ def test_the_image_tower_sees_every_patch_and_where_it_stands(tiny):
     assert np.abs(encode(swapped) - embeddings).max() > 1e-3
 
 
-def test_what_stands_behind_the_end_of_text_does_not_reach_the_text_feature(tiny):
-    model, params, _, tokens = tiny
-    encode = jax.jit(lambda tokens: model.apply(params, tokens, method="encode_text"))
-    embeddings = encode(tokens)
+def test_what_stands_behind_the_end_of_text_does_not_reach_the_text_feature(tiny, encode_text):
+    tokens = tiny[-1]
+    embeddings = encode_text(tokens)
     behind = np.arange(8) > np.asarray(tokens).argmax(axis=1)[:, None]
     for padding in (0, 17, END):  # a second end of text isn't the first
         changed = jnp.where(behind, padding, tokens)
         assert (np.asarray(changed) != np.asarray(tokens)).any()
-        np.testing.assert_allclose(encode(changed), embeddings, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(encode_text(changed), embeddings, rtol=0, atol=1e-6)
 
 
-def test_a_shorter_context_without_the_padding_gives_the_same_text_feature(tiny):
-    model, params, _, tokens = tiny
-    for row in np.asarray(tokens):
-        length = row.argmax() + 1
-        whole, short = (model.apply(params, jnp.int32(t[None]), method="encode_text") for t in (row, row[:length]))
-        np.testing.assert_allclose(short, whole, rtol=0, atol=1e-6)
+def test_a_shorter_context_without_the_padding_gives_the_same_text_feature(encode_text):
+    short = jnp.int32([[5, 9, END], [7, END, 0], [END, 0, 0], [8, 8, END]])
+    whole = jnp.pad(short, ((0, 0), (0, 5)))
+    np.testing.assert_allclose(encode_text(short), encode_text(whole), rtol=0, atol=1e-6)
 
 
-def test_every_token_up_to_the_end_of_text_reaches_the_text_feature(tiny):
-    model, params, _, tokens = tiny
-    encode = jax.jit(lambda tokens: model.apply(params, tokens, method="encode_text"))
-    embeddings = np.asarray(encode(tokens))
+def test_every_token_up_to_the_end_of_text_reaches_the_text_feature(tiny, encode_text):
+    tokens = tiny[-1]
+    embeddings = np.asarray(encode_text(tokens))
     ends = np.asarray(tokens).argmax(axis=1)
     for position in range(8):
         changed = tokens.at[:, position].set((tokens[:, position] + 1) % END)
-        reached = np.abs(encode(changed) - embeddings).max(axis=1) > 1e-4
+        reached = np.abs(encode_text(changed) - embeddings).max(axis=1) > 1e-4
         assert reached[position < ends].all()
         assert not reached[position > ends].any()
 
 
-def test_the_text_feature_is_read_at_the_first_highest_id_wherever_that_stands(tiny):
-    model, params, _, _ = tiny
-    encode = jax.jit(lambda tokens: model.apply(params, tokens, method="encode_text"))
-    start = np.array([[5, 9, 7, 3, 2, 8, 4, 6]])
-    for end in range(8):
-        for highest in (END, 40):
-            row = start.copy()
-            row[0, end] = highest
-            np.testing.assert_array_equal(row.argmax(axis=1), end)
-            expected = model.apply(params, jnp.int32(row[:, : end + 1]), method="encode_text")
-            np.testing.assert_allclose(encode(jnp.int32(row)), expected, rtol=0, atol=1e-6)
+@pytest.mark.parametrize("highest", [END, 40])
+def test_the_text_feature_is_read_at_the_highest_id_wherever_that_stands(encode_text, highest):
+    texts = np.tile([5, 9, 7, 3, 2, 8, 4, 6], (8, 1))
+    np.fill_diagonal(texts, highest)  # text i ends at position i
+    for position in range(8):
+        changed = texts.copy()
+        changed[:, position] = np.where(texts[:, position] == highest, highest, 1)
+        different = np.abs(encode_text(jnp.int32(changed)) - encode_text(jnp.int32(texts))).max(axis=1) > 1e-4
+        np.testing.assert_array_equal(different, position < np.arange(8))
 
 
 def test_in_bfloat16_every_product_is_bfloat16_and_parameters_and_embeddings_stay_float32(tiny):
@@ -188,10 +195,8 @@ def test_recomputing_layers_and_unrolling_their_scan_change_neither_function_nor
 
     expected = value_and_gradients()
     assert all(np.abs(gradient).max() > 0 for gradient in jax.tree.leaves(expected[1]))
-    # More layers in a scan step than there are is all of them; 2 doesn't divide the three.
-    for changes in ({"remat": "full"}, {"scan_unroll": 99}, {"remat": "full", "scan_unroll": 2}):
-        result = value_and_gradients(**changes)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), result, expected)
+    result = value_and_gradients(remat="full", scan_unroll=99)  # more layers in a scan step than there are: all of them
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), result, expected)
 
 
 def test_remat_full_does_recompute_in_the_backward_pass(tiny):

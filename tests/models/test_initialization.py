@@ -1,4 +1,4 @@
-"""Every parameter starts as OpenAI's does: ``CLIP.initialize_parameters`` where it speaks, PyTorch's defaults elsewhere.
+"""Every parameter starts as OpenAI's: by ``CLIP.initialize_parameters`` where it speaks, else by PyTorch's defaults.
 
 Vision blocks are left at PyTorch's defaults by the original; text blocks are normal, with the residual branches scaled
 down by depth.

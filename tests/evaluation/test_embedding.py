@@ -1,0 +1,89 @@
+"""Embedding in padded batches over eight devices gives what embedding one by one gives."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clip_jax.data.tokenizer import tokenize
+from clip_jax.evaluation.embedding import Embedder
+from clip_jax.models.clip import CLIP, normalize_images
+from clip_jax.models.presets import CLIPPreset, TextTransformerPreset, VisionTransformerPreset
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+PRESET = CLIPPreset(
+    16,
+    VisionTransformerPreset(image_size=16, patch_size=8, width=32, num_layers=1, num_heads=2),
+    TextTransformerPreset(width=16, num_layers=1, num_heads=2, context_length=8),
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return CLIP(PRESET)
+
+
+@pytest.fixture(scope="module")
+def params_of(quick_compilation, model):
+    """A function from a seed to parameters."""
+    init = jax.jit(model.init)
+
+    @functools.cache
+    def make(seed):
+        boxed = init(jax.random.key(seed), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 8), jnp.int32))
+        return nn.meta.unbox(boxed["params"])
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def one_by_one(model, params_of):
+    """A function from a method of the model and its inputs to its outputs for each input by itself."""
+    apply = jax.jit(
+        lambda inputs, method: model.apply({"params": params_of(0)}, inputs, method=method), static_argnums=1
+    )
+    return lambda method, inputs: np.concatenate([apply(row[None], method) for row in inputs])
+
+
+@pytest.fixture(scope="module")
+def embedder(model, params_of, mesh_of):
+    return Embedder(model, mesh_of((4, 2)), batch_size=13).with_params(params_of(0))  # 13: not a number for 8 devices
+
+
+def pictures(count):
+    return np.random.default_rng(count).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("count", [1, 7, 16, 17, 37])
+def test_any_number_of_images_embeds_as_one_by_one(one_by_one, embedder, count):
+    images = pictures(count)
+    result = embedder.encode_image(images)
+    assert result.shape == (count, 16)
+    assert result.dtype == np.float32
+    expected = one_by_one("encode_image", normalize_images(images))
+    np.testing.assert_allclose(result, expected, rtol=0, atol=2e-6)
+
+
+def test_texts_embed_as_one_by_one_and_one_too_long_is_cut(one_by_one, embedder):
+    texts = [f"picture number {number}" for number in range(18)] + ["a word and more words than there is room for"]
+    result = embedder.encode_text(texts)
+    expected = one_by_one("encode_text", tokenize(texts, 8, truncate=True))
+    np.testing.assert_allclose(result, expected, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(np.linalg.norm(result, axis=1), 1, rtol=1e-6)
+    assert np.abs(result[3] - result[4]).max() > 1e-4
+
+
+def test_the_parameters_last_set_are_those_that_embed(params_of, embedder):
+    images = pictures(3)
+    first = embedder.encode_image(images)
+    assert np.abs(embedder.with_params(params_of(1)).encode_image(images) - first).max() > 1e-2
+    np.testing.assert_array_equal(embedder.with_params(params_of(0)).encode_image(images), first)
+
+
+def test_one_device_and_eight_embed_alike(model, params_of, embedder, mesh_of):
+    alone = Embedder(model, mesh_of((1, 1)), batch_size=4).with_params(params_of(0))
+    images = pictures(9)
+    np.testing.assert_allclose(alone.encode_image(images), embedder.encode_image(images), rtol=0, atol=2e-6)

@@ -1,0 +1,106 @@
+"""Zero-shot scores on examples small enough to work out by hand."""
+
+import numpy as np
+import pytest
+
+from clip_jax.evaluation.zero_shot import (
+    classifier_weights,
+    load_templates,
+    nearest_mean_picture_scores,
+    top_k_accuracy,
+)
+
+
+def test_classifier_weights_are_the_mean_over_templates_at_unit_length():
+    vectors = {"a cat": [1, 0, 0], "no cat": [0, 1, 0], "a dog": [0, 0, 1], "no dog": [0, 0.6, 0.8]}
+    asked = []
+
+    def encode_text(texts):
+        asked.extend(texts)
+        return np.float32([vectors[text] for text in texts])
+
+    weights = classifier_weights(encode_text, ["cat", "dog"], ["a {}", "no {}"])
+    assert sorted(asked) == sorted(vectors)
+    assert weights.dtype == np.float32
+    np.testing.assert_allclose(weights[0], np.array([1, 1, 0]) / np.sqrt(2), rtol=1e-6)
+    np.testing.assert_allclose(weights[1], np.array([0, 0.6, 1.8]) / np.sqrt(0.36 + 3.24), rtol=1e-6)
+
+
+def test_classifier_weights_have_unit_length_for_any_number_of_classes_and_templates():
+    random = np.random.default_rng(0)
+
+    def encode_text(texts):
+        x = random.normal(size=(len(texts), 5)).astype(np.float32)
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    for classes, templates in ((1, 1), (7, 1), (3, 5)):
+        weights = classifier_weights(encode_text, ["x"] * classes, ["{}"] * templates)
+        assert weights.shape == (classes, 5)
+        np.testing.assert_allclose(np.linalg.norm(weights, axis=1), 1, rtol=1e-6)
+
+
+def test_top_k_accuracy_counts_the_labels_among_the_k_best():
+    scores = np.array([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1], [0.2, 0.3, 0.4]])
+    labels = np.array([1, 2, 1])  # first, third, second
+    assert top_k_accuracy(scores, labels, 1) == pytest.approx(1 / 3)
+    assert top_k_accuracy(scores, labels, 2) == pytest.approx(2 / 3)
+    assert top_k_accuracy(scores, labels, 3) == 1
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_the_same_score_for_every_class_is_never_right(k):
+    assert top_k_accuracy(np.zeros((8, 4)), np.arange(8) % 4, k) == 0
+
+
+def test_the_same_score_for_every_class_is_right_once_k_covers_all_classes():
+    assert top_k_accuracy(np.zeros((8, 4)), np.arange(8) % 4, 4) == 1
+
+
+def test_a_tie_with_one_other_class_costs_one_place():
+    scores = np.array([[0.5, 0.5, 0.1]])
+    assert [top_k_accuracy(scores, np.array([0]), k) for k in (1, 2)] == [0, 1]
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_scores_that_are_not_numbers_are_never_right(k):
+    labels = np.array([0, 1, 2])
+    assert top_k_accuracy(np.full((3, 3), np.nan), labels, k) == 0
+    scores = np.eye(3)
+    scores[np.arange(3), labels] = np.nan  # only the label's own
+    assert top_k_accuracy(scores, labels, k) == 0
+
+
+def test_a_score_that_is_not_a_number_stands_before_the_label():
+    scores = np.array([[0.9, np.nan, 0.1]])
+    assert [top_k_accuracy(scores, np.array([0]), k) for k in (1, 2)] == [0, 1]
+
+
+def test_nearest_mean_picture_is_the_distance_to_each_classs_mean():
+    def picture(*values):
+        return np.array(values, np.uint8).reshape(1, 2, 1, 1).repeat(3, axis=3)[0]
+
+    training = np.stack([picture(0, 0), picture(0, 100), picture(200, 200), picture(255, 0)])
+    labels = np.array([0, 0, 1, 3])  # class 2 has no picture; class 0's mean is (0, 50)
+    queries = np.stack([picture(0, 60), picture(180, 190), picture(240, 10), picture(100, 120)])
+    scores = nearest_mean_picture_scores(queries, training, labels, num_classes=4)
+    assert scores.dtype == np.float32
+    assert scores.argmax(axis=1).tolist() == [0, 1, 3, 0]
+    assert (scores[:, 2] == -np.inf).all()
+
+    means = np.array([[0, 50], [200, 200], [255, 0]]) / 255
+    pixels = np.array([[0, 60], [180, 190], [240, 10], [100, 120]]) / 255
+    distances = 3 * np.square(pixels[:, None] - means[None]).sum(axis=2)
+    known = scores[:, [0, 1, 3]]
+    differences = known - known[:, :1]
+    np.testing.assert_allclose(differences, -(distances - distances[:, :1]), rtol=1e-4, atol=1e-5)
+
+
+def test_every_template_has_exactly_one_place_for_the_name():
+    templates = load_templates("emoji")
+    assert templates
+    assert all(template.format("zebra").count("zebra") == 1 for template in templates)
+
+
+def test_unknown_templates_are_answered_with_those_that_there_are():
+    with pytest.raises(ValueError, match=r"'imagenette'; there are emoji"):
+        load_templates("imagenette")

@@ -1,0 +1,81 @@
+"""Where arrays come to lie, on eight virtual devices."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from clip_jax.training.sharding import (
+    batch_sharding,
+    check_batch_divides,
+    make_mesh,
+    replicated,
+    state_sharding,
+    to_global_batch,
+)
+
+
+@pytest.mark.parametrize("fsdp", [1, 2, 4, 8])
+def test_the_mesh_has_all_devices_and_fsdp_of_them_share_a_copy(fsdp):
+    mesh = make_mesh(fsdp)
+    assert dict(mesh.shape) == {"data": 8 // fsdp, "fsdp": fsdp}
+    assert set(mesh.devices.flat) == set(jax.devices())
+
+
+def test_an_fsdp_that_does_not_divide_the_devices_is_refused_with_both_numbers():
+    with pytest.raises(ValueError, match=r"config\.mesh\.fsdp=3 .* 8 devices"):
+        make_mesh(3)
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused_with_the_nearest_that_can(mesh_of):
+    check_batch_divides(24, mesh_of((4, 2)))
+    with pytest.raises(ValueError, match=r"config\.global_batch_size=20 .* 8 devices; 16 or 24 can"):
+        check_batch_divides(20, mesh_of((4, 2)))
+    with pytest.raises(ValueError, match=r"devices; 8 can"):
+        check_batch_divides(5, mesh_of((4, 2)))
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (4, 2), (2, 4), (1, 8)])
+def test_a_batch_is_split_in_its_order_over_all_devices(mesh_of, shape):
+    mesh = mesh_of(shape)
+    batch = {"images": np.arange(16 * 6).reshape(16, 2, 3), "tokens": np.arange(16)[:, None]}
+    result = to_global_batch(batch, mesh)
+    for name, array in batch.items():
+        np.testing.assert_array_equal(result[name], array)
+        assert result[name].sharding == batch_sharding(mesh)
+        shards = {shard.device: shard.data for shard in result[name].addressable_shards}
+        for index, device in enumerate(mesh.devices.flat):
+            np.testing.assert_array_equal(shards[device], array[2 * index : 2 * index + 2])
+
+
+def test_replicated_means_whole_on_every_device(mesh_of):
+    array = jax.device_put(jnp.arange(6), replicated(mesh_of((2, 4))))
+    assert [shard.data.shape for shard in array.addressable_shards] == [(6,)] * 8
+
+
+def box(shape, names):
+    return nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), names)
+
+
+@pytest.mark.parametrize(
+    ("shape", "names", "expected"),
+    [
+        ((4, 8, 24), ("layers", "embed", "qkv"), (None, "fsdp", None)),
+        ((4, 8), ("mlp", "embed"), (None, "fsdp")),
+        ((8,), ("embed",), ("fsdp",)),
+        ((8,), ("mlp",), (None,)),
+        ((6,), ("embed",), (None,)),  # 4 doesn't divide 6
+        ((8, 6), ("vocab", "embed"), (None, None)),
+    ],
+)
+def test_the_embed_axis_is_split_over_fsdp_where_that_divides_it(mesh_of, shape, names, expected):
+    sharding = state_sharding({"a": box(shape, names)}, mesh_of((2, 4)))["a"]
+    spec = tuple(sharding.spec) + (None,) * (len(shape) - len(sharding.spec))
+    assert PartitionSpec(*spec) == PartitionSpec(*expected)
+
+
+def test_what_names_no_axes_is_whole_on_every_device(mesh_of):
+    sharding = state_sharding({"step": jax.ShapeDtypeStruct((), jnp.int32)}, mesh_of((2, 4)))["step"]
+    assert sharding.is_fully_replicated

@@ -1,0 +1,195 @@
+"""A training step is the same function however the devices are laid out, and against the loss written plainly."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from clip_jax.models.clip import normalize_images
+from clip_jax.training.optimizer import make_optimizer
+from clip_jax.training.sharding import to_global_batch
+from clip_jax.training.step import abstract_state, create_state, make_model, make_train_step
+
+MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
+STEPS = 8
+
+
+def batch(seed):
+    random = np.random.default_rng(seed)
+    tokens = random.integers(1, 63, (16, 8))
+    tokens[:, -1] = 63
+    return {
+        "images": random.integers(0, 256, (16, 16, 16, 3), dtype=np.uint8),
+        "tokens": tokens.astype(np.int32),
+    }
+
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module")
+def trained(quick_compilation, tiny_config, mesh_of):
+    """A function from a mesh's shape to a short training on it, done once: its step, and what it gave."""
+    config = tiny_config
+    # The gradient by a key's bias is 0 but for rounding, of which Adam with a small epsilon makes whole steps.
+    config.optimizer.update(learning_rate=1e-3, warmup_steps=2, epsilon=1e-4)
+    model, optimizer = make_model(config), make_optimizer(config.optimizer, 100)
+
+    @functools.cache
+    def train(shape):
+        mesh = mesh_of(shape)
+        state = create_state(model, optimizer, 0, mesh)
+        result = {"mesh": mesh, "model": model, "optimizer": optimizer, "start": jax.tree.map(np.asarray, state)}
+        result["step"] = make_train_step(model, optimizer, mesh)
+        curve = []
+        for step in range(STEPS):
+            arrays = to_global_batch(batch(step), mesh)
+            state, metrics = result["step"](state, arrays["images"], arrays["tokens"])
+            curve.append(jax.device_get(metrics))
+            if step == 0:
+                result["after_one"] = jax.tree.map(np.asarray, state)
+        return result | {"curve": curve, "state": state}
+
+    return train
+
+
+def moments(state):
+    """Adam's means of the gradients and of their squares."""
+    found = [leaf for leaf in jax.tree.leaves(state.opt_state, is_leaf=is_adam) if is_adam(leaf)]
+    assert len(found) == 1
+    return found[0].mu, found[0].nu
+
+
+def is_adam(leaf):
+    return isinstance(leaf, optax.ScaleByAdamState)
+
+
+def assert_trees_close(result, expected, rtol):
+    """To ``rtol`` of each tensor's greatest entry."""
+
+    def check(a, b):
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * max(np.abs(b).max(), 1e-4))
+
+    jax.tree.map(check, result, expected)
+
+
+@pytest.fixture(scope="module")
+def plain(trained):
+    """The first batch's loss and gradients, with all the similarities on one device."""
+    run, arrays = trained((1, 1)), batch(0)
+
+    def loss(params):
+        images = normalize_images(jnp.asarray(arrays["images"]))
+        image_embeddings, text_embeddings, scale = run["model"].apply({"params": params}, images, arrays["tokens"])
+        logits = jnp.exp(scale) * image_embeddings @ text_embeddings.T
+        by_row, by_column = jax.nn.log_softmax(logits, axis=1), jax.nn.log_softmax(logits, axis=0)
+        return -(jnp.diag(by_row).mean() + jnp.diag(by_column).mean()) / 2
+
+    return jax.jit(jax.value_and_grad(loss))(run["start"].params)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), *MESHES])
+def test_gradients_on_every_mesh_are_those_of_the_loss_written_plainly(trained, plain, shape):
+    run, (loss, gradients) = trained(shape), plain
+    assert run["curve"][0]["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert run["curve"][0]["gradient_norm"] == pytest.approx(float(optax.tree.norm(gradients)), rel=1e-4)
+    mean, _ = moments(run["after_one"])
+    assert_trees_close(jax.tree.map(lambda m: m / (1 - 0.9), mean), gradients, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_eight_devices_train_as_one_does(trained, shape):
+    one, eight = trained((1, 1)), trained(shape)
+    assert_trees_close(eight["start"].params, one["start"].params, rtol=1e-6)
+    for name in ("loss", "logit_scale", "gradient_norm", "image_to_text_accuracy", "text_to_image_accuracy"):
+        curves = [[float(metrics[name]) for metrics in run["curve"]] for run in (eight, one)]
+        np.testing.assert_allclose(*curves, rtol=1e-3)
+    assert_trees_close(eight["state"].params, one["state"].params, rtol=2e-3)
+    assert eight["state"].step == STEPS
+
+
+def test_metrics_are_float32_scalars_and_the_temperature_is_told_as_multiplied(trained):
+    metrics = trained((2, 4))["curve"][0]
+    assert metrics.keys() == {
+        "loss",
+        "logit_scale",
+        "gradient_norm",
+        "image_to_text_accuracy",
+        "text_to_image_accuracy",
+    }
+    assert all(value.shape == () and value.dtype == np.float32 for value in metrics.values())
+    assert metrics["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_parameters_and_both_moments_are_split_along_embed_over_fsdp(trained, shape):
+    run, fsdp = trained(shape), shape[1]
+    state = run["state"]
+    for tree in (state.params, *moments(state)):
+        text, vision = tree["text"], tree["vision"]
+        blocks = vision["transformer"]["blocks"]
+        for array, whole, axis in (
+            (text["token_embedding"], (64, 24), 1),
+            (text["projection"]["kernel"], (24, 16), 0),
+            (vision["patch_embedding"]["kernel"], (192, 32), 1),
+            (vision["class_embedding"], (32,), 0),
+            (blocks["qkv"]["kernel"], (2, 32, 96), 1),
+            (blocks["attention_output"]["kernel"], (2, 32, 32), 2),
+            (blocks["attention_output"]["bias"], (2, 32), 1),
+            (blocks["fc1"]["kernel"], (2, 32, 128), 1),
+            (blocks["fc2"]["kernel"], (2, 128, 32), 2),
+            (blocks["ln_1"]["scale"], (2, 32), 1),
+        ):
+            part = tuple(size // fsdp if place == axis else size for place, size in enumerate(whole))
+            assert array.shape == whole
+            assert [shard.data.shape for shard in array.addressable_shards] == [part] * 8
+        assert blocks["fc1"]["bias"].sharding.is_fully_replicated
+        assert tree["logit_scale"].sharding.is_fully_replicated
+
+
+def test_the_abstract_state_is_the_state_without_its_numbers(trained):
+    run = trained((2, 4))
+    abstract = abstract_state(run["model"], run["optimizer"], run["mesh"])
+
+    def check(promised, array):
+        assert (promised.shape, promised.dtype) == (array.shape, array.dtype)
+        assert promised.sharding.is_equivalent_to(array.sharding, array.ndim)
+
+    jax.tree.map(check, abstract, run["state"])
+
+
+def fresh(run, **params):
+    arrays = to_global_batch(batch(0), run["mesh"])
+    start = run["start"]._replace(params=run["start"].params | params)
+    state = jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), start, run["state"])
+    return state, arrays["images"], arrays["tokens"]
+
+
+@pytest.mark.parametrize(("before", "after"), [(5.0, math.log(100)), (-1.0, 0.0), (3.0, 3.0)])
+def test_the_temperature_is_kept_between_1_and_100(trained, before, after):
+    run = trained((2, 4))
+    state, metrics = run["step"](*fresh(run, logit_scale=np.float32(before)))  # the rate of the first step is 0
+    assert state.params["logit_scale"] == pytest.approx(after, rel=1e-6)
+    assert metrics["logit_scale"] == pytest.approx(math.exp(before), rel=1e-5)
+
+
+def test_the_old_state_is_given_up_to_the_new_one(trained):
+    run = trained((2, 4))
+    state, images, tokens = fresh(run)
+    run["step"](state, images, tokens)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, moments(state))))
+    assert not images.is_deleted()
+
+
+def test_a_batch_seen_again_and_again_is_learnt_by_heart(trained):
+    run = trained((2, 4))
+    state, images, tokens = fresh(run)
+    for _ in range(60):
+        state, metrics = run["step"](state, images, tokens)
+    assert run["curve"][0]["loss"] > 1.5
+    assert metrics["loss"] < 0.2
+    assert metrics["image_to_text_accuracy"] == metrics["text_to_image_accuracy"] == 1
