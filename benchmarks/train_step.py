@@ -1,0 +1,162 @@
+"""A training step of the quickstart's model here and in open_clip (PyTorch), on this machine's CPU.
+
+    pip install -e ".[peers]" && python -m benchmarks.train_step [--rounds=5] [--steps=5] [--no-compile]
+
+Same sizes, batch, loss and optimizer (float32, AdamW with the same hyper-parameters), random data; the rounds alternate
+between the implementations, each warmed up before. Prints wall and process CPU seconds a step, the median over rounds,
+and one ratio to the faster of open_clip's eager and compiled forms.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from clip_jax.config import load_config_file, model_preset
+from clip_jax.models.presets import CLIPPreset
+from clip_jax.training.optimizer import make_optimizer
+from clip_jax.training.sharding import make_mesh, to_global_batch
+from clip_jax.training.step import create_state, make_model, make_train_step
+
+STEPS_OF_SCHEDULE = 1_000
+
+
+def random_batch(preset: CLIPPreset, batch_size: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    size, length = preset.vision.image_size, preset.text.context_length
+    tokens = rng.integers(1, preset.text.vocab_size - 2, (batch_size, length), np.int32)
+    tokens[:, -1] = preset.text.vocab_size - 1  # end of text
+    return {"image": rng.integers(0, 256, (batch_size, size, size, 3), np.uint8), "tokens": tokens}
+
+
+def our_step(config) -> Callable[[], float]:
+    mesh = make_mesh(config.mesh.fsdp)
+    model, optimizer = make_model(config), make_optimizer(config.optimizer, STEPS_OF_SCHEDULE)
+    train_step = make_train_step(model, optimizer, mesh)
+    state = create_state(model, optimizer, config.seed, mesh)
+    batch = random_batch(model_preset(config), config.global_batch_size)
+
+    def step() -> float:
+        nonlocal state
+        arrays = to_global_batch(batch, mesh)
+        state, metrics = train_step(state, arrays["image"], arrays["tokens"])
+        return float(metrics["loss"])
+
+    return step
+
+
+def open_clip_step(config, compiled: bool) -> Callable[[], float]:
+    import open_clip
+    import torch
+
+    from clip_jax.models.clip import IMAGE_MEAN, IMAGE_STD
+
+    preset = model_preset(config)
+    vision, text = preset.vision, preset.text
+    model = open_clip.model.CLIP(
+        preset.embed_dim,
+        {
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "width": vision.width,
+            "layers": vision.num_layers,
+            "head_width": vision.width // vision.num_heads,
+        },
+        {
+            "context_length": text.context_length,
+            "vocab_size": text.vocab_size,
+            "width": text.width,
+            "layers": text.num_layers,
+            "heads": text.num_heads,
+        },
+        quick_gelu=True,
+    )
+    model.train()
+    forward = torch.compile(model) if compiled else model
+    loss_fn = open_clip.ClipLoss()
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    settings = config.optimizer
+    optimizer = torch.optim.AdamW(
+        [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": settings.weight_decay}],
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+        fused=True,
+    )
+    batch = random_batch(preset, config.global_batch_size)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+    tokens = torch.from_numpy(batch["tokens"]).long()
+    uint8_images = torch.from_numpy(batch["image"]).permute(0, 3, 1, 2)
+
+    def step() -> float:
+        images = (uint8_images.float() / 255 - mean) / std
+        optimizer.zero_grad(set_to_none=True)
+        image_features, text_features, logit_scale = forward(images, tokens)
+        loss = loss_fn(image_features, text_features, logit_scale)
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, 4.6052)
+        return loss.item()
+
+    return step
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=5, help="in each round, of each implementation")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    arguments = parser.parse_args()
+    config = load_config_file("configs/quickstart.py")
+    try:
+        import benchmarks.peers  # noqa: F401
+        import open_clip
+        import torch
+    except ImportError:
+        print('open_clip is not installed: pip install -e ".[peers]"', file=sys.stderr)
+        return 2
+
+    implementations = {"clip_jax": our_step(config), "open_clip eager": open_clip_step(config, compiled=False)}
+    if not arguments.no_compile:
+        implementations["open_clip compiled"] = open_clip_step(config, compiled=True)
+    print(f"jax {jax.__version__}, torch {torch.__version__}, open_clip {open_clip.__version__}")
+    vision = config.model.vision
+    print(
+        f"{vision.image_size} px, patch {vision.patch_size}, width {vision.width}, {vision.num_layers} layers, "
+        f"batch {config.global_batch_size}, float32"
+    )
+    for name, step in implementations.items():
+        for _ in range(3):
+            loss = step()
+        print(f"{name}: warm, loss {loss:.3f}", flush=True)
+
+    wall: dict[str, list[float]] = {name: [] for name in implementations}
+    cpu: dict[str, list[float]] = {name: [] for name in implementations}
+    for _ in range(arguments.rounds):
+        for name, step in implementations.items():
+            wall_start, cpu_start = time.perf_counter(), time.process_time()
+            for _ in range(arguments.steps):
+                step()
+            wall[name].append((time.perf_counter() - wall_start) / arguments.steps)
+            cpu[name].append((time.process_time() - cpu_start) / arguments.steps)
+
+    images = config.global_batch_size
+    for name in implementations:
+        seconds, cpu_seconds = statistics.median(wall[name]), statistics.median(cpu[name])
+        print(f"{name:20} {seconds:7.3f} s wall  {cpu_seconds:7.3f} s CPU  {images / seconds:6.0f} images/s")
+    for measure, values in (("wall", wall), ("CPU", cpu)):
+        peers = {name: statistics.median(value) for name, value in values.items() if name != "clip_jax"}
+        best = min(peers, key=peers.get)
+        ratio = peers[best] / statistics.median(values["clip_jax"])
+        print(f"{measure}: clip_jax at {ratio:.2f} times the speed of {best}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
