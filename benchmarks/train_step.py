@@ -115,9 +115,10 @@ def main() -> int:
     arguments = parser.parse_args()
     config = load_config_file("configs/quickstart.py")
     try:
-        import benchmarks.peers  # noqa: F401
         import open_clip
         import torch
+
+        import benchmarks.peers  # noqa: F401
     except ImportError:
         print('open_clip is not installed: pip install -e ".[peers]"', file=sys.stderr)
         return 2

@@ -13,6 +13,7 @@ import sys
 import absl.logging
 
 from clip_jax.config import load_config_file, override, validate
+from clip_jax.data.pipeline import UndecodableError
 
 # Whatever starts processes for a pod (Cloud TPU, Slurm, GKE, Open MPI) is found by JAX itself; these name one by hand.
 POD_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -77,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         _log_to_console()
         # Imported late: the workers that decode pictures import this module anew, and need neither model nor device.
         from clip_jax.training import loop
+        from clip_jax.training.checkpoint import CheckpointError
 
         run = loop.prepare(config, workdir)
     except (ValueError, OSError) as error:
@@ -85,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         return 0 if loop.train(run) else 3
-    except FloatingPointError as error:
+    except (FloatingPointError, UndecodableError, CheckpointError) as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
 

@@ -10,10 +10,15 @@ from typing import NamedTuple
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from clip_jax.training.step import TrainState
 
 logger = logging.getLogger("clip_jax")
+
+
+class CheckpointError(Exception):
+    """A run has checkpoints, and none of them can be read."""
 
 
 class Restored(NamedTuple):
@@ -47,8 +52,11 @@ class Checkpointer:
     def restore_latest(self, template: TrainState) -> Restored | None:
         """The newest step that can be read in full, or None if there is none yet.
 
+        A step that cannot be read is set aside, as ``damaged_checkpoint_<step>`` in the run's folder, not deleted:
+        what looks damaged may be a disk or a network that failed for a moment.
+
         Raises:
-          ValueError: there are steps, but none can be read.
+          CheckpointError: there are steps, but none can be read.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
@@ -56,9 +64,9 @@ class Checkpointer:
                 return self._restore(step, template)
             except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
                 logger.warning("checkpoint %d cannot be read and is skipped: %s", step, str(error).splitlines()[0])
-                self._manager.delete(step)
+                self._set_aside(step)
         if steps:
-            raise ValueError(f"none of the checkpoints in {self._manager.directory} can be read: {steps}")
+            raise CheckpointError(f"none of the checkpoints in {self._manager.directory} can be read: {steps}")
         return None
 
     def _restore(self, step: int, template: TrainState) -> Restored:
@@ -67,6 +75,16 @@ class Checkpointer:
             args=ocp.args.Composite(state=ocp.args.StandardRestore(template._asdict()), data=ocp.args.JsonRestore()),
         )
         return Restored(TrainState(**restored.state), **restored.data)
+
+    def _set_aside(self, step: int) -> None:
+        if jax.process_index() == 0:
+            damaged = self._manager.directory / str(step)
+            target = self._manager.directory.parent / f"damaged_checkpoint_{step}"
+            if target.exists():
+                target.rmtree()
+            damaged.rename(target)
+        multihost_utils.sync_global_devices(f"set aside checkpoint {step}")
+        self._manager.reload()
 
     def wait(self) -> None:
         """Returns when every save is on disk."""

@@ -61,7 +61,20 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(undisturbed, tmp
             file.write_bytes(file.read_bytes()[:10])
     output = run(*SMALL, STEPS, OFTEN, f"--workdir={tmp_path}")
     assert f"checkpoint {newest.name} cannot be read and is skipped" in output
+    assert (tmp_path / f"damaged_checkpoint_{newest.name}" / "state").is_dir()
     assert losses(tmp_path) == undisturbed
+
+
+def test_a_run_whose_only_checkpoint_is_damaged_stops_with_one_line(tmp_path):
+    run(*SMALL, "--config.steps=2", f"--workdir={tmp_path}")
+    for file in (tmp_path / "checkpoints/2/state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    process = start(*SMALL, "--config.steps=2", f"--workdir={tmp_path}")
+    output = finish(process)
+    assert process.returncode == 1
+    assert "failed: none of the checkpoints" in output
+    assert "Traceback" not in output
 
 
 def test_a_finished_run_started_again_trains_no_further(undisturbed, tmp_path):
