@@ -13,6 +13,7 @@ define make_venv
 	@touch $@
 endef
 
+.NOTPARALLEL:
 .PHONY: quickstart test test-nightly test-peers lint format bench lock clean
 
 quickstart: $(VENV)/.base  ## train a small CLIP on the pairs that ship, and report
@@ -37,6 +38,7 @@ format: $(VENV)/.dev
 
 bench: $(PEERS_VENV)/.peers  ## what benchmarks/README.md claims
 	$(PEERS_VENV)/bin/python -m benchmarks.tokenizer
+	$(PEERS_VENV)/bin/python -m benchmarks.cpu_gradients
 	$(PEERS_VENV)/bin/python -m benchmarks.train_step
 
 $(VENV)/.base: setup.py constraints.txt

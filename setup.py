@@ -6,13 +6,13 @@ import re
 from setuptools import find_packages, setup
 
 HERE = pathlib.Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (HERE / "clip_jax/__init__.py").read_text())[1]
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "clip_jax/__init__.py").read_text(encoding="utf-8"))[1]
 
 setup(
     name="clip-jax-tpu",  # "clip-jax" belongs to another project
     version=VERSION,
     description="Trains, checks, evaluates and uses CLIP models in JAX and Flax, on TPU pods and on a laptop",
-    long_description=(HERE / "README.md").read_text(),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
@@ -29,7 +29,7 @@ setup(
         "orbax-checkpoint>=0.12.8,<0.13",  # checkpoints; its interface changes between minor versions
         "grain>=0.2.18",  # the input pipeline; brings ArrayRecord
         "ml_collections>=1.1",  # the config tree
-        "etils[epath]",  # paths that may be gs://
+        "etils[epath]",  # the paths that orbax works with
         "numpy>=2",
         "pillow>=11",  # decoding and resizing
         "msgpack",  # the records of the pairs that ship

@@ -8,18 +8,20 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import math
 import pathlib
 from collections.abc import Iterator
 
 import ml_collections
 
 from clip_jax.data.images import Augmentation
+from clip_jax.data.tokenizer import VOCAB_SIZE
 from clip_jax.models.presets import CLIPPreset, TextTransformerPreset, VisionTransformerPreset, get_preset
 
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full")
 
-# What may change between a run and its resumption without making it another run.
+# What may change between a run and its resumption without making it another run; "evaluation." may, too.
 NOT_PART_OF_A_RUN = (
     "log_every",
     "eval_every",
@@ -30,6 +32,7 @@ NOT_PART_OF_A_RUN = (
     "mesh.fsdp",
     "model.remat",
     "model.scan_unroll",
+    "data.source",  # the fingerprint of what it holds is compared instead, so data may be moved
 )
 
 
@@ -90,24 +93,31 @@ def model_preset(config: ml_collections.ConfigDict) -> CLIPPreset:
 
 
 def load_config_file(path: str) -> ml_collections.ConfigDict:
-    """Runs a config file's ``get_config``; a path that isn't there is looked up among the packaged configs.
+    """Runs a config file's ``get_config``; ``configs/NAME.py`` or NAME may also be a packaged config.
 
     Raises:
       FileNotFoundError: neither is there; the message lists the packaged ones.
+      ValueError: the file cannot be run, or does not return a config.
     """
     packaged = pathlib.Path(__file__).parent / "configs"  # in an installed wheel
     if not packaged.is_dir():
         packaged = pathlib.Path(__file__).parent.parent / "configs"
     file = pathlib.Path(path)
-    if not file.is_file():
-        file = packaged / (file.name if file.suffix == ".py" else f"{file.name}.py")
+    if not file.is_file() and str(file.parent) in (".", "configs"):
+        file = packaged / file.with_suffix(".py").name
     if not file.is_file():
         names = ", ".join(sorted(f"configs/{candidate.name}" for candidate in packaged.glob("*.py")))
         raise FileNotFoundError(f"no config file {path!r}; the packaged ones are {names}")
     spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:  # whatever the file's own code provokes
+        raise ValueError(f"config file {file}: {type(error).__name__}: {' '.join(str(error).split())}") from None
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ValueError(f"config file {file}: get_config() must return what clip_jax.config.default_config() returns")
+    return config
 
 
 def _leaves(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -158,6 +168,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
             problems.append(problem)
 
     model, optimizer, data = config.model, config.optimizer, config.data
+    infinite = [
+        name for name, value in flatten(config).items() if isinstance(value, float) and not math.isfinite(value)
+    ]
+    if infinite:
+        raise ValueError("\n".join(f"config.{name} must be a finite number" for name in infinite))
     check(
         bool(data.source),
         "no data: name some with --config.data.source=folder:/pictures, csv:/pairs.csv or array_record:/pairs-*",
@@ -181,6 +196,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if not too_small:
         vision, text = model.vision, model.text
         check(
+            text.vocab_size >= VOCAB_SIZE,
+            f"config.model.text.vocab_size={text.vocab_size} must be at least the tokenizer's {VOCAB_SIZE}",
+        )
+        check(text.context_length >= 2, "config.model.text.context_length must hold the two markers at least")
+        check(
             vision.image_size % vision.patch_size == 0,
             f"config.model.vision.patch_size={vision.patch_size} must divide image_size={vision.image_size}",
         )
@@ -192,6 +212,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
     check(optimizer.learning_rate > 0, "config.optimizer.learning_rate must be positive")
     for key in ("warmup_steps", "weight_decay", "gradient_clip_norm"):
         check(optimizer[key] >= 0, f"config.optimizer.{key} must not be negative")
+    check(optimizer.epsilon > 0, "config.optimizer.epsilon must be positive")
+    check(config.steps < 2**31, "config.steps must be below 2**31")
+    check(
+        bool(config.evaluation.zero_shot) or not config.evaluation.pixel_baseline,
+        "config.evaluation.pixel_baseline needs config.evaluation.zero_shot",
+    )
+    for name, strength in data.augmentation.items():
+        most = 180 if name in ("rotation", "hue") else 16 if name == "blur" else 1
+        check(0 <= strength <= most, f"config.data.augmentation.{name}={strength} must be in [0, {most}]")
     for key in ("beta1", "beta2"):
         check(0 <= optimizer[key] < 1, f"config.optimizer.{key}={optimizer[key]} must be in [0, 1)")
     if problems:
@@ -211,9 +240,9 @@ def check_same_run(config: ml_collections.ConfigDict, saved: dict, where: str) -
     now = flatten(config)
     before = flatten(ml_collections.ConfigDict(saved))
     different = [
-        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
-        for name in sorted(now.keys() | before.keys())
-        if now.get(name) != before.get(name) and name not in NOT_PART_OF_A_RUN
+        f"{name} was {before[name]!r} and is {now[name]!r}"
+        for name in sorted(now.keys() & before.keys())  # a key that only one version of the program knows is no sign
+        if now[name] != before[name] and name not in NOT_PART_OF_A_RUN and not name.startswith("evaluation.")
     ]
     if different:
         raise ValueError(f"{where} holds a run of another config ({'; '.join(different)}); choose another --workdir")

@@ -11,7 +11,7 @@ from etils import epath
 from PIL import Image
 
 from clip_jax.config import model_preset
-from clip_jax.data.images import decode_image, evaluation_transform
+from clip_jax.data.images import ImageError, decode_image, evaluation_transform, to_rgb
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.zero_shot import classifier_weights
 from clip_jax.training.checkpoint import read_config, restore_params
@@ -27,7 +27,7 @@ class LoadedModel:
     def __init__(self, config: ml_collections.ConfigDict, params: dict, mesh: jax.sharding.Mesh, batch_size: int):
         self.preset = model_preset(config)
         self.logit_scale = float(np.exp(params["logit_scale"]))
-        self._embedder = Embedder(make_model(config), mesh, batch_size).with_params(params)
+        self._embedder = Embedder(make_model(config, mesh), mesh, batch_size).with_params(params)
 
     def encode_image(self, images: Sequence[Picture]) -> np.ndarray:
         """M pictures (paths, PIL images or uint8 ``[H, W, 3]`` arrays) to float32 ``[M, D]`` of unit length.
@@ -55,12 +55,12 @@ class LoadedModel:
 
 def _open(picture: Picture) -> Image.Image:
     if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
+        return to_rgb(picture)
     if isinstance(picture, np.ndarray):
-        return Image.fromarray(picture).convert("RGB")
+        return to_rgb(Image.fromarray(picture))
     try:
         return decode_image(pathlib.Path(picture).read_bytes())
-    except ValueError as error:
+    except ImageError as error:
         raise ValueError(f"{os.fspath(picture)}: {error}") from None
 
 
@@ -69,6 +69,7 @@ def load(run: str | os.PathLike, batch_size: int = 64) -> LoadedModel:
 
     Raises:
       FileNotFoundError: the folder holds no run, or a run without a checkpoint.
+      CheckpointError: none of its checkpoints can be read.
     """
     folder = epath.Path(run).resolve()
     saved = read_config(folder)
@@ -76,5 +77,5 @@ def load(run: str | os.PathLike, batch_size: int = 64) -> LoadedModel:
         raise FileNotFoundError(f"{os.fspath(run)} holds no run: there is no config.json in it")
     config = ml_collections.ConfigDict(saved)
     mesh = make_mesh(fsdp=1)
-    params = restore_params(folder, abstract_params(make_model(config), mesh))
+    params = restore_params(folder, abstract_params(make_model(config, mesh), mesh))
     return LoadedModel(config, params, mesh, batch_size)

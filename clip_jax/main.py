@@ -15,7 +15,6 @@ import absl.logging
 from clip_jax.config import load_config_file, override, validate
 from clip_jax.data.pipeline import UndecodableError
 
-# Whatever starts processes for a pod (Cloud TPU, Slurm, GKE, Open MPI) is found by JAX itself; these name one by hand.
 POD_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -34,7 +33,9 @@ def parse_arguments(argv: list[str]) -> tuple:
     parser.add_argument("--config", required=True, help="a config file, such as configs/quickstart.py")
     parser.add_argument("--workdir", help="the folder of the run; runs/NAME_OF_CONFIG if not given")
     parser.add_argument(
-        "--distributed", action="store_true", help="join the other hosts of a pod; found by itself on Cloud TPU"
+        "--distributed",
+        action="store_true",
+        help="join the other hosts of a pod; needed on Cloud TPU VMs only",
     )
     try:
         known, rest = parser.parse_known_args(argv)
@@ -56,18 +57,31 @@ def parse_arguments(argv: list[str]) -> tuple:
 
 
 def start_distributed(asked_for: bool) -> None:
-    """Joins the pod if asked to, or if the environment shows one; must come before anything touches a device."""
+    """Joins the pod if asked to, or if the environment shows one; must come before anything touches a device.
+
+    Raises:
+      ValueError: the environment names a pod only in part.
+    """
     import jax
 
-    by_hand = all(name in os.environ for name in POD_VARIABLES)
-    # A Cloud TPU VM of a slice with several hosts lists them all here.
-    several_tpu_hosts = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    if by_hand:
-        jax.distributed.initialize(
-            os.environ[POD_VARIABLES[0]], int(os.environ[POD_VARIABLES[1]]), int(os.environ[POD_VARIABLES[2]])
-        )
-    elif asked_for or several_tpu_hosts:
-        jax.distributed.initialize()
+    given = [name for name in POD_VARIABLES if name in os.environ]
+    if given:
+        if len(given) < len(POD_VARIABLES):
+            missing = ", ".join(name for name in POD_VARIABLES if name not in given)
+            raise ValueError(f"{', '.join(given)} is set, but not {missing}; a pod needs all three")
+        address, processes, index = (os.environ[name] for name in POD_VARIABLES)
+        if not (processes.isdigit() and index.isdigit()):
+            raise ValueError(f"{POD_VARIABLES[1]}={processes} and {POD_VARIABLES[2]}={index} must be numbers")
+        jax.distributed.initialize(address, int(processes), int(index))
+    elif asked_for or _several_processes():
+        jax.distributed.initialize()  # JAX finds the others by what started them
+
+
+def _several_processes() -> bool:
+    """Whether GKE's, Slurm's or Open MPI's variables show more than one process."""
+    counts = [os.environ.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")]
+    several_hosts = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return several_hosts or any(count.isdigit() and int(count) > 1 for count in counts)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
 
         run = loop.prepare(config, workdir)
     except (ValueError, OSError) as error:
-        for line in str(error).splitlines():
+        for line in (str(error) or type(error).__name__).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return 2
     try:
@@ -90,6 +104,9 @@ def main(argv: list[str] | None = None) -> int:
     except (FloatingPointError, UndecodableError, CheckpointError) as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; what the last checkpoint holds is safe", file=sys.stderr)
+        return 3
 
 
 def _log_to_console() -> None:

@@ -19,14 +19,17 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     labels = [label.strip() for label in arguments.labels.split(",") if label.strip()]
     from clip_jax.loading import load
+    from clip_jax.training.checkpoint import CheckpointError
 
     try:
         if not labels:
             raise ValueError("--labels names nothing to choose among")
+        if arguments.top < 1:
+            raise ValueError(f"--top={arguments.top} must be at least 1")
         if "{}" not in arguments.template:
             raise ValueError(f"--template={arguments.template} has no {{}} for the name")
         probabilities = load(arguments.model).classify(arguments.pictures, labels, [arguments.template])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if arguments.json:

@@ -8,16 +8,29 @@ from clip_jax.config import default_config
 
 def get_config():
     config = default_config("ViT-tiny")
-    config.global_batch_size = 256
-    config.steps = 900
-    config.eval_every = 300
-    config.checkpoint_every = 200
+    config.global_batch_size = 128
+    config.steps = 5_000
+    config.log_every = 100
+    config.eval_every = 1_000
+    config.checkpoint_every = 1_000
     config.model.dtype = "float32"
-    config.model.scan_unroll = 6
+    config.model.scan_unroll = 2
     config.optimizer.learning_rate = 1e-3
-    config.optimizer.warmup_steps = 100
+    config.optimizer.warmup_steps = 500
+    config.optimizer.gradient_clip_norm = 1.0
+    augmentation = config.data.augmentation
+    augmentation.rotation = 15.0
+    augmentation.zoom = 0.3
+    augmentation.stretch = 0.2
+    augmentation.shear = 0.1
+    augmentation.translation = 0.1
+    augmentation.warp = 0.05
+    augmentation.hue = 20.0
+    augmentation.saturation = 0.4
+    augmentation.brightness = 0.2
+    augmentation.grayscale = 0.1
     config.data.source = "emoji:noto,twemoji/train"
-    config.data.num_workers = 1
+    config.data.num_workers = 2
     config.evaluation.zero_shot = "emoji:openmoji/all"
     config.evaluation.pixel_baseline = "emoji:noto,twemoji/all"
     with config.evaluation.unlocked():

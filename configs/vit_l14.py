@@ -1,6 +1,6 @@
 """ViT-L/14 as in the paper: batch 32,768, 32 epochs. On every host of a pod:
 
-python -m clip_jax.main --config=configs/vit_l14.py --workdir=gs://BUCKET/vit_l14 --config.data.source=...
+python -m clip_jax.main --config=configs/vit_l14.py --workdir=/mnt/shared/vit_l14 --config.data.source=...
 """
 
 from clip_jax.config import default_config

@@ -3,7 +3,7 @@
 The paper starts it from the trained ViT-L/14. This config starts it from scratch: starting from another model's
 weights is not built yet.
 
-    python -m clip_jax.main --config=configs/vit_l14_336.py --workdir=gs://BUCKET/vit_l14_336 --config.data.source=...
+    python -m clip_jax.main --config=configs/vit_l14_336.py --workdir=/mnt/shared/vit_l14_336 --config.data.source=...
 """
 
 from clip_jax.config import default_config

@@ -15,6 +15,8 @@ import sys
 import threading
 import time
 
+SAVED = 3  # clip_jax.main's exit code for a run that was interrupted and saved: the others are about to do the same
+
 
 def free_port() -> int:
     with socket.socket() as listener:
@@ -53,7 +55,7 @@ def wait(pod: list[subprocess.Popen], grace: float) -> int:
     deadline = None
     code = 0
     while any(process.poll() is None for process in pod):
-        failed = [process.returncode for process in pod if process.returncode not in (None, 0)]
+        failed = [process.returncode for process in pod if process.returncode not in (None, 0, SAVED)]
         if failed and deadline is None:
             code, deadline = failed[0], time.monotonic() + grace
         if deadline and time.monotonic() > deadline:
@@ -71,12 +73,11 @@ def main() -> int:
     parser.add_argument("arguments", nargs="*", help="of clip_jax.main, behind --")
     arguments = parser.parse_args()
     port = free_port()
-    pod = [
-        start(index, arguments.processes, arguments.devices, port, arguments.arguments)
-        for index in range(arguments.processes)
-    ]
+    pod: list[subprocess.Popen] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: [process.send_signal(number) for process in pod])
+    for index in range(arguments.processes):
+        pod.append(start(index, arguments.processes, arguments.devices, port, arguments.arguments))
     readers = [threading.Thread(target=show, args=(index, process)) for index, process in enumerate(pod)]
     for reader in readers:
         reader.start()

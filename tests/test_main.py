@@ -73,6 +73,11 @@ def test_a_wrong_key_is_told_with_the_nearest_right_one(capsys):
         ("--config.evaluation.templates=none", "there are emoji"),
         ("--config.data.source=emoji:apple/train", "noto, twemoji, openmoji"),
         ("--config.data.source=/data", "names no source"),
+        ("--config.optimizer.learning_rate=inf", "finite"),
+        ("--config.optimizer.epsilon=-1", "epsilon must be positive"),
+        ("--config.data.augmentation.grayscale=1.5", "must be in [0, 1]"),
+        ("--config.model.text.vocab_size=100", "at least the tokenizer's 49408"),
+        ("--config.evaluation.zero_shot=", "needs config.evaluation.zero_shot"),
     ],
 )
 def test_a_wrong_value_is_one_line(capsys, tmp_path, argument, expected):
@@ -83,6 +88,46 @@ def test_a_wrong_value_is_one_line(capsys, tmp_path, argument, expected):
 
 def test_a_config_that_is_not_there_is_told_with_those_that_are(capsys):
     assert "configs/vit_l14.py" in mistake(capsys, "--config=configs/vit_g.py")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("def get_config(:", "SyntaxError"),
+        ("x = 1", "get_config"),
+        ("def get_config(): return None", "default_config"),
+        (
+            "from clip_jax.config import default_config\n"
+            "def get_config():\n  config = default_config('ViT-B/32')\n  config.stepz = 3\n  return config",
+            "stepz",
+        ),
+    ],
+)
+def test_a_config_file_that_does_not_work_is_one_line(capsys, tmp_path, text, expected):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    message = mistake(capsys, f"--config={file}")
+    assert str(file) in message
+    assert expected in message
+
+
+def test_a_mistyped_folder_of_a_config_does_not_fall_back_to_a_packaged_one(capsys):
+    assert "no config file 'mine/vit_l14.py'" in mistake(capsys, "--config=mine/vit_l14.py")
+
+
+def test_a_workdir_that_cannot_be_one_is_told_before_anything_is_written(capsys, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    for workdir in (file, file / "below"):
+        assert "is not a folder" in mistake(capsys, QUICKSTART, f"--workdir={workdir}")
+    assert "mount a bucket" in mistake(capsys, QUICKSTART, "--workdir=gs://bucket/run")
+    (tmp_path / "config.json").write_text("{half")
+    assert "config.json is damaged" in mistake(capsys, QUICKSTART, f"--workdir={tmp_path}")
+
+
+def test_a_pod_named_in_part_is_told(capsys, monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    assert "JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID" in mistake(capsys, QUICKSTART)
 
 
 def test_all_mistakes_of_a_config_are_told_together(capsys):

@@ -81,11 +81,24 @@ def test_mistakes_of_predict_are_one_line(run, capsys):
         ([f"--model={run}/run", "--labels=a,b", str(run / "none.png")], "none.png"),
         ([f"--model={run}/run", "--labels=a,b", str(broken)], "broken.png"),
         ([f"--model={run}/run", "--labels=,", str(run / "photo.png")], "--labels"),
+        ([f"--model={run}/run", "--labels=a", "--top=0", str(run / "photo.png")], "--top"),
+        ([f"--model={run}/run", "--labels=a", "--template=no", str(run / "photo.png")], "--template"),
+        ([f"--model={run}/run", "--labels=a", str(run)], str(run)),
     ]:
         assert predict(arguments) == 2
         [line] = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ")
         assert expected in line
+
+
+def test_a_transparent_picture_is_the_same_by_path_and_as_an_image(run):
+    path = run / "transparent.png"
+    Image.new("RGBA", (20, 20), (255, 0, 0, 0)).save(path)
+    by_path, as_image, white = clip_jax.load(run / "run").encode_image(
+        [path, Image.open(path), Image.new("RGB", (20, 20), "white")]
+    )
+    np.testing.assert_array_equal(by_path, as_image)
+    np.testing.assert_array_equal(by_path, white)
 
 
 def test_a_loaded_model_embeds_paths_pillow_images_and_arrays_alike(run):

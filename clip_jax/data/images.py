@@ -56,23 +56,31 @@ def decode_image(data: bytes) -> Image.Image:
       ImageError: the data is no picture, is damaged, or is too large or too long and thin.
     """
     try:
-        image = Image.open(io.BytesIO(data))
-        _check_size(*image.size)
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", image.size, (*WHITE, 255)), image).convert("RGB")
-        if image.mode.startswith("I"):
-            # 16 bits a pixel, which convert("RGB") would clip to the lowest 255 of 65,536 levels.
-            image = Image.fromarray((np.asarray(image).clip(0, 65_535) // 257).astype(np.uint8))
-        elif image.mode == "F":
-            raise ImageError("floating-point pixels have no known range")
-        return image.convert("RGB")
+        return to_rgb(Image.open(io.BytesIO(data)))
     except ImageError:
         raise
     except Exception as error:  # Pillow's decoders let whatever a broken file provokes escape
         raise ImageError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A Pillow image of any mode as upright RGB, transparency on white.
+
+    Raises:
+      ImageError: it is too large, too long and thin, or its pixels have no known range.
+    """
+    _check_size(*image.size)
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (*WHITE, 255)), image).convert("RGB")
+    if image.mode.startswith("I"):
+        # 16 bits a pixel, which convert("RGB") would clip to the lowest 255 of 65,536 levels.
+        image = Image.fromarray((np.asarray(image).clip(0, 65_535) // 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise ImageError("floating-point pixels have no known range")
+    return image.convert("RGB")
 
 
 def _check_size(width: int, height: int) -> None:

@@ -15,7 +15,7 @@ import grain
 import numpy as np
 
 from clip_jax.data.images import Augmentation, ImageError, decode_image, training_transform
-from clip_jax.data.sources import Source
+from clip_jax.data.sources import PairError, Source
 from clip_jax.data.tokenizer import tokenize
 
 # Raise this whenever the same pictures would come out as other pixels or tokens: a run then refuses to resume.
@@ -55,10 +55,10 @@ class LoadPair:
           UndecodableError: the record and its next hundred neighbours are all broken.
         """
         for neighbour in range(min(MAX_NEIGHBOURS, len(self.source))):
-            pair = self.source[(index + neighbour) % len(self.source)]
             try:
+                pair = self.source[(index + neighbour) % len(self.source)]
                 image = decode_image(pair.image)
-            except ImageError:
+            except (ImageError, PairError):
                 continue
             caption = pair.captions[rng.integers(len(pair.captions))]
             return {
@@ -66,7 +66,7 @@ class LoadPair:
                 "tokens": tokenize(caption, self.context_length, truncate=True)[0],
                 "broken": np.int64(index if neighbour else -1),
             }
-        raise UndecodableError(f"{neighbour + 1} pictures in a row cannot be decoded, the last is {pair.key}")
+        raise UndecodableError(f"{neighbour + 1} pictures in a row cannot be decoded, from record {index} on")
 
 
 def _end_with(parent) -> None:
@@ -102,9 +102,10 @@ class Batches(Iterator[dict[str, np.ndarray]]):
             examples,
             global_batch_size,
             grain.sharding.ShardOptions(shard_index=host, shard_count=hosts),
-            # Per worker. Two batches' worth ahead, and no more: an example is some 10 kB to 450 kB.
+            # Two batches' worth ahead over all workers, and no more: an example is some 10 kB to 450 kB.
             read_options=grain.ReadOptions(
-                num_threads=num_threads, prefetch_buffer_size=2 * global_batch_size // hosts
+                num_threads=num_threads,
+                prefetch_buffer_size=2 * global_batch_size // hosts // max(1, num_workers),
             ),
             multiprocessing_options=processes,
         )

@@ -15,6 +15,7 @@ A source is named by one string, ``kind:where``:
 import csv
 import glob
 import hashlib
+import io
 import json
 import pathlib
 import urllib.parse
@@ -39,12 +40,18 @@ class Pair(NamedTuple):
     label: str = ""
 
 
+class PairError(ValueError):
+    """A record that is no pair; the message is one line that says which and why."""
+
+
 class Source(Protocol):
     """Random access to pairs. Must be picklable: worker processes get a copy."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Pair: ...
+    def __getitem__(self, index: int) -> Pair:
+        """Raises PairError if this record is damaged."""
+        ...
 
     def fingerprint(self) -> str:
         """A digest that changes when the pairs or their order do; two runs over equal sources see equal data."""
@@ -60,6 +67,7 @@ class ArrayRecordSource:
 
     Raises:
       FileNotFoundError: a file is missing.
+      ValueError: a file is not an ArrayRecord file.
     """
 
     def __init__(self, paths: Sequence[str]):
@@ -67,38 +75,58 @@ class ArrayRecordSource:
             if not pathlib.Path(path).is_file():
                 raise FileNotFoundError(f"no ArrayRecord file {path}")
         self._paths = list(paths)
-        self._records = ArrayRecordDataSource(self._paths)
+        try:
+            self._records = ArrayRecordDataSource(self._paths)
+        except RuntimeError as error:
+            raise ValueError(f"not ArrayRecord files: {', '.join(self._paths)}: {_first_line(error)}") from None
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Pair:
-        record = msgpack.unpackb(self._records[index])
-        return Pair(record["image"], record["captions"], record.get("key", f"record {index}"), record.get("label", ""))
+        try:
+            record = msgpack.unpackb(self._records[index])
+            pair = Pair(
+                record["image"], record["captions"], record.get("key", f"record {index}"), record.get("label", "")
+            )
+        except Exception as error:  # msgpack and the reader raise many kinds for damaged bytes
+            raise PairError(f"record {index} is damaged: {type(error).__name__}: {_first_line(error)}") from None
+        captions = pair.captions
+        whole = isinstance(pair.image, bytes) and captions and all(isinstance(caption, str) for caption in captions)
+        if not whole:
+            raise PairError(f"record {index} must have image as bytes and captions as a list of at least one text")
+        return pair
 
     def fingerprint(self) -> str:
         return _digest([(pathlib.Path(path).name, pathlib.Path(path).stat().st_size) for path in self._paths])
 
 
-class FileSource:
-    """Pairs whose pictures are files of their own: what :func:`folder_source` and :func:`csv_source` return."""
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
-    def __init__(self, entries: Sequence[tuple[str, Sequence[str]]]):
-        self._entries = entries
+
+class FileSource:
+    """Pairs whose pictures are files of their own: what :func:`folder_source` and :func:`csv_source` return.
+
+    An entry is a path below ``root`` and the captions of that picture.
+    """
+
+    def __init__(self, root: pathlib.Path, entries: Sequence[tuple[str, Sequence[str]]]):
+        self._root, self._entries = root, entries
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def __getitem__(self, index: int) -> Pair:
-        path, captions = self._entries[index]
+        name, captions = self._entries[index]
+        path = self._root / name
         try:
-            image = pathlib.Path(path).read_bytes()
-        except OSError:
-            image = b""  # cannot be decoded, so it is replaced and named like any other broken picture
-        return Pair(image, captions, path)
+            return Pair(path.read_bytes(), captions, str(path))
+        except OSError as error:
+            raise PairError(f"{path}: {error.strerror}") from None
 
     def fingerprint(self) -> str:
-        return _digest([(pathlib.Path(path).name, list(captions)) for path, captions in self._entries])
+        return _digest([(name, list(captions)) for name, captions in self._entries])
 
 
 def folder_source(folder: pathlib.Path) -> FileSource:
@@ -111,15 +139,23 @@ def folder_source(folder: pathlib.Path) -> FileSource:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
     entries = []
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES):
+    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()):
         text = path.with_suffix(".txt")
-        captions = [line.strip() for line in text.read_text().splitlines() if line.strip()] if text.is_file() else []
+        lines = _read_text(text).splitlines() if text.is_file() else []
+        captions = [line.strip() for line in lines if line.strip()]
         if not captions:
             raise ValueError(f"{path} has no caption: write at least one line into {text}")
-        entries.append((str(path), captions))
+        entries.append((path.relative_to(folder).as_posix(), captions))
     if not entries:
         raise ValueError(f"no pictures below {folder}: looked for {', '.join(IMAGE_SUFFIXES)}")
-    return FileSource(entries)
+    return FileSource(folder, entries)
+
+
+def _read_text(file: pathlib.Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")  # some programs put a byte order mark before UTF-8
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
 def csv_source(file: pathlib.Path, image: str = "image", caption: str = "caption") -> FileSource:
@@ -132,21 +168,25 @@ def csv_source(file: pathlib.Path, image: str = "image", caption: str = "caption
     if not file.is_file():
         raise FileNotFoundError(f"no file {file}")
     entries = []
-    with file.open(newline="") as stream:
-        reader = csv.DictReader(stream, delimiter="\t" if file.suffix == ".tsv" else ",")
+    reader = csv.DictReader(io.StringIO(_read_text(file), newline=""), delimiter="\t" if file.suffix == ".tsv" else ",")
+    try:
         columns = reader.fieldnames or []
         for name, column in (("image", image), ("caption", caption)):
             if column not in columns:
                 raise ValueError(
-                    f"{file} has no column {column!r}, only {', '.join(columns)}; name it with csv:{file}?{name}=..."
+                    f"{file} has no column {column!r}, only {', '.join(columns) or 'an empty first line'}; "
+                    f"name it with csv:{file}?{name}=..."
                 )
         for row in reader:
-            if not row[image] or not row[caption]:
-                raise ValueError(f"{file}, line {reader.line_num}: the {image if not row[image] else caption} is empty")
-            entries.append((str(file.parent / row[image]), [row[caption]]))
+            for column in (image, caption):
+                if not (row[column] or "").strip():
+                    raise ValueError(f"{file}, line {reader.line_num}: the {column} is empty")
+            entries.append((row[image].strip(), [row[caption].strip()]))
+    except csv.Error as error:
+        raise ValueError(f"{file}, line {reader.line_num}: {error}") from None
     if not entries:
         raise ValueError(f"{file} has no rows")
-    return FileSource(entries)
+    return FileSource(file.parent, entries)
 
 
 def _open_emoji(where: str) -> ArrayRecordSource:

@@ -103,7 +103,7 @@ def write_report(workdir: epath.Path, evaluations: Evaluations, results: Evaluat
         encoded = base64.b64encode(stream.getvalue()).decode()
         sections.append(f'<img alt="{name}" src="data:image/png;base64,{encoded}">')
     page = _PAGE.format(title=html.escape(workdir.name), table=html.escape(results.table()), body="\n".join(sections))
-    (folder / "index.html").write_text(page)
+    (folder / "index.html").write_text(page, encoding="utf-8")
 
 
 _PAGE = """<!doctype html>

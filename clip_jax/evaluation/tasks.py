@@ -7,7 +7,7 @@ import ml_collections
 import numpy as np
 
 from clip_jax.data.images import ImageError, decode_image, evaluation_transform
-from clip_jax.data.sources import Pair, open_source
+from clip_jax.data.sources import Pair, PairError, open_source
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.retrieval import RECALL_AT, retrieval_metrics
 from clip_jax.evaluation.zero_shot import (
@@ -88,7 +88,12 @@ def _load_pairs(name: str, image_size: int) -> tuple[list[Pair], np.ndarray]:
       ValueError: a picture cannot be decoded. Nothing may take its place here: the result would be another.
     """
     source = open_source(name)
-    pairs = [source[index] for index in range(len(source))]
+    try:
+        pairs = [source[index] for index in range(len(source))]
+    except PairError as error:
+        raise ValueError(f"evaluation data {name}: {error}") from None
+    if not pairs:
+        raise ValueError(f"evaluation data {name} has no pairs")
     images = np.zeros((len(pairs), image_size, image_size, 3), np.uint8)
     for index, pair in enumerate(pairs):
         try:

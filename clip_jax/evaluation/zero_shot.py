@@ -18,14 +18,14 @@ def load_templates(name: str) -> list[str]:
     if not file.is_file():
         names = ", ".join(sorted(entry.name.removesuffix(".json") for entry in folder.iterdir()))
         raise ValueError(f"no prompt templates {name!r}; there are {names}")
-    return json.loads(file.read_text())
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def classifier_weights(
     encode_text: Callable[[Sequence[str]], np.ndarray], names: Sequence[str], templates: Sequence[str]
 ) -> np.ndarray:
     """One unit vector a class, float32 ``[C, D]``: the mean over templates of its text_embeddings, normalised again."""
-    prompts = [template.format(name) for name in names for template in templates]
+    prompts = [template.replace("{}", name) for name in names for template in templates]
     embeddings = encode_text(prompts).reshape(len(names), len(templates), -1)  # [C, T, D]
     mean = embeddings.mean(axis=1)
     return mean / np.linalg.norm(mean, axis=1, keepdims=True)

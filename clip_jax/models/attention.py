@@ -5,6 +5,7 @@ scanned, so that compile time does not grow with depth; their parameters carry a
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -17,6 +18,15 @@ Initializer = Callable[..., jax.Array]
 def quick_gelu(x: jax.Array) -> jax.Array:
     """x * sigmoid(1.702 x), the approximation of GELU that every published CLIP was trained with."""
     return x * nn.sigmoid(1.702 * x)
+
+
+def shard_batch(x: jax.Array, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """Keeps the first axis split over the devices; without a sharding, as on one device, does nothing.
+
+    Said of every activation: parameters are split as well, and left to itself the compiler prefers to move the
+    activations of the whole batch to where a parameter's part is, instead of gathering that parameter.
+    """
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
 def torch_linear_init(fan_in: int) -> Initializer:
@@ -108,6 +118,7 @@ class Linear(nn.Module):
     kernel_init: Initializer
     bias_init: Initializer | None = None
     dtype: jnp.dtype = jnp.float32
+    batch_sharding: jax.sharding.Sharding | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -118,7 +129,7 @@ class Linear(nn.Module):
         if self.bias_init is not None:
             bias = self.param("bias", nn.with_logical_partitioning(self.bias_init, self.axes[1:]), (self.features,))
             y += bias.astype(self.dtype)
-        return y
+        return shard_batch(y, self.batch_sharding)
 
 
 def matrix_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -160,20 +171,22 @@ class ResidualAttentionBlock(nn.Module):
     causal: bool
     initializers: BlockInitializers
     dtype: jnp.dtype = jnp.float32
+    batch_sharding: jax.sharding.Sharding | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
         width, init, zeros = x.shape[-1], self.initializers, nn.initializers.zeros
+        linear = functools.partial(Linear, dtype=self.dtype, batch_sharding=self.batch_sharding)
         y = LayerNorm(self.dtype, name="ln_1")(x)
-        qkv = Linear(3 * width, ("embed", "qkv"), init.qkv, zeros, self.dtype, name="qkv")(y)
+        qkv = linear(3 * width, ("embed", "qkv"), init.qkv, zeros, name="qkv")(y)
         y = multi_head_attention(qkv, self.num_heads, self.causal)
-        x = x + Linear(width, ("heads", "embed"), init.attention_output, zeros, self.dtype, name="attention_output")(y)
+        x = x + linear(width, ("heads", "embed"), init.attention_output, zeros, name="attention_output")(y)
 
         y = LayerNorm(self.dtype, name="ln_2")(x)
-        y = Linear(4 * width, ("embed", "mlp"), init.fc1, torch_linear_init(width), self.dtype, name="fc1")(y)
+        y = linear(4 * width, ("embed", "mlp"), init.fc1, torch_linear_init(width), name="fc1")(y)
         y = quick_gelu(y)
-        y = Linear(width, ("mlp", "embed"), init.fc2, torch_linear_init(4 * width), self.dtype, name="fc2")(y)
-        return x + y, None  # scan wants a carry and an output
+        y = linear(width, ("mlp", "embed"), init.fc2, torch_linear_init(4 * width), name="fc2")(y)
+        return shard_batch(x + y, self.batch_sharding), None  # scan wants a carry and an output
 
 
 class Transformer(nn.Module):
@@ -186,6 +199,7 @@ class Transformer(nn.Module):
     remat: str = "none"
     scan_unroll: int = 1
     dtype: jnp.dtype = jnp.float32
+    batch_sharding: jax.sharding.Sharding | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -198,5 +212,5 @@ class Transformer(nn.Module):
             unroll=self.scan_unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, _ = layers(self.num_heads, self.causal, self.initializers, self.dtype, name="blocks")(x)
+        x, _ = layers(self.num_heads, self.causal, self.initializers, self.dtype, self.batch_sharding, name="blocks")(x)
         return x

@@ -36,15 +36,22 @@ class CLIP(nn.Module):
 
     ``remat`` is "none", or "full" to recompute each layer in the backward pass; ``scan_unroll`` is how many layers a
     scan step holds (1 compiles fastest; all of them let XLA work across layers, which pays for small models on CPU).
+    ``batch_sharding`` says how the first axis of every activation is split over devices; None leaves it open.
     """
 
     preset: CLIPPreset
     remat: str = "none"
     scan_unroll: int = 1
     dtype: jnp.dtype = jnp.float32
+    batch_sharding: jax.sharding.Sharding | None = None
 
     def setup(self):
-        shared = {"embed_dim": self.preset.embed_dim, "remat": self.remat, "dtype": self.dtype}
+        shared = {
+            "embed_dim": self.preset.embed_dim,
+            "remat": self.remat,
+            "dtype": self.dtype,
+            "batch_sharding": self.batch_sharding,
+        }
 
         def tower(module, preset):
             # A scan step cannot hold more layers than there are.

@@ -49,7 +49,7 @@ PRESETS: dict[str, CLIPPreset] = {
     # Not in the paper: for one accelerator, and for a CPU in minutes.
     "ViT-S/16": CLIPPreset(384, VisionTransformerPreset(224, 16, 384, 12, 6), TextTransformerPreset(384, 12, 6)),
     "ViT-tiny": CLIPPreset(
-        128, VisionTransformerPreset(48, 8, 192, 6, 3), TextTransformerPreset(128, 2, 2, context_length=32)
+        128, VisionTransformerPreset(32, 16, 128, 2, 2), TextTransformerPreset(64, 1, 1, context_length=24)
     ),
 }
 

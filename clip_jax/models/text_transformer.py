@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from clip_jax.models.attention import LayerNorm, Linear, Transformer, text_initializers
+from clip_jax.models.attention import LayerNorm, Linear, Transformer, shard_batch, text_initializers
 
 
 class TextTransformer(nn.Module):
@@ -23,6 +23,7 @@ class TextTransformer(nn.Module):
     remat: str = "none"
     scan_unroll: int = 1
     dtype: jnp.dtype = jnp.float32
+    batch_sharding: jax.sharding.Sharding | None = None
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -33,7 +34,8 @@ class TextTransformer(nn.Module):
         positions = self.param(
             "positional_embedding", partitioned(normal(0.01), ("position", "embed")), (self.context_length, self.width)
         )
-        x = token_embedding.astype(self.dtype)[tokens] + positions[: tokens.shape[1]].astype(self.dtype)  # [B, L, W]
+        x = token_embedding.astype(self.dtype)[tokens] + positions[: tokens.shape[1]].astype(self.dtype)
+        x = shard_batch(x, self.batch_sharding)  # [B, L, W]
         x = Transformer(
             self.num_layers,
             self.num_heads,
@@ -42,12 +44,18 @@ class TextTransformer(nn.Module):
             remat=self.remat,
             scan_unroll=self.scan_unroll,
             dtype=self.dtype,
+            batch_sharding=self.batch_sharding,
             name="transformer",
         )(x)
         x = jnp.take_along_axis(x, tokens.argmax(axis=-1)[:, None, None], axis=1)[:, 0]  # [B, W]
         # LayerNorm works on each position alone, so normalising only the one that is read is the same function.
         x = LayerNorm(self.dtype, name="ln_final")(x)
         project = Linear(
-            self.embed_dim, ("embed", "output"), normal(self.width**-0.5), dtype=self.dtype, name="projection"
+            self.embed_dim,
+            ("embed", "output"),
+            normal(self.width**-0.5),
+            dtype=self.dtype,
+            batch_sharding=self.batch_sharding,
+            name="projection",
         )
         return project(x)

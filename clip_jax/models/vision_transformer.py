@@ -1,10 +1,19 @@
 """The image tower: a Vision Transformer as CLIP has it (section 2.4 of the paper)."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from clip_jax.models.attention import LayerNorm, Linear, Transformer, torch_linear_init, vision_initializers
+from clip_jax.models.attention import (
+    LayerNorm,
+    Linear,
+    Transformer,
+    shard_batch,
+    torch_linear_init,
+    vision_initializers,
+)
 
 
 def split_into_patches(images: jax.Array, patch_size: int) -> jax.Array:
@@ -31,13 +40,15 @@ class VisionTransformer(nn.Module):
     remat: str = "none"
     scan_unroll: int = 1
     dtype: jnp.dtype = jnp.float32
+    batch_sharding: jax.sharding.Sharding | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         normal = nn.initializers.normal(self.width**-0.5)
         patches = split_into_patches(images.astype(self.dtype), self.patch_size)  # [B, N, P * P * 3]
         patch_init = torch_linear_init(patches.shape[-1])
-        x = Linear(self.width, ("patch", "embed"), patch_init, dtype=self.dtype, name="patch_embedding")(patches)
+        linear = functools.partial(Linear, dtype=self.dtype, batch_sharding=self.batch_sharding)
+        x = linear(self.width, ("patch", "embed"), patch_init, name="patch_embedding")(patches)
 
         class_embedding = self.param("class_embedding", nn.with_logical_partitioning(normal, ("embed",)), (self.width,))
         class_token = jnp.broadcast_to(class_embedding.astype(self.dtype), (x.shape[0], 1, self.width))
@@ -47,7 +58,8 @@ class VisionTransformer(nn.Module):
             nn.with_logical_partitioning(normal, ("position", "embed")),
             ((self.image_size // self.patch_size) ** 2 + 1, self.width),
         )
-        x = LayerNorm(self.dtype, name="ln_pre")(x + positions.astype(self.dtype))
+        x = shard_batch(x + positions.astype(self.dtype), self.batch_sharding)
+        x = shard_batch(LayerNorm(self.dtype, name="ln_pre")(x), self.batch_sharding)
         x = Transformer(
             self.num_layers,
             self.num_heads,
@@ -55,7 +67,8 @@ class VisionTransformer(nn.Module):
             remat=self.remat,
             scan_unroll=self.scan_unroll,
             dtype=self.dtype,
+            batch_sharding=self.batch_sharding,
             name="transformer",
         )(x)
         x = LayerNorm(self.dtype, name="ln_post")(x[:, 0])  # [B, W]
-        return Linear(self.embed_dim, ("embed", "output"), normal, dtype=self.dtype, name="projection")(x)
+        return linear(self.embed_dim, ("embed", "output"), normal, name="projection")(x)

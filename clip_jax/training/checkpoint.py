@@ -8,6 +8,7 @@ import logging
 from typing import NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
@@ -50,21 +51,25 @@ class Checkpointer:
         return self._manager.reached_preemption(step)
 
     def restore_latest(self, template: TrainState) -> Restored | None:
-        """The newest step that can be read in full, or None if there is none yet.
+        """The newest step that every host can read in full, or None if there is none yet.
 
-        A step that cannot be read is set aside, as ``damaged_checkpoint_<step>`` in the run's folder, not deleted:
-        what looks damaged may be a disk or a network that failed for a moment.
+        Newer steps that cannot be read are set aside, as ``damaged_checkpoint_<step>`` in the run's folder, once an
+        older one has been restored; until then nothing is touched.
 
         Raises:
           CheckpointError: there are steps, but none can be read.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        for number, step in enumerate(steps):
+            restored = None
             try:
-                return self._restore(step, template)
+                restored = self._restore(step, template)
             except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
-                logger.warning("checkpoint %d cannot be read and is skipped: %s", step, str(error).splitlines()[0])
-                self._set_aside(step)
+                logger.warning("checkpoint %d cannot be read and is skipped: %s", step, str(error).partition("\n")[0])
+            if np.all(multihost_utils.process_allgather(np.array(restored is not None))):
+                for damaged in steps[:number]:
+                    self._set_aside(damaged)
+                return restored
         if steps:
             raise CheckpointError(f"none of the checkpoints in {self._manager.directory} can be read: {steps}")
         return None
@@ -99,9 +104,7 @@ def saved_fingerprint(workdir: epath.Path) -> str | None:
     """The fingerprint of the data that the newest readable checkpoint was trained on, or None without one."""
     if not (workdir / "checkpoints").exists():
         return None
-    with ocp.CheckpointManager(
-        workdir / "checkpoints", options=ocp.CheckpointManagerOptions(read_only=True)
-    ) as manager:
+    with _read_only(workdir) as manager:
         for step in sorted(manager.all_steps(), reverse=True):
             try:
                 restored = manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))
@@ -111,28 +114,34 @@ def saved_fingerprint(workdir: epath.Path) -> str | None:
     return None
 
 
+def _read_only(workdir: epath.Path) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(workdir / "checkpoints", options=ocp.CheckpointManagerOptions(read_only=True))
+
+
 def restore_params(workdir: epath.Path, params_template: dict) -> dict:
-    """The parameters alone, of the newest checkpoint of a run, for using the model.
+    """The parameters alone, of the newest checkpoint of a run that can be read, for using the model.
 
     Raises:
       FileNotFoundError: the run has no checkpoint.
+      CheckpointError: it has some, but none can be read.
     """
-    with ocp.CheckpointManager(
-        workdir / "checkpoints", options=ocp.CheckpointManagerOptions(read_only=True)
-    ) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise FileNotFoundError(f"{workdir} has no checkpoint")
-        path = manager.directory / str(step) / "state"
-    restored = ocp.PyTreeCheckpointer().restore(
-        path,
-        args=ocp.args.PyTreeRestore(
-            item={"params": params_template},
-            restore_args=ocp.checkpoint_utils.construct_restore_args({"params": params_template}),
-            partial_restore=True,
-        ),
+    if not (workdir / "checkpoints").exists():
+        raise FileNotFoundError(f"{workdir} has no checkpoint")
+    with _read_only(workdir) as manager:
+        steps, directory = sorted(manager.all_steps(), reverse=True), manager.directory
+    arguments = ocp.args.PyTreeRestore(
+        item={"params": params_template},
+        restore_args=ocp.checkpoint_utils.construct_restore_args({"params": params_template}),
+        partial_restore=True,
     )
-    return restored["params"]
+    for step in steps:
+        try:
+            return ocp.PyTreeCheckpointer().restore(directory / str(step) / "state", args=arguments)["params"]
+        except Exception as error:
+            logger.warning("checkpoint %d cannot be read and is skipped: %s", step, str(error).partition("\n")[0])
+    if steps:
+        raise CheckpointError(f"none of the checkpoints in {directory} can be read: {steps}")
+    raise FileNotFoundError(f"{workdir} has no checkpoint")
 
 
 def write_config(workdir: epath.Path, text: str) -> None:
@@ -145,6 +154,18 @@ def write_config(workdir: epath.Path, text: str) -> None:
 
 
 def read_config(workdir: epath.Path) -> dict | None:
-    """The config of the run in this folder, or None if there is no run."""
+    """The config of the run in this folder, or None if there is no run.
+
+    Raises:
+      ValueError: there is a ``config.json``, but it isn't one of ours.
+    """
     file = workdir / "config.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    if not file.exists():
+        return None
+    try:
+        config = json.loads(file.read_text())
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is damaged; restore it, or choose another --workdir")
+    return config

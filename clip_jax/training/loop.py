@@ -8,6 +8,7 @@ How a run starts, by what its folder holds:
 4. another run: it is refused before anything is written.
 """
 
+import hashlib
 import json
 import logging
 import math
@@ -22,10 +23,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from clip_jax.config import check_same_run, to_json, validate
+from clip_jax.config import check_same_run, to_json
 from clip_jax.data.images import Augmentation, ImageError, decode_image
 from clip_jax.data.pipeline import TRANSFORM_VERSION, Batches, LoadPair
-from clip_jax.data.sources import Source, open_source
+from clip_jax.data.sources import PairError, Source, open_source
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.report import write_report
 from clip_jax.evaluation.tasks import EvaluationResults, Evaluations
@@ -51,36 +52,66 @@ class Run(NamedTuple):
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
-    """Checks config, data, folder and devices, in that order; writes nothing.
+    """Checks the folder, the data and whether the devices can share the batch; writes nothing.
+
+    ``config`` has passed :func:`clip_jax.config.validate`.
 
     Raises:
       ValueError, OSError: a mistake of the user's; the message says what, where and the mend.
     """
-    validate(config)
-    folder = epath.Path(workdir)
+    folder = check_workdir(workdir)
     saved = read_config(folder)
     if saved is not None:
         check_same_run(config, saved, workdir)
-    source = open_source(config.data.source)
-    if len(source) == 0:
-        raise ValueError(f"config.data.source={config.data.source} has no pairs")
-    try:
-        decode_image(source[0].image)
-    except ImageError as error:
-        raise ValueError(
-            f"config.data.source={config.data.source}: its first picture, {source[0].key}: {error}"
-        ) from None
-    evaluations = Evaluations(config)
     mesh = make_mesh(config.mesh.fsdp)
     check_batch_divides(config.global_batch_size, mesh)
+    source = open_source(config.data.source)
+    check_first_pair(source, config.data.source)
     steps = config.steps or math.ceil(config.epochs * len(source) / config.global_batch_size)
     fingerprint = f"{source.fingerprint()}-{len(source)}-seed{config.seed}-transform{TRANSFORM_VERSION}"
     before = saved_fingerprint(folder)
+    if before is not None and saved is None:
+        raise ValueError(f"{workdir} holds checkpoints but no config.json; restore it, or choose another --workdir")
     if before not in (None, fingerprint):
         raise ValueError(f"{workdir} was trained on other data than config.data.source={config.data.source} now holds")
-    # No host may begin to write while another still looks at what the folder holds.
-    multihost_utils.sync_global_devices("prepared")
+    evaluations = Evaluations(config)
+    check_hosts_agree(f"{fingerprint} {steps} {to_json(config)}")
     return Run(config, folder, source, evaluations, mesh, steps, fingerprint)
+
+
+def check_workdir(workdir: str) -> epath.Path:
+    """Raises ValueError unless the folder is there, or can be made, and can be written to."""
+    if not workdir or "://" in workdir:
+        raise ValueError(f"--workdir={workdir} must be a folder on a disk that all hosts share; mount a bucket first")
+    folder = epath.Path(workdir).resolve()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--workdir={workdir}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"--workdir={workdir}: {existing} cannot be written to")
+    return folder
+
+
+def check_first_pair(source: Source, name: str) -> None:
+    """Raises ValueError if the source is empty or its first pair cannot be used: it is not what it seemed to be."""
+    if len(source) == 0:
+        raise ValueError(f"config.data.source={name} has no pairs")
+    try:
+        decode_image(source[0].image)
+    except PairError as error:
+        raise ValueError(f"config.data.source={name}: {error}") from None
+    except ImageError as error:
+        raise ValueError(f"config.data.source={name}: its first picture, {source[0].key}: {error}") from None
+
+
+def check_hosts_agree(what: str) -> None:
+    """Raises ValueError if hosts were started with different configs or see different data.
+
+    All hosts meet here, so none begins to write while another still looks at what the folder holds.
+    """
+    digest = np.frombuffer(hashlib.sha256(what.encode()).digest(), np.uint8)
+    if not np.all(multihost_utils.process_allgather(digest).reshape(-1, len(digest)) == digest):
+        raise ValueError("the hosts differ in config or data; all need the same flags and the same files")
 
 
 class Interruption:
@@ -111,7 +142,7 @@ class Interruption:
 def train(run: Run) -> bool:
     """Trains to the last step, then evaluates and reports; True if the run is finished, False if interrupted."""
     config, mesh = run.config, run.mesh
-    model, optimizer = make_model(config), make_optimizer(config.optimizer, run.steps)
+    model, optimizer = make_model(config, mesh), make_optimizer(config.optimizer, run.steps)
     write_config(run.workdir, to_json(config))
     checkpointer = Checkpointer(run.workdir, config.checkpoints_to_keep)
     writer = MetricWriter(run.workdir)
@@ -134,12 +165,10 @@ def train(run: Run) -> bool:
                 "stopped at step %d of %d, which is saved; the same command goes on from there", step, run.steps
             )
             return False
-        if run.evaluations:
-            results = evaluate(run, embedder, state, writer, final=True)
-            if jax.process_index() == 0:
-                write_report(run.workdir, run.evaluations, results)
-                logger.info("%s", results.table())
-        _log_end(run)
+        results = evaluate(run, embedder, state, writer, final=True)
+        if jax.process_index() == 0:
+            write_report(run.workdir, run.evaluations, results)
+        _log_end(run, results)
         return True
     finally:
         checkpointer.close()
@@ -179,8 +208,15 @@ def train_steps(
             alone = jax.process_count() == 1
             stopping = interruption.requested if alone else checkpointer.preempted(step)
             if stopping or step == run.steps or step % config.checkpoint_every == 0:
+                log.check_finite(step, metrics)
                 checkpointer.save(step, state, batches.position, run.data_fingerprint)
-            if run.evaluations and config.eval_every and step % config.eval_every == 0 and step < run.steps:
+            if (
+                run.evaluations
+                and config.eval_every
+                and step % config.eval_every == 0
+                and step < run.steps
+                and not stopping
+            ):
                 log.flush()
                 results = evaluate(run, embedder, state, writer)
                 logger.info("step %d  %s", step, results.line())
@@ -210,13 +246,16 @@ def make_batches(run: Run, position: int) -> Batches:
 
 
 def log_broken_pictures(source: Source, broken: np.ndarray) -> None:
-    """Names the pictures of this batch that were replaced; ``broken`` is int64 ``[B]``, -1 where all was well."""
+    """Names the pairs of this batch that were replaced; ``broken`` is int64 ``[B]``, -1 where all was well."""
     for index in broken[broken >= 0]:
-        pair = source[int(index)]
+        name, reason = f"record {index}", "it could be read this time"
         try:
+            pair = source[int(index)]
+            name = pair.key
             decode_image(pair.image)
-        except ImageError as error:
-            logger.warning("replaced a broken picture by the next one: %s: %s", pair.key, error)
+        except (ImageError, PairError) as error:
+            reason = str(error)
+        logger.warning("replaced a broken picture by the next one: %s: %s", name, reason)
 
 
 def evaluate(
@@ -225,8 +264,9 @@ def evaluate(
     """Scores the state, and writes ``eval/<step>.json`` and the metrics; ``final`` adds the baseline."""
     step = int(state.step)
     results = run.evaluations.score(embedder.with_params(state.params), with_baseline=final)
-    writer.write(step, results.scalars())
-    if jax.process_index() == 0:
+    if run.evaluations:
+        writer.write(step, results.scalars())
+    if run.evaluations and jax.process_index() == 0:
         folder = run.workdir / "eval"
         folder.mkdir(exist_ok=True)
         (folder / f"{step}.json").write_text(json.dumps(results.as_dict(), indent=2) + "\n")
@@ -252,9 +292,12 @@ def _log_start(run: Run, state: TrainState) -> None:
     )
 
 
-def _log_end(run: Run) -> None:
+def _log_end(run: Run, results: EvaluationResults) -> None:
+    if run.evaluations:
+        logger.info("%s", results.table())
     logger.info("finished %d steps. In %s:", run.steps, run.workdir)
     logger.info("  checkpoints/%d  metrics.jsonl  tensorboard/  config.json", run.steps)
     if run.evaluations:
-        logger.info("  eval/%d.json  report/index.html (open it in a browser)", run.steps)
+        logger.info("  eval/%d.json", run.steps)
+    logger.info("  report/index.html (open it in a browser)")
     logger.info('Use it:  python -m clip_jax.predict --model=%s --labels="a dog,a cat" picture.png', run.workdir)

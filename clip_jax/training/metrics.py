@@ -30,7 +30,11 @@ class MetricWriter:
     def __init__(self, workdir: epath.Path):
         self._file: IO | None = None
         if jax.process_index() == 0:
-            self._file = (workdir / "metrics.jsonl").open("a")
+            path = workdir / "metrics.jsonl"
+            cut_short = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+            self._file = path.open("a")
+            if cut_short:  # by a kill; what follows must not join that line
+                self._file.write("\n")
             self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), write_to_disk=True)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
@@ -72,7 +76,7 @@ class StepLog:
         ``broken_pictures`` of its batch were replaced on this host; logged is their sum since the program started.
 
         Raises:
-          FloatingPointError: its loss is not a number.
+          FloatingPointError: its loss or its gradient is not finite.
         """
         self._log_pending()
         self._pending = (step, metrics)
@@ -83,6 +87,17 @@ class StepLog:
         self._log_pending()
         self._restart_clock()
 
+    @staticmethod
+    def check_finite(step: int, metrics: dict[str, jax.Array]) -> None:
+        """Raises FloatingPointError if the step's loss or gradient is not finite: its state must not be saved."""
+        for name in ("loss", "gradient_norm"):
+            value = float(metrics[name])
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"{name} is {value} at step {step}; a lower config.optimizer.learning_rate or a "
+                    "config.optimizer.gradient_clip_norm of 1 may help"
+                )
+
     def _restart_clock(self) -> None:
         self._since: tuple[float, int] | None = None  # when and at which step the rate's measurement began
         self._waited = 0.0
@@ -92,12 +107,7 @@ class StepLog:
             return
         step, metrics = self._pending
         self._pending = None
-        loss = float(metrics["loss"])
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} at step {step}; a lower config.optimizer.learning_rate or a "
-                "config.optimizer.gradient_clip_norm of 1 may help"
-            )
+        self.check_finite(step, metrics)
         now = time.perf_counter()
         if self._since is None:
             self._since = (now, step)  # the first step's time is mostly compilation

@@ -27,9 +27,10 @@ class TrainState(NamedTuple):
 TrainStep = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def make_model(config: ml_collections.ConfigDict) -> CLIP:
+def make_model(config: ml_collections.ConfigDict, mesh: Mesh) -> CLIP:
+    """The model that ``config.model`` describes, its activations split over the mesh by their first axis."""
     model = config.model
-    return CLIP(model_preset(config), model.remat, model.scan_unroll, jnp.dtype(model.dtype))
+    return CLIP(model_preset(config), model.remat, model.scan_unroll, jnp.dtype(model.dtype), batch_sharding(mesh))
 
 
 def _init_params(model: CLIP, key: jax.Array) -> dict:
@@ -37,7 +38,8 @@ def _init_params(model: CLIP, key: jax.Array) -> dict:
     vision, text = model.preset.vision, model.preset.text
     images = jnp.zeros((1, vision.image_size, vision.image_size, 3))
     tokens = jnp.zeros((1, text.context_length), jnp.int32)
-    return model.init(key, images, tokens)["params"]
+    # One example cannot be split over devices.
+    return model.clone(batch_sharding=None).init(key, images, tokens)["params"]
 
 
 def _init_state(model: CLIP, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:

@@ -2,12 +2,14 @@
 
 import json
 
+import msgpack
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from clip_jax.data.emoji.build import captions_of, is_held_out
 from clip_jax.data.images import decode_image
-from clip_jax.data.sources import EMOJI_FOLDER, open_source
+from clip_jax.data.sources import EMOJI_FOLDER, PairError, open_source
 
 
 def test_the_pairs_that_ship_are_whole():
@@ -65,16 +67,54 @@ def test_a_tsv_is_read_by_its_ending(tmp_path):
     assert decode_image(source[0].image).size == (3, 3)
 
 
-def test_a_missing_picture_of_a_csv_is_broken_rather_than_fatal(tmp_path):
+def test_a_missing_picture_of_a_csv_is_a_broken_pair_rather_than_fatal(tmp_path):
     (tmp_path / "pairs.csv").write_text("image,caption\nnone.png,nothing\n")
     source = open_source(f"csv:{tmp_path}/pairs.csv")
-    assert source[0].image == b""
-    assert source[0].key.endswith("none.png")
+    with pytest.raises(PairError, match=r"none\.png"):
+        source[0]
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (b"not msgpack", "record 0 is damaged"),
+        (msgpack.packb({"captions": ["a"]}), "record 0 is damaged"),
+        (msgpack.packb({"image": b"", "captions": []}), "at least one text"),
+        (msgpack.packb({"image": b"", "captions": [3]}), "at least one text"),
+    ],
+)
+def test_a_damaged_record_is_a_broken_pair(tmp_path, record, expected):
+    writer = ArrayRecordWriter(str(tmp_path / "pairs"), "group_size:1")
+    writer.write(record)
+    writer.close()
+    with pytest.raises(PairError, match=expected):
+        open_source(f"array_record:{tmp_path}/pairs")[0]
+
+
+def test_a_file_that_is_no_array_record_is_named(tmp_path):
+    (tmp_path / "pairs").write_bytes(b"something else" * 100)
+    with pytest.raises(ValueError, match=r"not ArrayRecord files: .*pairs"):
+        open_source(f"array_record:{tmp_path}/pairs")
+
+
+def test_a_byte_order_mark_is_not_part_of_the_first_column(tmp_path):
+    (tmp_path / "pairs.csv").write_bytes("\ufeffimage,caption\na.png,words\n".encode())
+    assert len(open_source(f"csv:{tmp_path}/pairs.csv")) == 1
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path):
+    (tmp_path / "pairs.csv").write_bytes("image,caption\na.png,caf\xe9\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"pairs\.csv is not UTF-8"):
+        open_source(f"csv:{tmp_path}/pairs.csv")
 
 
 @pytest.mark.parametrize(
     ("rows", "expected"),
-    [("image,caption\na.png,\n", "line 2: the caption is empty"), ("image,caption\n", "has no rows")],
+    [
+        ("image,caption\na.png,\n", "line 2: the caption is empty"),
+        ("image,caption\n \t,a\n", "line 2: the image is empty"),
+        ("image,caption\n", "has no rows"),
+    ],
 )
 def test_a_csv_with_gaps_is_refused(tmp_path, rows, expected):
     (tmp_path / "pairs.csv").write_text(rows)

@@ -70,11 +70,12 @@ def test_a_run_whose_only_checkpoint_is_damaged_stops_with_one_line(tmp_path):
     for file in (tmp_path / "checkpoints/2/state").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
-    process = start(*SMALL, "--config.steps=2", f"--workdir={tmp_path}")
-    output = finish(process)
-    assert process.returncode == 1
-    assert "failed: none of the checkpoints" in output
-    assert "Traceback" not in output
+    for _ in range(2):  # the second time as well: nothing was touched that would make it start anew
+        process = start(*SMALL, "--config.steps=2", f"--workdir={tmp_path}")
+        output = finish(process)
+        assert process.returncode == 1
+        assert "failed: none of the checkpoints" in output
+        assert "Traceback" not in output
 
 
 def test_a_finished_run_started_again_trains_no_further(undisturbed, tmp_path):

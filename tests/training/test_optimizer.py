@@ -10,8 +10,9 @@ import optax
 import pytest
 
 from clip_jax.config import default_config
+from clip_jax.models.clip import CLIP
+from clip_jax.models.presets import get_preset
 from clip_jax.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
-from clip_jax.training.step import make_model
 
 STEPS = 10
 
@@ -25,10 +26,9 @@ def optimizer_config():
 
 def masks(boxed: bool):
     """Names of all parameters of a whole model, and whether each decays."""
-    model = make_model(default_config("ViT-tiny"))
-    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 48, 48, 3)), jnp.zeros((1, 32), jnp.int32))[
-        "params"
-    ]
+    model = CLIP(get_preset("ViT-tiny"))
+    images, tokens = jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, 24), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), images, tokens)["params"]
     params = params if boxed else nn.meta.unbox(params)
     leaves = jax.tree_util.tree_leaves_with_path(nn.meta.unbox(decay_mask(params)))
     shapes = [leaf.shape for leaf in jax.tree.leaves(params)]

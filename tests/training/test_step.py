@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -37,11 +38,12 @@ def trained(quick_compilation, tiny_config, mesh_of):
     config = tiny_config
     # The gradient by a key's bias is 0 but for rounding, of which Adam with a small epsilon makes whole steps.
     config.optimizer.update(learning_rate=1e-3, warmup_steps=2, epsilon=1e-4)
-    model, optimizer = make_model(config), make_optimizer(config.optimizer, 100)
+    optimizer = make_optimizer(config.optimizer, 100)
 
     @functools.cache
     def train(shape):
         mesh = mesh_of(shape)
+        model = make_model(config, mesh)
         state = create_state(model, optimizer, 0, mesh)
         result = {"mesh": mesh, "model": model, "optimizer": optimizer, "start": jax.tree.map(np.asarray, state)}
         result["step"] = make_train_step(model, optimizer, mesh)
@@ -193,3 +195,21 @@ def test_a_batch_seen_again_and_again_is_learnt_by_heart(trained):
     assert run["curve"][0]["loss"] > 1.5
     assert metrics["loss"] < 0.2
     assert metrics["image_to_text_accuracy"] == metrics["text_to_image_accuracy"] == 1
+
+
+def test_parameters_travel_between_the_parts_of_a_mesh_and_activations_stay(quick_compilation, tiny_config, mesh_of):
+    """Left to itself the compiler all-reduces activations of the whole batch, which then grow with fsdp."""
+    mesh = mesh_of((1, 8))
+    model, optimizer = make_model(tiny_config, mesh), make_optimizer(tiny_config.optimizer, 100)
+    step = make_train_step(model, optimizer, mesh)
+    images, tokens = (jax.ShapeDtypeStruct((40, 16, 16, 3), np.uint8), jax.ShapeDtypeStruct((40, 8), np.int32))
+    program = step.lower(abstract_state(model, optimizer, mesh), images, tokens).compile().as_text()
+    collectives = re.findall(r"= (\S+\[[\d,]*\]).* (all-reduce|all-gather|all-to-all|reduce-scatter)\(", program)
+    # 40 pairs of 5 patches or 8 tokens, whole or merged: sizes that no parameter has. Token ids may be gathered.
+    for shape, kind in collectives:
+        sizes = [int(size) for size in re.findall(r"\d+", shape.partition("[")[2])]
+        if shape.startswith(("f32", "(f32")):
+            assert not {200, 320} & set(sizes), (kind, shape)
+            assert sizes[:2] not in ([40, 5], [40, 8]), (kind, shape)
+    # The lookup in the token embeddings, which are split by width, and its gradient.
+    assert sum(kind == "all-to-all" for _, kind in collectives) == 2

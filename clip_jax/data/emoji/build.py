@@ -20,7 +20,6 @@ import subprocess
 import tempfile
 
 import msgpack
-import resvg_py
 from array_record.python import array_record_module
 from PIL import Image
 
@@ -67,6 +66,8 @@ def on_white(image: Image.Image) -> bytes:
 
 
 def render(svg: pathlib.Path) -> Image.Image:
+    import resvg_py  # of the "dev" extra: nothing else of the project needs it
+
     # Four times the final size, so that the downscale does the antialiasing as it did for the other styles.
     png = resvg_py.svg_to_bytes(svg_path=str(svg), width=4 * IMAGE_SIZE, height=4 * IMAGE_SIZE)
     return Image.open(io.BytesIO(bytes(png)))
@@ -94,7 +95,7 @@ def build(packages: pathlib.Path, output: pathlib.Path) -> None:
     """Writes the records and ``concepts.json`` from the unpacked npm packages."""
 
     def read_json(path: str):
-        return json.loads((packages / path).read_text())
+        return json.loads((packages / path).read_text(encoding="utf-8"))
 
     def datasource(name: str, style: str) -> dict[str, pathlib.Path]:
         folder = packages / name / "img" / style / "64"
@@ -134,7 +135,7 @@ def build(packages: pathlib.Path, output: pathlib.Path) -> None:
 
     concepts = [{"key": key, "name": names[key]["label"], "held_out": is_held_out(key)} for key in keys]
     lines = ",\n".join(json.dumps(concept, ensure_ascii=False) for concept in concepts)
-    (output / "concepts.json").write_text(f"[\n{lines}\n]\n")
+    (output / "concepts.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     print(f"concepts.json: {len(concepts)} concepts, {sum(c['held_out'] for c in concepts)} held out")
 
 
