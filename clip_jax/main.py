@@ -80,7 +80,8 @@ def start_distributed(asked_for: bool) -> None:
 def _several_processes() -> bool:
     """Whether GKE's, Slurm's or Open MPI's variables show more than one process."""
     counts = [os.environ.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")]
-    several_hosts = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    tpu_hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    several_hosts = "," in tpu_hosts and " " not in tpu_hosts  # libtpu may leave a sentence there
     return several_hosts or any(count.isdigit() and int(count) > 1 for count in counts)
 
 

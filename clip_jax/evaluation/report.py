@@ -56,6 +56,7 @@ def predictions_figure(pictures: LabelledPictures, scores: np.ndarray) -> Figure
     count = min(GRID_ROWS * GRID_COLUMNS, len(pictures.images))
     chosen = np.sort(np.random.default_rng(0).choice(len(pictures.images), count, replace=False))
     figure = Figure(figsize=(2.6 * GRID_COLUMNS, 2.5 * GRID_ROWS), layout="constrained")
+    figure.get_layout_engine().set(hspace=0.12)  # room for the predictions, which the layout does not count
     grid = figure.subplots(GRID_ROWS, GRID_COLUMNS).ravel()
     for axes in grid:
         axes.axis("off")
