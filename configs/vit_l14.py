@@ -1,6 +1,8 @@
 """ViT-L/14 as in the paper: batch 32,768, 32 epochs. On every host of a pod:
 
 python -m clip_jax.main --config=configs/vit_l14.py --workdir=/mnt/shared/vit_l14 --config.data.source=...
+
+Not run in full yet. The paper's model reaches 75.3 % zero-shot on ImageNet (table 11).
 """
 
 from clip_jax.config import default_config

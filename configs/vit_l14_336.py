@@ -4,6 +4,8 @@ The paper starts it from the trained ViT-L/14. This config starts it from scratc
 weights is not built yet.
 
     python -m clip_jax.main --config=configs/vit_l14_336.py --workdir=/mnt/shared/vit_l14_336 --config.data.source=...
+
+Not run in full yet. The paper's model reaches 76.2 % zero-shot on ImageNet (table 11).
 """
 
 from clip_jax.config import default_config

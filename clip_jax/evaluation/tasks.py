@@ -67,17 +67,17 @@ class EvaluationResults:
         if self.zero_shot:
             rows = {"CLIP": self.zero_shot, "nearest mean picture": self.pixel_baseline}
             chance = {f"top_{k}": k / self.zero_shot["classes"] for k in (1, 5)}
-            lines.append(f"{'zero-shot, ' + format(self.zero_shot['classes'], ',') + ' classes':36}  top-1   top-5")
+            lines.append(f"{'zero-shot, ' + format(self.zero_shot['classes'], ',') + ' classes':48}  top-1   top-5")
             for name, metrics in (rows | {"chance": chance}).items():
                 if metrics:
-                    lines.append(f"  {name:34} {metrics['top_1']:6.2%}  {metrics['top_5']:6.2%}")
+                    lines.append(f"  {name:46} {metrics['top_1']:6.2%}  {metrics['top_5']:6.2%}")
         for task, metrics in self.retrieval.items():
-            lines.append(f"{'retrieval, ' + task:36}    R@1     R@5    R@10")
+            lines.append(f"{'retrieval, ' + task:48}    R@1     R@5    R@10")
             for direction in ("image_to_text", "text_to_image"):
                 recalls = "  ".join(f"{metrics[f'{direction}_recall@{k}']:6.2%}" for k in RECALL_AT)
-                lines.append(f"  {direction.replace('_', ' '):34} {recalls}")
+                lines.append(f"  {direction.replace('_', ' '):46} {recalls}")
             chances = "  ".join(f"{k / metrics['texts']:6.2%}" for k in RECALL_AT)
-            lines.append(f"  {'chance':34} {chances}")
+            lines.append(f"  {'chance':46} {chances}")
         return "\n".join(lines)
 
 
