@@ -158,7 +158,7 @@ def train(run: Run) -> bool:
         train_step = make_train_step(model, optimizer, mesh)
         with Interruption() as interruption:
             state = train_steps(run, train_step, state, position, checkpointer, writer, embedder, interruption)
-        checkpointer.wait()
+            checkpointer.wait()
         step = int(state.step)
         if step < run.steps:
             logger.info(
@@ -188,7 +188,7 @@ def train_steps(
     """Steps until the last one or an interruption; the state that it returns is saved, or being saved.
 
     Raises:
-      FloatingPointError: the loss is no longer a number.
+      FloatingPointError: the loss or the gradient is no longer finite.
     """
     config = run.config
     batches = make_batches(run, position)
@@ -210,13 +210,8 @@ def train_steps(
             if stopping or step == run.steps or step % config.checkpoint_every == 0:
                 log.check_finite(step, metrics)
                 checkpointer.save(step, state, batches.position, run.data_fingerprint)
-            if (
-                run.evaluations
-                and config.eval_every
-                and step % config.eval_every == 0
-                and step < run.steps
-                and not stopping
-            ):
+            evaluation_is_due = run.evaluations and config.eval_every and step % config.eval_every == 0
+            if evaluation_is_due and step < run.steps and not stopping:
                 log.flush()
                 results = evaluate(run, embedder, state, writer)
                 logger.info("step %d  %s", step, results.line())
