@@ -1,6 +1,6 @@
-"""A training step of the quickstart's model here and in open_clip (PyTorch), on this machine's CPU.
+"""A training step of the quickstart's model, or another size, here and in open_clip (PyTorch), on CPU.
 
-    pip install -e ".[peers]" && python -m benchmarks.train_step [--rounds=5] [--steps=5] [--no-compile]
+    pip install -e ".[peers]" && python -m benchmarks.train_step [--rounds=5] [--steps=5] [--no-compile] [NAME=VALUE ...]
 
 Same sizes, batch, loss and optimizer (float32, AdamW with the same hyper-parameters), random data; the rounds alternate
 between the implementations, each warmed up before. Prints wall and process CPU seconds a step, the median over rounds,
@@ -8,6 +8,7 @@ and one ratio to the faster of open_clip's eager and compiled forms.
 """
 
 import argparse
+import importlib
 import statistics
 import sys
 import time
@@ -16,7 +17,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from clip_jax.config import load_config_file, model_preset
+from clip_jax.config import load_config_file, model_preset, override
 from clip_jax.models.presets import CLIPPreset
 from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.sharding import make_mesh, to_global_batch
@@ -112,13 +113,15 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5, help="in each round, of each implementation")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="of the config: model.vision.width=192")
     arguments = parser.parse_args()
     config = load_config_file("configs/quickstart.py")
+    for name, _, value in (item.partition("=") for item in arguments.overrides):
+        override(config, name, value)
     try:
+        importlib.import_module("benchmarks.peers")  # must come first
         import open_clip
         import torch
-
-        import benchmarks.peers  # noqa: F401
     except ImportError:
         print('open_clip is not installed: pip install -e ".[peers]"', file=sys.stderr)
         return 2

@@ -7,6 +7,8 @@ import argparse
 import json
 import sys
 
+import absl.logging
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m clip_jax.predict", description="Labels pictures by names.")
@@ -21,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     from clip_jax.loading import load
     from clip_jax.training.checkpoint import CheckpointError
 
+    absl.logging.set_verbosity(absl.logging.ERROR)  # orbax warns of every option that follows from another
     try:
         if not labels:
             raise ValueError("--labels names nothing to choose among")

@@ -71,8 +71,8 @@ def text_initializers(width: int, num_layers: int) -> BlockInitializers:
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     """LayerNorm over the last axis, epsilon 1e-5: float32 ``[..., W]`` to the same.
 
-    The gradient is written out: it keeps the input and one number a row, and took a third of the time that
-    automatic differentiation's took on CPU (``docs/performance.md``).
+    The gradient is written out: it keeps the input and two numbers a row, and is faster than what automatic
+    differentiation makes of it on CPU (``benchmarks/cpu_gradients.py``).
     """
     return _layer_norm_forward(x, scale, bias)[0]
 
@@ -135,8 +135,8 @@ class Linear(nn.Module):
 def matrix_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """``[..., in]`` times ``[in, out]``.
 
-    On CPU the leading axes are merged: XLA's CPU kernels take 1.8 times as long over a gradient that contracts two
-    axes. On TPU merging would copy wherever the length isn't a multiple of 8.
+    On CPU the leading axes are merged: XLA's CPU kernels are slow at a gradient that contracts two axes
+    (``benchmarks/cpu_gradients.py``). On TPU merging would copy wherever the length isn't a multiple of 8.
     """
 
     def merged(x, kernel):
