@@ -1,6 +1,6 @@
-"""A training step of the quickstart's model, or another size, here and in open_clip (PyTorch), on CPU.
+"""A training step on CPU, here and in open_clip (PyTorch), of the quickstart's model or another size.
 
-    pip install -e ".[peers]" && python -m benchmarks.train_step [--rounds=5] [--steps=5] [--no-compile] [NAME=VALUE ...]
+    pip install -e ".[peers]" && python -m benchmarks.train_step [--rounds=5] [--steps=5] [--only=clip_jax] [NAME=VALUE ...]
 
 Same sizes, batch, loss and optimizer (float32, AdamW with the same hyper-parameters), random data; the rounds alternate
 between the implementations, each warmed up before. Prints wall and process CPU seconds a step, the median over rounds,
@@ -112,7 +112,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5, help="in each round, of each implementation")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--only", help="one of clip_jax, 'open_clip eager', 'open_clip compiled', alone in its process")
     parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="of the config: model.vision.width=192")
     arguments = parser.parse_args()
     config = load_config_file("configs/quickstart.py")
@@ -126,9 +126,12 @@ def main() -> int:
         print('open_clip is not installed: pip install -e ".[peers]"', file=sys.stderr)
         return 2
 
-    implementations = {"clip_jax": our_step(config), "open_clip eager": open_clip_step(config, compiled=False)}
-    if not arguments.no_compile:
-        implementations["open_clip compiled"] = open_clip_step(config, compiled=True)
+    makers = {
+        "clip_jax": lambda: our_step(config),
+        "open_clip eager": lambda: open_clip_step(config, compiled=False),
+        "open_clip compiled": lambda: open_clip_step(config, compiled=True),
+    }
+    implementations = {name: make() for name, make in makers.items() if arguments.only in (None, name)}
     print(f"jax {jax.__version__}, torch {torch.__version__}, open_clip {open_clip.__version__}")
     vision = config.model.vision
     print(
@@ -154,6 +157,8 @@ def main() -> int:
     for name in implementations:
         seconds, cpu_seconds = statistics.median(wall[name]), statistics.median(cpu[name])
         print(f"{name:20} {seconds:7.3f} s wall  {cpu_seconds:7.3f} s CPU  {images / seconds:6.0f} images/s")
+    if arguments.only:
+        return 0
     for measure, values in (("wall", wall), ("CPU", cpu)):
         peers = {name: statistics.median(value) for name, value in values.items() if name != "clip_jax"}
         best = min(peers, key=peers.get)
