@@ -1,6 +1,6 @@
 """A training step on CPU, here and in open_clip (PyTorch), of the quickstart's model or another size.
 
-    pip install -e ".[peers]" && python -m benchmarks.train_step [--rounds=5] [--steps=5] [--only=clip_jax] [NAME=VALUE ...]
+pip install -e ".[peers]" && python -m benchmarks.train_step [--rounds=5] [--steps=5] [--only=clip_jax] [NAME=VALUE]
 
 Same sizes, batch, loss and optimizer (float32, AdamW with the same hyper-parameters), random data; the rounds alternate
 between the implementations, each warmed up before. Prints wall and process CPU seconds a step, the median over rounds,

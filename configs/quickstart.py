@@ -2,8 +2,8 @@
 
 python -m clip_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-Six minutes on two cores; on OpenMoji, never trained on, 15 to 16 % top-1 and 28 to 29 % top-5 among 1,906 names, against
-9 % and 19 % for the nearest mean picture (docs/quickstart.md).
+Six minutes on two cores; on OpenMoji, never trained on, 15 to 16 % top-1 and 28 to 29 % top-5 among 1,906 names,
+against 9 % and 19 % for the nearest mean picture (docs/quickstart.md).
 """
 
 from clip_jax.config import default_config
