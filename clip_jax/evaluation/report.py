@@ -4,15 +4,12 @@ import base64
 import html
 import io
 
-import matplotlib
 import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
 from clip_jax.evaluation.tasks import EvaluationResults, Evaluations, LabelledPictures
 from clip_jax.training.metrics import read_metrics
-
-matplotlib.use("Agg")
 
 GRID_ROWS, GRID_COLUMNS = 6, 6
 RIGHT, WRONG = "#1a7f37", "#57606a"
