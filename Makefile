@@ -14,7 +14,7 @@ define make_venv
 endef
 
 .NOTPARALLEL:
-.PHONY: quickstart test test-nightly test-peers lint format bench lock clean
+.PHONY: quickstart test test-nightly test-peers test-peers-nightly lint format bench lock clean
 
 quickstart: $(VENV)/.base  ## train a small CLIP on the pairs that ship, and report
 	$(VENV)/bin/python -m clip_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
@@ -26,6 +26,9 @@ test-nightly: $(VENV)/.test  ## the slow ones as well
 	$(VENV)/bin/python -m pytest --ignore=tests/peers
 
 test-peers: $(PEERS_VENV)/.peers  ## compare with PyTorch's CLIPs, live
+	$(PEERS_VENV)/bin/python -m pytest -m "not slow" tests/peers
+
+test-peers-nightly: $(PEERS_VENV)/.peers  ## the largest models with every peer as well
 	$(PEERS_VENV)/bin/python -m pytest tests/peers
 
 lint: $(VENV)/.dev
@@ -39,6 +42,7 @@ format: $(VENV)/.dev
 bench: $(PEERS_VENV)/.peers  ## what benchmarks/README.md claims
 	$(PEERS_VENV)/bin/python -m benchmarks.tokenizer
 	$(PEERS_VENV)/bin/python -m benchmarks.cpu_gradients
+	$(PEERS_VENV)/bin/python -m benchmarks.inference
 	$(PEERS_VENV)/bin/python -m benchmarks.train_step
 
 $(VENV)/.base: setup.py constraints.txt

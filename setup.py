@@ -29,6 +29,7 @@ setup(
         "orbax-checkpoint>=0.12.8,<0.13",  # checkpoints; its interface changes between minor versions
         "grain>=0.2.18",  # the input pipeline; brings ArrayRecord
         "ml_collections>=1.1",  # the config tree
+        "safetensors>=0.5",  # weights in and out
         "etils[epath]",  # the paths that orbax works with
         "numpy>=2",
         "pillow>=11",  # decoding and resizing
@@ -48,6 +49,7 @@ setup(
             "torch==2.13.0",
             "open_clip_torch==3.3.0",
             "clip-anytorch==2.6.0",
+            "transformers>=5",
             "setuptools<81",
         ],
     },

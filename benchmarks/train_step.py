@@ -55,28 +55,10 @@ def open_clip_step(config, compiled: bool) -> Callable[[], float]:
     import torch
 
     from clip_jax.models.clip import IMAGE_MEAN, IMAGE_STD
+    from clip_jax.weights.open_clip import config_of
 
     preset = model_preset(config)
-    vision, text = preset.vision, preset.text
-    model = open_clip.model.CLIP(
-        preset.embed_dim,
-        {
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "width": vision.width,
-            "layers": vision.num_layers,
-            "head_width": vision.width // vision.num_heads,
-        },
-        {
-            "context_length": text.context_length,
-            "vocab_size": text.vocab_size,
-            "width": text.width,
-            "layers": text.num_layers,
-            "heads": text.num_heads,
-        },
-        quick_gelu=True,
-    )
-    model.train()
+    model = open_clip.CLIP(**config_of(preset)["model_cfg"]).train()
     forward = torch.compile(model) if compiled else model
     loss_fn = open_clip.ClipLoss()
     decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]

@@ -16,7 +16,15 @@ import ml_collections
 
 from clip_jax.data.images import Augmentation
 from clip_jax.data.tokenizer import VOCAB_SIZE
-from clip_jax.models.presets import CLIPPreset, TextTransformerPreset, VisionTransformerPreset, get_preset
+from clip_jax.models.presets import (
+    ACTIVATIONS,
+    BATCH_NORMS,
+    RESNET_REDUCTION,
+    CLIPPreset,
+    ResNetPreset,
+    get_preset,
+    preset_from_dict,
+)
 
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full")
@@ -44,6 +52,7 @@ def default_config(preset: str) -> ml_collections.ConfigDict:
     """
     config = ml_collections.ConfigDict()
     config.seed = 0
+    config.init_from = ""  # a run or weights to start from instead of from scratch; another image size is resized to
     config.global_batch_size = 32_768  # pairs a step, over all devices
     config.epochs = 32.0  # over the source
     config.steps = 0  # if not 0, ends the training here whatever epochs says; the schedule spans it
@@ -62,8 +71,9 @@ def default_config(preset: str) -> ml_collections.ConfigDict:
     config.optimizer.learning_rate = 5e-4
     config.optimizer.warmup_steps = 2_000
     config.optimizer.beta1 = 0.9
-    config.optimizer.beta2 = 0.98
-    config.optimizer.epsilon = 1e-6
+    resnet = isinstance(get_preset(preset).vision, ResNetPreset)
+    config.optimizer.beta2 = 0.999 if resnet else 0.98
+    config.optimizer.epsilon = 1e-8 if resnet else 1e-6
     config.optimizer.weight_decay = 0.2
     config.optimizer.gradient_clip_norm = 0.0  # global norm; 0: no clipping
 
@@ -88,8 +98,7 @@ def default_config(preset: str) -> ml_collections.ConfigDict:
 
 def model_preset(config: ml_collections.ConfigDict) -> CLIPPreset:
     """The model that ``config.model`` describes: its preset with whatever was overridden."""
-    model = config.model
-    return CLIPPreset(model.embed_dim, VisionTransformerPreset(**model.vision), TextTransformerPreset(**model.text))
+    return preset_from_dict(config.model.to_dict())
 
 
 def load_config_file(path: str) -> ml_collections.ConfigDict:
@@ -144,7 +153,10 @@ def override(config: ml_collections.ConfigDict, name: str, text: str) -> None:
         near = difflib.get_close_matches(name, leaves, n=1, cutoff=0.0)[0]
         raise ValueError(f"--config.{name}: there is no such key; did you mean --config.{near}?")
     kind = type(leaves[name])
-    readers = {bool: lambda text: {"true": True, "false": False}[text.lower()]}
+    readers = {
+        bool: lambda text: {"true": True, "false": False}[text.lower()],
+        tuple: lambda text: tuple(int(part) for part in text.strip("()").split(",")),
+    }
     try:
         value = readers.get(kind, kind)(text)
     except (ValueError, KeyError):
@@ -166,6 +178,38 @@ def validate(config: ml_collections.ConfigDict) -> None:
     def check(condition: bool, problem: str) -> None:
         if not condition:
             problems.append(problem)
+
+    def check_transformer(tower: str, part: ml_collections.ConfigDict) -> None:
+        prefix = f"config.model.{tower}"
+        check(part.width % part.num_heads == 0, f"{prefix}.num_heads={part.num_heads} must divide width={part.width}")
+        check(
+            round(part.width * part.mlp_ratio) > 0,
+            f"{prefix}.mlp_ratio={part.mlp_ratio} leaves nothing of width={part.width}",
+        )
+        check(
+            part.activation in ACTIVATIONS,
+            f"{prefix}.activation={part.activation!r} must be one of {', '.join(ACTIVATIONS)}",
+        )
+
+    def check_resnet(vision: ml_collections.ConfigDict) -> None:
+        prefix, channels = "config.model.vision", RESNET_REDUCTION * vision.width
+        check(
+            vision.image_size % RESNET_REDUCTION == 0,
+            f"{prefix}.image_size={vision.image_size} must be a multiple of {RESNET_REDUCTION}",
+        )
+        check(vision.width % 2 == 0, f"{prefix}.width={vision.width} must be even: the stem starts with half of it")
+        check(
+            channels % vision.num_heads == 0,
+            f"{prefix}.num_heads={vision.num_heads} must divide the last stage's {channels} channels",
+        )
+        check(
+            len(vision.stage_sizes) == 4 and min(vision.stage_sizes) > 0,
+            f"{prefix}.stage_sizes={vision.stage_sizes} must be four positive numbers",
+        )
+        check(
+            vision.batch_norm in BATCH_NORMS,
+            f"{prefix}.batch_norm={vision.batch_norm!r} must be one of {', '.join(BATCH_NORMS)}",
+        )
 
     model, optimizer, data = config.model, config.optimizer, config.data
     infinite = [
@@ -200,15 +244,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"config.model.text.vocab_size={text.vocab_size} must be at least the tokenizer's {VOCAB_SIZE}",
         )
         check(text.context_length >= 2, "config.model.text.context_length must hold the two markers at least")
-        check(
-            vision.image_size % vision.patch_size == 0,
-            f"config.model.vision.patch_size={vision.patch_size} must divide image_size={vision.image_size}",
-        )
-        for tower, part in (("vision", vision), ("text", text)):
+        if "stage_sizes" in vision:
+            check_resnet(vision)
+        else:
             check(
-                part.width % part.num_heads == 0,
-                f"config.model.{tower}.num_heads={part.num_heads} must divide width={part.width}",
+                vision.image_size % vision.patch_size == 0,
+                f"config.model.vision.patch_size={vision.patch_size} must divide image_size={vision.image_size}",
             )
+            check_transformer("vision", vision)
+        check_transformer("text", text)
     check(optimizer.learning_rate > 0, "config.optimizer.learning_rate must be positive")
     for key in ("warmup_steps", "weight_decay", "gradient_clip_norm"):
         check(optimizer[key] >= 0, f"config.optimizer.{key} must not be negative")
@@ -237,7 +281,12 @@ def check_same_run(config: ml_collections.ConfigDict, saved: dict, where: str) -
     Raises:
       ValueError: some keys that make a run differ; they are listed with both values.
     """
-    now = flatten(config)
+    if "converted_from" in saved:
+        raise ValueError(
+            f"{where} holds weights converted from {saved['converted_from']}, not a run; start from them with "
+            f"--config.init_from={where} and another --workdir"
+        )
+    now = flatten(ml_collections.ConfigDict(json.loads(to_json(config))))  # JSON knows no tuples
     before = flatten(ml_collections.ConfigDict(saved))
     different = [
         f"{name} was {before[name]!r} and is {now[name]!r}"

@@ -1,6 +1,6 @@
 """Labels pictures with a trained model.
 
-python -m clip_jax.predict --model=runs/quickstart --labels="red apple,dog face" photo.png [...]
+python -m clip_jax.predict --model=ViT-B-32.pt --labels="a cat,a dog" photo.jpg [...]
 """
 
 import argparse
@@ -12,7 +12,7 @@ import absl.logging
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m clip_jax.predict", description="Labels pictures by names.")
-    parser.add_argument("--model", required=True, help="the folder of a run")
+    parser.add_argument("--model", required=True, help="a run, or weights of OpenAI, open_clip or Hugging Face")
     parser.add_argument("--labels", required=True, help="names to choose among, separated by commas")
     parser.add_argument("--template", default="{}", help='a sentence around each name, such as "an emoji of {}"')
     parser.add_argument("--top", type=int, default=3, help="how many labels to print for a picture")

@@ -1,14 +1,31 @@
 """What a person types and what they get back: one line and exit code 2 for each mistake."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from clip_jax.main import main
+from clip_jax.config import load_config_file, model_preset, to_json, validate
+from clip_jax.main import main, parse_arguments
+from clip_jax.models.presets import get_preset
+from clip_jax.training.loop import prepare
 
 QUICKSTART = "--config=configs/quickstart.py"
+
+# The paper's models: preset, learning rate, epochs.
+PUBLISHED = {
+    "rn50": ("RN50", 5e-4, 32),
+    "rn101": ("RN101", 5e-4, 32),
+    "rn50x4": ("RN50x4", 5e-4, 32),
+    "rn50x16": ("RN50x16", 4e-4, 32),
+    "rn50x64": ("RN50x64", 3.6e-4, 32),
+    "vit_b32": ("ViT-B/32", 5e-4, 32),
+    "vit_b16": ("ViT-B/16", 5e-4, 32),
+    "vit_l14": ("ViT-L/14", 4e-4, 32),
+    "vit_l14_336": ("ViT-L/14@336", 2e-5, 1),
+}
 
 
 @pytest.fixture
@@ -78,12 +95,48 @@ def test_a_wrong_key_is_told_with_the_nearest_right_one(capsys):
         ("--config.data.augmentation.grayscale=1.5", "must be in [0, 1]"),
         ("--config.model.text.vocab_size=100", "at least the tokenizer's 49408"),
         ("--config.evaluation.zero_shot=", "needs config.evaluation.zero_shot"),
+        ("--config.model.vision.activation=relu", "vision.activation='relu' must be one of quick_gelu, gelu"),
+        ("--config.model.text.activation=GELU", "text.activation='GELU' must be one of quick_gelu, gelu"),
+        ("--config.model.vision.mlp_ratio=0", "config.model.vision.mlp_ratio=0.0 leaves nothing of width"),
+        ("--config.model.text.mlp_ratio=-4", "config.model.text.mlp_ratio=-4.0 leaves nothing of width"),
+        ("--config.model.vision.num_heads=3", "config.model.vision.num_heads=3 must divide width=128"),
+        ("--config.model.vision.stage_sizes=1,1,1,1", "no such key"),
     ],
 )
 def test_a_wrong_value_is_one_line(capsys, tmp_path, argument, expected):
     workdir = tmp_path / "run"
     assert expected in mistake(capsys, QUICKSTART, f"--workdir={workdir}", argument)
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("image_size=225", "config.model.vision.image_size=225 must be a multiple of 32"),
+        ("image_size=0", "config.model.vision.image_size=0 must be positive"),
+        ("width=63", "config.model.vision.width=63 must be even"),
+        ("num_heads=7", "config.model.vision.num_heads=7 must divide the last stage's 2048 channels"),
+        ("batch_norm=local", "config.model.vision.batch_norm='local' must be one of global, per_device"),
+        ("stage_sizes=1,2,1", "must be four positive numbers"),
+        ("stage_sizes=1,2,1,1,1", "must be four positive numbers"),
+        ("stage_sizes=1,2,0,1", "must be four positive numbers"),
+        ("stage_sizes=1,2,one,1", "not a value of type tuple"),
+        ("stage_sizes=", "not a value of type tuple"),
+        ("patch_size=16", "no such key"),
+        ("activation=gelu", "no such key"),
+    ],
+)
+def test_a_wrong_value_of_a_resnet_is_one_line(capsys, tmp_path, argument, expected):
+    arguments = ["--config=configs/rn50.py", "--config.data.source=folder:/pictures", f"--workdir={tmp_path}/run"]
+    assert expected in mistake(capsys, *arguments, f"--config.model.vision.{argument}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["1,2,1,1", "(1,2,1,1)", "(1, 2, 1, 1)"])
+def test_stage_sizes_are_read_as_four_numbers(text):
+    config, _, _ = parse_arguments(["--config=configs/rn50.py", f"--config.model.vision.stage_sizes={text}"])
+    assert config.model.vision.stage_sizes == (1, 2, 1, 1)
+    assert model_preset(config).vision.stage_sizes == (1, 2, 1, 1)
 
 
 def test_a_config_that_is_not_there_is_told_with_those_that_are(capsys):
@@ -200,14 +253,57 @@ def test_the_folder_of_another_run_is_refused_and_left_as_it_is(capsys, tmp_path
     assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*")) == before
 
 
-@pytest.mark.parametrize("name", ["quickstart", "vit_b32", "vit_b16", "vit_l14", "vit_l14_336"])
-def test_every_config_takes_overrides_and_passes_its_own_checks(name):
-    from clip_jax.config import validate
-    from clip_jax.main import parse_arguments
+def test_a_resnets_run_is_known_again_though_json_has_lists_for_its_tuples(tmp_path, pictures):
+    arguments = [
+        "--config=configs/rn50.py",
+        f"--config.data.source=folder:{pictures}",
+        "--config.global_batch_size=8",
+        "--config.model.vision.stage_sizes=1,2,1,1",
+    ]
+    config, _, _ = parse_arguments(arguments)
+    (tmp_path / "config.json").write_text(to_json(config))
+    prepare(config, str(tmp_path))
+    for other, told in (
+        ("stage_sizes=1,1,1,1", r"model\.vision\.stage_sizes was .1, 2, 1, 1. and is .1, 1, 1, 1."),
+        ("batch_norm=per_device", "model.vision.batch_norm was 'global' and is 'per_device'"),
+    ):
+        changed, _, _ = parse_arguments([*arguments, f"--config.model.vision.{other}"])
+        with pytest.raises(ValueError, match=told):
+            prepare(changed, str(tmp_path))
 
+
+@pytest.mark.parametrize("name", ["quickstart", *PUBLISHED])
+def test_every_config_takes_overrides_and_passes_its_own_checks(name):
     config, workdir, _ = parse_arguments(
         [f"--config=configs/{name}.py", "--config.steps=5", "--config.data.source=folder:/pictures"]
     )
     validate(config)
     assert config.steps == 5
     assert workdir == f"runs/{name}"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_config_of_a_published_model_trains_as_the_paper_says(name):
+    """Tables 18 to 20."""
+    preset, rate, epochs = PUBLISHED[name]
+    config = load_config_file(f"configs/{name}.py")
+    assert model_preset(config) == get_preset(preset)
+    assert config.model.name == preset
+    optimizer = config.optimizer
+    assert (optimizer.learning_rate, config.epochs, config.steps) == (rate, epochs, 0)
+    assert (config.global_batch_size, optimizer.warmup_steps, optimizer.weight_decay) == (32_768, 2_000, 0.2)
+    beta2, epsilon = (0.999, 1e-8) if name.startswith("rn") else (0.98, 1e-6)
+    assert (optimizer.beta1, optimizer.beta2, optimizer.epsilon) == (0.9, beta2, epsilon)
+
+
+def test_only_vit_l14_at_336_pixels_starts_from_another_run():
+    assert {name: load_config_file(f"configs/{name}.py").init_from for name in PUBLISHED} == {
+        name: "runs/vit_l14" if name == "vit_l14_336" else "" for name in PUBLISHED
+    }
+
+
+def test_every_packaged_config_is_tested_here():
+    assert {file.stem for file in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py")} == {
+        "quickstart",
+        *PUBLISHED,
+    }

@@ -77,7 +77,7 @@ def test_mistakes_of_predict_are_one_line(run, capsys):
     broken = run / "broken.png"
     broken.write_bytes(b"nothing")
     for arguments, expected in [
-        ([f"--model={run}", "--labels=a,b", str(run / "photo.png")], "holds no run"),
+        ([f"--model={run}", "--labels=a,b", str(run / "photo.png")], "holds no model"),
         ([f"--model={run}/run", "--labels=a,b", str(run / "none.png")], "none.png"),
         ([f"--model={run}/run", "--labels=a,b", str(broken)], "broken.png"),
         ([f"--model={run}/run", "--labels=,", str(run / "photo.png")], "--labels"),

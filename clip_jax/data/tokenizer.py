@@ -163,16 +163,31 @@ class _Vocabulary(NamedTuple):
 
 
 @functools.cache
-def _vocabulary() -> _Vocabulary:
+def published_vocabulary() -> tuple[dict[str, int], list[str]]:
+    """The vocabulary as the published file spells it, which is how other libraries' tokenizers are set up.
+
+    Returns:
+        The id of each symbol, and the merges in the order of their rank, each as ``"left right"``.
+    """
     packed = (resources.files("clip_jax.data") / "vocabulary" / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
     lines = gzip.decompress(packed).decode("utf-8").split("\n")[1 : VOCAB_SIZE - _FIRST_MERGE - len(_SPECIAL) + 1]
     letters = [chr(byte) for byte in _PRINTING] + [chr(256 + place) for place in range(256 - len(_PRINTING))]
-    ids = {symbol: token for token, symbol in enumerate(letters + [letter + "</w>" for letter in letters])}
+    symbols = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        *(line.replace(" ", "") for line in lines),
+        *_SPECIAL,
+    ]
+    return {symbol: token for token, symbol in enumerate(symbols)}, lines
+
+
+@functools.cache
+def _vocabulary() -> _Vocabulary:
+    ids, lines = published_vocabulary()
     spelling = [bytes([byte]) for byte in _BYTES] + [bytes([byte]) + b" " for byte in _BYTES]
     merges = {}
     for token, line in enumerate(lines, _FIRST_MERGE):
         left, right = line.split()
-        ids[left + right] = token
         merges[ids[left], ids[right]] = token
         spelling.append(spelling[ids[left]] + spelling[ids[right]])
     # Bytes that are not UTF-8 alone become lone surrogates here, and so match no word.

@@ -20,6 +20,14 @@ def quick_gelu(x: jax.Array) -> jax.Array:
     return x * nn.sigmoid(1.702 * x)
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """x * Phi(x), exact: PyTorch's default, which most of open_clip's own models were trained with."""
+    return nn.gelu(x, approximate=False)
+
+
+_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+
 def shard_batch(x: jax.Array, sharding: jax.sharding.Sharding | None) -> jax.Array:
     """Keeps the first axis split over the devices; without a sharding, as on one device, does nothing.
 
@@ -45,14 +53,14 @@ class BlockInitializers:
     fc2: Initializer
 
 
-def vision_initializers(width: int) -> BlockInitializers:
+def vision_initializers(width: int, mlp_width: int) -> BlockInitializers:
     """What OpenAI left at PyTorch's defaults: Xavier uniform for fused qkv, ±1/sqrt(fan_in) for the rest."""
     qkv_bound = (6 / (width + 3 * width)) ** 0.5
     return BlockInitializers(
         qkv=lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -qkv_bound, qkv_bound),
         attention_output=torch_linear_init(width),
         fc1=torch_linear_init(width),
-        fc2=torch_linear_init(4 * width),
+        fc2=torch_linear_init(mlp_width),
     )
 
 
@@ -168,6 +176,8 @@ class ResidualAttentionBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): ``[B, L, W]`` to ``[B, L, W]``."""
 
     num_heads: int
+    mlp_width: int
+    activation: str
     causal: bool
     initializers: BlockInitializers
     dtype: jnp.dtype = jnp.float32
@@ -183,20 +193,42 @@ class ResidualAttentionBlock(nn.Module):
         x = x + linear(width, ("heads", "embed"), init.attention_output, zeros, name="attention_output")(y)
 
         y = LayerNorm(self.dtype, name="ln_2")(x)
-        y = linear(4 * width, ("embed", "mlp"), init.fc1, torch_linear_init(width), name="fc1")(y)
-        y = quick_gelu(y)
-        y = linear(width, ("mlp", "embed"), init.fc2, torch_linear_init(4 * width), name="fc2")(y)
+        y = linear(self.mlp_width, ("embed", "mlp"), init.fc1, torch_linear_init(width), name="fc1")(y)
+        y = _ACTIVATIONS[self.activation](y)
+        y = linear(width, ("mlp", "embed"), init.fc2, torch_linear_init(self.mlp_width), name="fc2")(y)
         return shard_batch(x + y, self.batch_sharding), None  # scan wants a carry and an output
 
 
+def unstack_layers(variables: dict) -> dict:
+    """The variables of scanned layers as those of layers that stand by themselves (``scan_layers=False``).
+
+    Every ``blocks`` with leaves ``[num_layers, ...]`` becomes ``block_0``, ``block_1`` and so on.
+    """
+    unstacked = {}
+    for name, value in variables.items():
+        if name == "blocks":
+            num_layers = len(jax.tree.leaves(value)[0])
+            for layer in range(num_layers):
+                unstacked[f"block_{layer}"] = jax.tree.map(lambda leaf, layer=layer: leaf[layer], value)
+        else:
+            unstacked[name] = unstack_layers(value) if isinstance(value, dict) else value
+    return unstacked
+
+
 class Transformer(nn.Module):
-    """``num_layers`` blocks, scanned: ``[B, L, W]`` to ``[B, L, W]``."""
+    """``num_layers`` blocks: ``[B, L, W]`` to ``[B, L, W]``.
+
+    Scanned, unless ``scan_layers`` is False: see :class:`clip_jax.models.clip.CLIP`.
+    """
 
     num_layers: int
     num_heads: int
+    mlp_width: int
+    activation: str
     initializers: BlockInitializers
     causal: bool = False
     remat: str = "none"
+    scan_layers: bool = True
     scan_unroll: int = 1
     dtype: jnp.dtype = jnp.float32
     batch_sharding: jax.sharding.Sharding | None = None
@@ -204,13 +236,26 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         block = nn.remat(ResidualAttentionBlock, prevent_cse=False) if self.remat == "full" else ResidualAttentionBlock
+        fields = {
+            "num_heads": self.num_heads,
+            "mlp_width": self.mlp_width,
+            "activation": self.activation,
+            "causal": self.causal,
+            "initializers": self.initializers,
+            "dtype": self.dtype,
+            "batch_sharding": self.batch_sharding,
+        }
+        if not self.scan_layers:
+            for layer in range(self.num_layers):
+                x, _ = block(**fields, name=f"block_{layer}")(x)
+            return x
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=self.num_layers,
-            unroll=self.scan_unroll,
+            unroll=min(self.scan_unroll, self.num_layers),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, _ = layers(self.num_heads, self.causal, self.initializers, self.dtype, self.batch_sharding, name="blocks")(x)
+        x, _ = layers(**fields, name="blocks")(x)
         return x

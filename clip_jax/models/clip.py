@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from clip_jax.models.presets import CLIPPreset
+from clip_jax.models.presets import CLIPPreset, ResNetPreset
+from clip_jax.models.resnet import ResNet
 from clip_jax.models.text_transformer import TextTransformer
 from clip_jax.models.vision_transformer import VisionTransformer
 
@@ -36,11 +37,14 @@ class CLIP(nn.Module):
 
     ``remat`` is "none", or "full" to recompute each layer in the backward pass; ``scan_unroll`` is how many layers a
     scan step holds (1 compiles fastest; all of them let XLA work across layers, which pays for small models on CPU).
+    Without ``scan_layers`` each layer of a transformer has parameters of its own (``unstack_layers``): a scan copies a
+    layer's parameters out of the stack at each step, which costs more than it saves where nothing is trained.
     ``batch_sharding`` says how the first axis of every activation is split over devices; None leaves it open.
     """
 
     preset: CLIPPreset
     remat: str = "none"
+    scan_layers: bool = True
     scan_unroll: int = 1
     dtype: jnp.dtype = jnp.float32
     batch_sharding: jax.sharding.Sharding | None = None
@@ -49,27 +53,32 @@ class CLIP(nn.Module):
         shared = {
             "embed_dim": self.preset.embed_dim,
             "remat": self.remat,
+            "scan_unroll": self.scan_unroll,
             "dtype": self.dtype,
             "batch_sharding": self.batch_sharding,
         }
 
-        def tower(module, preset):
-            # A scan step cannot hold more layers than there are.
-            unroll = min(self.scan_unroll, preset.num_layers)
-            return module(**dataclasses.asdict(preset), **shared, scan_unroll=unroll)
-
-        self.vision = tower(VisionTransformer, self.preset.vision)
-        self.text = tower(TextTransformer, self.preset.text)
+        layers = {"scan_layers": self.scan_layers}
+        if isinstance(self.preset.vision, ResNetPreset):
+            self.vision = ResNet(**dataclasses.asdict(self.preset.vision), **shared)
+        else:
+            self.vision = VisionTransformer(**dataclasses.asdict(self.preset.vision), **shared, **layers)
+        self.text = TextTransformer(**dataclasses.asdict(self.preset.text), **shared, **layers)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(INITIAL_LOGIT_SCALE), ())
 
-    def encode_image(self, images: jax.Array) -> jax.Array:
+    def encode_image(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Normalised images ``[B, H, W, 3]`` to image_embeddings float32 ``[B, embed_dim]`` of unit length."""
-        return unit_length(self.vision(images))
+        return unit_length(self.vision(images, train))
 
     def encode_text(self, tokens: jax.Array) -> jax.Array:
         """Tokens int32 ``[B, L]``, L at most context_length, to text_embeddings float32 of unit length."""
         return unit_length(self.text(tokens))
 
-    def __call__(self, images: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns image_embeddings, text_embeddings and logit_scale (its natural logarithm, as it is stored)."""
-        return self.encode_image(images), self.encode_text(tokens), self.logit_scale
+    def __call__(
+        self, images: jax.Array, tokens: jax.Array, train: bool = False
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns image_embeddings, text_embeddings and logit_scale (its natural logarithm, as it is stored).
+
+        A ResNet has the collection ``batch_stats`` beside its parameters; with ``train`` it must be mutable.
+        """
+        return self.encode_image(images, train), self.encode_text(tokens), self.logit_scale

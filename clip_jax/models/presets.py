@@ -1,21 +1,45 @@
 """The published models, and small ones, as data: a preset is a description, never code.
 
 Sizes are those of the paper (arXiv 2103.00020, tables 19 and 20) and of the weights that OpenAI published.
-Heads are 64 wide throughout, as in all of the paper's transformers, except where a small preset says otherwise.
+Heads are 64 wide throughout, as in all of the paper's transformers, unless a preset from elsewhere differs.
 """
 
 import dataclasses
 
+ACTIVATIONS = ("quick_gelu", "gelu")  # OpenAI's, and PyTorch's default, which most of open_clip's own models have
+BATCH_NORMS = ("global", "per_device")
+RESNET_REDUCTION = 32  # an image's side over that of the last stage's output; also its channels over the width
+
 
 @dataclasses.dataclass(frozen=True)
 class VisionTransformerPreset:
-    """An image tower: ``image_size`` and ``patch_size`` in pixels, ``width`` the token's feature count."""
+    """A Vision Transformer: ``image_size`` and ``patch_size`` in pixels, ``width`` the token's feature count.
+
+    ``activation`` is one of :data:`ACTIVATIONS`; ``mlp_ratio`` is the MLP's width over ``width``.
+    """
 
     image_size: int
     patch_size: int
     width: int
     num_layers: int
     num_heads: int
+    activation: str = "quick_gelu"
+    mlp_ratio: float = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNetPreset:
+    """A ResNet as CLIP has it: ``width`` channels after the stem, ``stage_sizes`` blocks in each of four stages.
+
+    ``num_heads`` are those of the attention pooling. ``batch_norm`` says over what a training step takes BatchNorm's
+    statistics: "global", the whole batch, or "per_device", each device's part of it, as open_clip trains.
+    """
+
+    image_size: int
+    width: int
+    stage_sizes: tuple[int, int, int, int]
+    num_heads: int
+    batch_norm: str = "global"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +51,8 @@ class TextTransformerPreset:
     num_heads: int
     context_length: int = 77
     vocab_size: int = 49_408
+    activation: str = "quick_gelu"
+    mlp_ratio: float = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +60,21 @@ class CLIPPreset:
     """Two towers and the width ``embed_dim`` of the space that they share."""
 
     embed_dim: int
-    vision: VisionTransformerPreset
+    vision: VisionTransformerPreset | ResNetPreset
     text: TextTransformerPreset
 
 
 _TEXT_512 = TextTransformerPreset(width=512, num_layers=12, num_heads=8)
+_TEXT_640 = TextTransformerPreset(width=640, num_layers=12, num_heads=10)
 _TEXT_768 = TextTransformerPreset(width=768, num_layers=12, num_heads=12)
+_TEXT_1024 = TextTransformerPreset(width=1024, num_layers=12, num_heads=16)
 
 PRESETS: dict[str, CLIPPreset] = {
+    "RN50": CLIPPreset(1024, ResNetPreset(224, 64, (3, 4, 6, 3), 32), _TEXT_512),
+    "RN101": CLIPPreset(512, ResNetPreset(224, 64, (3, 4, 23, 3), 32), _TEXT_512),
+    "RN50x4": CLIPPreset(640, ResNetPreset(288, 80, (4, 6, 10, 6), 40), _TEXT_640),
+    "RN50x16": CLIPPreset(768, ResNetPreset(384, 96, (6, 8, 18, 8), 48), _TEXT_768),
+    "RN50x64": CLIPPreset(1024, ResNetPreset(448, 128, (3, 15, 36, 10), 64), _TEXT_1024),
     "ViT-B/32": CLIPPreset(512, VisionTransformerPreset(224, 32, 768, 12, 12), _TEXT_512),
     "ViT-B/16": CLIPPreset(512, VisionTransformerPreset(224, 16, 768, 12, 12), _TEXT_512),
     "ViT-L/14": CLIPPreset(768, VisionTransformerPreset(224, 14, 1024, 24, 16), _TEXT_768),
@@ -52,6 +85,15 @@ PRESETS: dict[str, CLIPPreset] = {
         128, VisionTransformerPreset(32, 16, 128, 2, 2), TextTransformerPreset(64, 1, 1, context_length=24)
     ),
 }
+
+
+def preset_from_dict(model: dict) -> CLIPPreset:
+    """Reads back what ``dataclasses.asdict`` made of a preset, through JSON or not; other keys are passed over."""
+    vision = dict(model["vision"])
+    if "stage_sizes" in vision:
+        vision["stage_sizes"] = tuple(vision["stage_sizes"])
+    tower = ResNetPreset if "stage_sizes" in vision else VisionTransformerPreset
+    return CLIPPreset(model["embed_dim"], tower(**vision), TextTransformerPreset(**model["text"]))
 
 
 def get_preset(name: str) -> CLIPPreset:

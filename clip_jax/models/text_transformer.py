@@ -19,8 +19,11 @@ class TextTransformer(nn.Module):
     width: int
     num_layers: int
     num_heads: int
+    activation: str
+    mlp_ratio: float
     embed_dim: int
     remat: str = "none"
+    scan_layers: bool = True
     scan_unroll: int = 1
     dtype: jnp.dtype = jnp.float32
     batch_sharding: jax.sharding.Sharding | None = None
@@ -39,9 +42,12 @@ class TextTransformer(nn.Module):
         x = Transformer(
             self.num_layers,
             self.num_heads,
+            round(self.width * self.mlp_ratio),
+            self.activation,
             text_initializers(self.width, self.num_layers),
             causal=True,
             remat=self.remat,
+            scan_layers=self.scan_layers,
             scan_unroll=self.scan_unroll,
             dtype=self.dtype,
             batch_sharding=self.batch_sharding,

@@ -29,6 +29,7 @@ class VisionTransformer(nn.Module):
 
     The patch embedding is a convolution whose stride is its kernel, written as the matrix product that it is.
     Maps normalised images ``[B, H, W, 3]`` to features ``[B, embed_dim]`` in ``dtype``, not yet of unit length.
+    ``train`` changes nothing here: it is there because a ResNet needs it.
     """
 
     image_size: int
@@ -36,14 +37,17 @@ class VisionTransformer(nn.Module):
     width: int
     num_layers: int
     num_heads: int
+    activation: str
+    mlp_ratio: float
     embed_dim: int
     remat: str = "none"
+    scan_layers: bool = True
     scan_unroll: int = 1
     dtype: jnp.dtype = jnp.float32
     batch_sharding: jax.sharding.Sharding | None = None
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         normal = nn.initializers.normal(self.width**-0.5)
         patches = split_into_patches(images.astype(self.dtype), self.patch_size)  # [B, N, P * P * 3]
         patch_init = torch_linear_init(patches.shape[-1])
@@ -60,11 +64,15 @@ class VisionTransformer(nn.Module):
         )
         x = shard_batch(x + positions.astype(self.dtype), self.batch_sharding)
         x = shard_batch(LayerNorm(self.dtype, name="ln_pre")(x), self.batch_sharding)
+        mlp_width = round(self.width * self.mlp_ratio)
         x = Transformer(
             self.num_layers,
             self.num_heads,
-            vision_initializers(self.width),
+            mlp_width,
+            self.activation,
+            vision_initializers(self.width, mlp_width),
             remat=self.remat,
+            scan_layers=self.scan_layers,
             scan_unroll=self.scan_unroll,
             dtype=self.dtype,
             batch_sharding=self.batch_sharding,

@@ -42,7 +42,7 @@ class Checkpointer:
         extra = {"position": position, "data_fingerprint": data_fingerprint}
         self._manager.save(
             step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), data=ocp.args.JsonSave(extra)),
+            args=ocp.args.Composite(state=ocp.args.StandardSave(_saved_part(state)), data=ocp.args.JsonSave(extra)),
             force=True,
         )
 
@@ -77,9 +77,9 @@ class Checkpointer:
     def _restore(self, step: int, template: TrainState) -> Restored:
         restored = self._manager.restore(
             step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(template._asdict()), data=ocp.args.JsonRestore()),
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(_saved_part(template)), data=ocp.args.JsonRestore()),
         )
-        return Restored(TrainState(**restored.state), **restored.data)
+        return Restored(TrainState(**({"batch_stats": {}} | restored.state)), **restored.data)
 
     def _set_aside(self, step: int) -> None:
         if jax.process_index() == 0:
@@ -100,6 +100,11 @@ class Checkpointer:
         self._manager.close()
 
 
+def _saved_part(state: TrainState) -> dict:
+    """Without ``batch_stats`` where the model has none: orbax would take their absence for another tree."""
+    return {name: value for name, value in state._asdict().items() if name != "batch_stats" or value}
+
+
 def saved_fingerprint(workdir: epath.Path) -> str | None:
     """The fingerprint of the data that the newest readable checkpoint was trained on, or None without one."""
     if not (workdir / "checkpoints").exists():
@@ -118,8 +123,8 @@ def _read_only(workdir: epath.Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(workdir / "checkpoints", options=ocp.CheckpointManagerOptions(read_only=True))
 
 
-def restore_params(workdir: epath.Path, params_template: dict) -> dict:
-    """The parameters alone, of the newest checkpoint of a run that can be read, for using the model.
+def restore_variables(workdir: epath.Path) -> dict:
+    """``params`` and ``batch_stats`` as numpy arrays, of the newest checkpoint that can be read, for using the model.
 
     Raises:
       FileNotFoundError: the run has no checkpoint.
@@ -129,19 +134,32 @@ def restore_params(workdir: epath.Path, params_template: dict) -> dict:
         raise FileNotFoundError(f"{workdir} has no checkpoint")
     with _read_only(workdir) as manager:
         steps, directory = sorted(manager.all_steps(), reverse=True), manager.directory
-    arguments = ocp.args.PyTreeRestore(
-        item={"params": params_template},
-        restore_args=ocp.checkpoint_utils.construct_restore_args({"params": params_template}),
-        partial_restore=True,
-    )
     for step in steps:
         try:
-            return ocp.PyTreeCheckpointer().restore(directory / str(step) / "state", args=arguments)["params"]
+            return _restore_as_numpy(directory / str(step) / "state")
         except Exception as error:
             logger.warning("checkpoint %d cannot be read and is skipped: %s", step, str(error).partition("\n")[0])
     if steps:
         raise CheckpointError(f"none of the checkpoints in {directory} can be read: {steps}")
     raise FileNotFoundError(f"{workdir} has no checkpoint")
+
+
+def _restore_as_numpy(state: epath.Path) -> dict:
+    checkpointer = ocp.PyTreeCheckpointer()
+    saved = checkpointer.metadata(state).item_metadata.tree
+    wanted = {name: saved.get(name) or {} for name in ("params", "batch_stats")}
+    arguments = ocp.args.PyTreeRestore(
+        item=wanted,
+        restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted),
+        partial_restore=True,
+    )
+    return {"batch_stats": {}} | checkpointer.restore(state, args=arguments)
+
+
+def save_variables(workdir: epath.Path, variables: dict) -> None:
+    """Writes ``params`` and ``batch_stats`` alone, as step 0, where :func:`restore_variables` finds them."""
+    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+        manager.save(0, args=ocp.args.Composite(state=ocp.args.StandardSave(variables)))
 
 
 def write_config(workdir: epath.Path, text: str) -> None:

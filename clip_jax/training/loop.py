@@ -2,7 +2,7 @@
 
 How a run starts, by what its folder holds:
 
-1. nothing: parameters are initialised from the seed, and data starts at position 0;
+1. nothing: parameters are initialised from the seed, or come from ``config.init_from``; data starts at position 0;
 2. the same run, unfinished: state and data position come from the newest checkpoint that can be read;
 3. the same run, finished: only the evaluation and the report are made again;
 4. another run: it is refused before anything is written.
@@ -23,18 +23,34 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from clip_jax.config import check_same_run, to_json
+from clip_jax.config import check_same_run, model_preset, to_json
 from clip_jax.data.images import Augmentation, ImageError, decode_image
 from clip_jax.data.pipeline import TRANSFORM_VERSION, Batches, LoadPair
 from clip_jax.data.sources import PairError, Source, open_source
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.report import write_report
 from clip_jax.evaluation.tasks import EvaluationResults, Evaluations
-from clip_jax.training.checkpoint import Checkpointer, read_config, saved_fingerprint, write_config
+from clip_jax.training.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    read_config,
+    saved_fingerprint,
+    write_config,
+)
 from clip_jax.training.metrics import MetricWriter, StepLog
 from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.sharding import check_batch_divides, make_mesh, to_global_batch
-from clip_jax.training.step import TrainState, TrainStep, abstract_state, create_state, make_model, make_train_step
+from clip_jax.training.step import (
+    TrainState,
+    TrainStep,
+    abstract_state,
+    create_state,
+    make_model,
+    make_train_step,
+    state_from_variables,
+)
+from clip_jax.weights import read_weights
+from clip_jax.weights.resizing import at_image_size
 
 logger = logging.getLogger("clip_jax")
 
@@ -49,6 +65,7 @@ class Run(NamedTuple):
     mesh: Mesh
     steps: int
     data_fingerprint: str
+    initial_variables: dict | None  # of the model to start from, at this model's image size
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
@@ -75,8 +92,22 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
     if before not in (None, fingerprint):
         raise ValueError(f"{workdir} was trained on other data than config.data.source={config.data.source} now holds")
     evaluations = Evaluations(config)
+    initial_variables = read_initial_variables(config) if config.init_from and before is None else None
     check_hosts_agree(f"{fingerprint} {steps} {to_json(config)}")
-    return Run(config, folder, source, evaluations, mesh, steps, fingerprint)
+    return Run(config, folder, source, evaluations, mesh, steps, fingerprint, initial_variables)
+
+
+def read_initial_variables(config: ml_collections.ConfigDict) -> dict:
+    """What ``config.init_from`` holds, as ``params`` and ``batch_stats`` for the model of the config.
+
+    Raises:
+      FileNotFoundError, ValueError: there is no model, or one that differs in more than the image size.
+    """
+    try:
+        weights = read_weights(config.init_from, config.model.text.activation)
+        return at_image_size(weights.variables, weights.preset, model_preset(config))
+    except (ValueError, OSError, CheckpointError) as error:
+        raise ValueError(f"config.init_from={config.init_from}: {error}") from None
 
 
 def check_workdir(workdir: str) -> epath.Path:
@@ -151,6 +182,9 @@ def train(run: Run) -> bool:
         if restored:
             state, position = restored.state, restored.position
             logger.info("resumed at step %d of %d", int(state.step), run.steps)
+        elif run.initial_variables:
+            state, position = state_from_variables(run.initial_variables, model, optimizer, mesh), 0
+            logger.info("starts from %s", config.init_from)
         else:
             state, position = create_state(model, optimizer, config.seed, mesh), 0
         _log_start(run, state)
@@ -258,7 +292,7 @@ def evaluate(
 ) -> EvaluationResults:
     """Scores the state, and writes ``eval/<step>.json`` and the metrics; ``final`` adds the baseline."""
     step = int(state.step)
-    results = run.evaluations.score(embedder.with_params(state.params), with_baseline=final)
+    results = run.evaluations.score(embedder.with_variables(state.variables), with_baseline=final)
     if run.evaluations:
         writer.write(step, results.scalars())
     if run.evaluations and jax.process_index() == 0:

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -17,11 +18,20 @@ from clip_jax.training.sharding import batch_sharding, replicated, state_shardin
 
 
 class TrainState(NamedTuple):
-    """All that a step changes: int32 ``step``, float32 ``params``, and the optimizer's state over them."""
+    """All that a step changes: int32 ``step``, float32 ``params``, and the optimizer's state over them.
+
+    ``batch_stats`` holds the running averages of a ResNet's BatchNorm, and is empty without one.
+    """
 
     step: jax.Array
     params: dict
+    batch_stats: dict
     opt_state: optax.OptState
+
+    @property
+    def variables(self) -> dict:
+        """What the model is applied with."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
 
 
 TrainStep = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
@@ -30,21 +40,31 @@ TrainStep = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, dict[
 def make_model(config: ml_collections.ConfigDict, mesh: Mesh) -> CLIP:
     """The model that ``config.model`` describes, its activations split over the mesh by their first axis."""
     model = config.model
-    return CLIP(model_preset(config), model.remat, model.scan_unroll, jnp.dtype(model.dtype), batch_sharding(mesh))
+    return CLIP(
+        model_preset(config),
+        remat=model.remat,
+        scan_unroll=model.scan_unroll,
+        dtype=jnp.dtype(model.dtype),
+        batch_sharding=batch_sharding(mesh),
+    )
 
 
-def _init_params(model: CLIP, key: jax.Array) -> dict:
-    """New parameters, still in boxes that carry their logical axes."""
+def _init_variables(model: CLIP, key: jax.Array) -> dict:
+    """New parameters and running averages, still in boxes that carry their logical axes."""
     vision, text = model.preset.vision, model.preset.text
     images = jnp.zeros((1, vision.image_size, vision.image_size, 3))
     tokens = jnp.zeros((1, text.context_length), jnp.int32)
     # One example cannot be split over devices.
-    return model.clone(batch_sharding=None).init(key, images, tokens)["params"]
+    return {"batch_stats": {}} | model.clone(batch_sharding=None).init(key, images, tokens)
+
+
+def _state_of(variables: dict, optimizer: optax.GradientTransformation) -> TrainState:
+    opt_state = optimizer.init(variables["params"])
+    return TrainState(jnp.zeros((), jnp.int32), variables["params"], variables["batch_stats"], opt_state)
 
 
 def _init_state(model: CLIP, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    params = _init_params(model, key)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    return _state_of(_init_variables(model, key), optimizer)
 
 
 def _abstract(init: Callable[[jax.Array], Any], mesh: Mesh):
@@ -56,9 +76,9 @@ def _abstract(init: Callable[[jax.Array], Any], mesh: Mesh):
     )
 
 
-def abstract_params(model: CLIP, mesh: Mesh) -> dict:
-    """Shapes, dtypes and shardings of the parameters, with nothing computed."""
-    return _abstract(lambda key: _init_params(model, key), mesh)
+def abstract_variables(model: CLIP, mesh: Mesh) -> dict:
+    """Shapes, dtypes and shardings of ``params`` and ``batch_stats``, with nothing computed."""
+    return _abstract(lambda key: _init_variables(model, key), mesh)
 
 
 def abstract_state(model: CLIP, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -73,6 +93,26 @@ def create_state(model: CLIP, optimizer: optax.GradientTransformation, seed: int
     return init(jax.random.key(seed))
 
 
+def place_variables(variables: dict, model: CLIP, mesh: Mesh) -> dict:
+    """Moves numpy ``params`` and ``batch_stats``, which every host has in full, to where the model has them."""
+
+    def place(array: np.ndarray, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.make_array_from_callback(
+            leaf.shape, leaf.sharding, lambda index: np.asarray(array[index], leaf.dtype)
+        )
+
+    return jax.tree.map(place, variables, abstract_variables(model, mesh))
+
+
+def state_from_variables(
+    variables: dict, model: CLIP, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """A new state, at step 0, around given ``params`` and ``batch_stats``, as :func:`place_variables` takes them."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
+    create = jax.jit(lambda variables: _state_of(variables, optimizer), out_shardings=shardings)
+    return create(place_variables(variables, model, mesh))
+
+
 def make_train_step(model: CLIP, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainStep:
     """Returns ``step(state, images, tokens) -> (state, metrics)``, jitted over the mesh; the old state is donated.
 
@@ -82,14 +122,21 @@ def make_train_step(model: CLIP, optimizer: optax.GradientTransformation, mesh: 
     batch = batch_sharding(mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
 
-    def loss_fn(params, images, tokens):
-        image_embeddings, text_embeddings, logit_scale = model.apply(
-            {"params": params}, normalize_images(images), tokens
+    def loss_fn(params, batch_stats, images, tokens):
+        (image_embeddings, text_embeddings, logit_scale), updated = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            normalize_images(images),
+            tokens,
+            train=True,
+            mutable=["batch_stats"],
         )
-        return contrastive_loss(image_embeddings, text_embeddings, logit_scale, mesh)
+        loss, metrics = contrastive_loss(image_embeddings, text_embeddings, logit_scale, mesh)
+        return loss, (metrics, updated.get("batch_stats", {}))
 
     def train_step(state: TrainState, images: jax.Array, tokens: jax.Array):
-        (loss, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, images, tokens)
+        (loss, (metrics, batch_stats)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params, state.batch_stats, images, tokens
+        )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         # The paper clips the temperature so that logits are never scaled by more than 100 (section 2.5).
@@ -99,7 +146,7 @@ def make_train_step(model: CLIP, optimizer: optax.GradientTransformation, mesh: 
             "logit_scale": jnp.exp(state.params["logit_scale"]),
             "gradient_norm": optax.tree.norm(gradients),
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
     return jax.jit(
         train_step,

@@ -27,30 +27,27 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def params_of(quick_compilation, model):
-    """A function from a seed to parameters."""
+def variables_of(quick_compilation, model):
+    """A function from a seed to the variables of a new model."""
     init = jax.jit(model.init)
 
     @functools.cache
     def make(seed):
-        boxed = init(jax.random.key(seed), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 8), jnp.int32))
-        return nn.meta.unbox(boxed["params"])
+        return nn.meta.unbox(init(jax.random.key(seed), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 8), jnp.int32)))
 
     return make
 
 
 @pytest.fixture(scope="module")
-def one_by_one(model, params_of):
+def one_by_one(model, variables_of):
     """A function from a method of the model and its inputs to its outputs for each input by itself."""
-    apply = jax.jit(
-        lambda inputs, method: model.apply({"params": params_of(0)}, inputs, method=method), static_argnums=1
-    )
+    apply = jax.jit(lambda inputs, method: model.apply(variables_of(0), inputs, method=method), static_argnums=1)
     return lambda method, inputs: np.concatenate([apply(row[None], method) for row in inputs])
 
 
 @pytest.fixture(scope="module")
-def embedder(model, params_of, mesh_of):
-    return Embedder(model, mesh_of((4, 2)), batch_size=13).with_params(params_of(0))  # 13: not a number for 8 devices
+def embedder(model, variables_of, mesh_of):
+    return Embedder(model, mesh_of((4, 2)), batch_size=13).with_variables(variables_of(0))  # not a number for 8
 
 
 def pictures(count):
@@ -76,14 +73,14 @@ def test_texts_embed_as_one_by_one_and_one_too_long_is_cut(one_by_one, embedder)
     assert np.abs(result[3] - result[4]).max() > 1e-4
 
 
-def test_the_parameters_last_set_are_those_that_embed(params_of, embedder):
+def test_the_parameters_last_set_are_those_that_embed(variables_of, embedder):
     images = pictures(3)
     first = embedder.encode_image(images)
-    assert np.abs(embedder.with_params(params_of(1)).encode_image(images) - first).max() > 1e-2
-    np.testing.assert_array_equal(embedder.with_params(params_of(0)).encode_image(images), first)
+    assert np.abs(embedder.with_variables(variables_of(1)).encode_image(images) - first).max() > 1e-2
+    np.testing.assert_array_equal(embedder.with_variables(variables_of(0)).encode_image(images), first)
 
 
-def test_one_device_and_eight_embed_alike(model, params_of, embedder, mesh_of):
-    alone = Embedder(model, mesh_of((1, 1)), batch_size=4).with_params(params_of(0))
+def test_one_device_and_eight_embed_alike(model, variables_of, embedder, mesh_of):
+    alone = Embedder(model, mesh_of((1, 1)), batch_size=4).with_variables(variables_of(0))
     images = pictures(9)
     np.testing.assert_allclose(alone.encode_image(images), embedder.encode_image(images), rtol=0, atol=2e-6)

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from clip_jax.models.clip import CLIP, IMAGE_MEAN, IMAGE_STD, normalize_images, unit_length
-from clip_jax.models.presets import PRESETS, CLIPPreset, TextTransformerPreset, VisionTransformerPreset, get_preset
+from clip_jax.models.presets import (
+    PRESETS,
+    RESNET_REDUCTION,
+    CLIPPreset,
+    ResNetPreset,
+    TextTransformerPreset,
+    VisionTransformerPreset,
+    get_preset,
+)
 from clip_jax.models.vision_transformer import split_into_patches
 
 END = 63  # the highest id of the tiny vocabulary
@@ -47,6 +55,11 @@ def encode_text(tiny):
     ("name", "count"),
     # As counted in the weights that OpenAI published.
     [
+        ("RN50", 102_007_137),
+        ("RN101", 119_688_033),
+        ("RN50x4", 178_300_601),
+        ("RN50x16", 290_979_217),
+        ("RN50x64", 623_258_305),
         ("ViT-B/32", 151_277_313),
         ("ViT-B/16", 149_620_737),
         ("ViT-L/14", 427_616_513),
@@ -57,8 +70,8 @@ def test_a_published_size_has_exactly_as_many_parameters_as_the_published_weight
     preset = get_preset(name)
     images = jnp.zeros((1, preset.vision.image_size, preset.vision.image_size, 3))
     tokens = jnp.zeros((1, 77), jnp.int32)
-    params = jax.eval_shape(CLIP(preset).init, jax.random.key(0), images, tokens)
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+    variables = jax.eval_shape(CLIP(preset).init, jax.random.key(0), images, tokens)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == count
 
 
 def test_an_unknown_preset_is_answered_with_those_that_there_are():
@@ -69,8 +82,9 @@ def test_an_unknown_preset_is_answered_with_those_that_there_are():
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_can_be_cut_into_whole_patches_and_heads(name):
     preset = PRESETS[name]
-    assert preset.vision.image_size % preset.vision.patch_size == 0
-    assert preset.vision.width == 64 * preset.vision.num_heads
+    resnet = isinstance(preset.vision, ResNetPreset)
+    assert preset.vision.image_size % (RESNET_REDUCTION if resnet else preset.vision.patch_size) == 0
+    assert preset.vision.width * (RESNET_REDUCTION if resnet else 1) == 64 * preset.vision.num_heads
     assert preset.text.width == 64 * preset.text.num_heads
 
 

@@ -1,0 +1,135 @@
+"""Embedding images and texts on CPU, here and in open_clip (PyTorch), in float32.
+
+pip install -e ".[peers]" && python -m benchmarks.inference [--models=RN50,ViT-B/32] [--batch-sizes=1,16,64]
+
+Same architectures and batches, random weights and data: uint8 images and tokens in, embeddings of unit length out, as
+``clip_jax.load`` makes them, and under ``torch.inference_mode``. Each implementation has a process of its own, so that
+neither's threads disturb the other, and they take turns; the other waits meanwhile. Prints embeddings per second, the
+median over rounds, and the ratio.
+"""
+
+import argparse
+import importlib.util
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+import numpy as np
+
+from clip_jax.models.presets import CLIPPreset, get_preset
+
+INPUTS = ("images", "texts")
+
+
+def random_inputs(preset: CLIPPreset, batch_size: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    size, length = preset.vision.image_size, preset.text.context_length
+    tokens = rng.integers(1, preset.text.vocab_size - 2, (batch_size, length), np.int32)
+    tokens[:, -1] = preset.text.vocab_size - 1  # end of text
+    return {"images": rng.integers(0, 256, (batch_size, size, size, 3), np.uint8), "texts": tokens}
+
+
+def our_functions(preset: CLIPPreset, batch_size: int) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+
+    from clip_jax.loading import LoadedModel
+    from clip_jax.models.clip import CLIP
+    from clip_jax.weights import Weights
+
+    size, length = preset.vision.image_size, preset.text.context_length
+    init = jax.jit(CLIP(preset).init)
+    variables = init(jax.random.key(0), jnp.zeros((1, size, size, 3)), jnp.zeros((1, length), jnp.int32))
+    variables = {"batch_stats": {}} | jax.tree.map(np.asarray, nn.meta.unbox(variables))
+    embedder = LoadedModel(Weights(preset, variables, "random"), batch_size, "float32").embedder
+    return {"images": embedder.encode_image, "texts": embedder.encode_tokens}
+
+
+def open_clip_functions(preset: CLIPPreset, batch_size: int) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    importlib.import_module("benchmarks.peers")  # must come first
+    import open_clip
+    import torch
+
+    from clip_jax.models.clip import IMAGE_MEAN, IMAGE_STD
+    from clip_jax.weights.open_clip import config_of
+
+    model = open_clip.CLIP(**config_of(preset)["model_cfg"]).eval()
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+
+    def encode_image(images: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            pixels = (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / std
+            return model.encode_image(pixels, normalize=True).numpy()
+
+    def encode_text(tokens: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return model.encode_text(torch.from_numpy(tokens).long(), normalize=True).numpy()
+
+    return {"images": encode_image, "texts": encode_text}
+
+
+IMPLEMENTATIONS = {"clip_jax": our_functions, "open_clip": open_clip_functions}
+
+
+def serve(connection: Connection, name: str, preset: CLIPPreset, batch_size: int) -> None:
+    """Warms up, then answers each "images" or "texts" with the seconds that embedding a batch took; None ends it."""
+    functions, inputs = IMPLEMENTATIONS[name](preset, batch_size), random_inputs(preset, batch_size)
+    for kind in INPUTS:
+        for _ in range(2):
+            functions[kind](inputs[kind])
+    connection.send("warm")
+    while kind := connection.recv():
+        start = time.perf_counter()
+        functions[kind](inputs[kind])
+        connection.send(time.perf_counter() - start)
+
+
+def measure(preset: CLIPPreset, batch_size: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Median seconds a batch, by kind of input and implementation."""
+    context = multiprocessing.get_context("spawn")
+    servers = {}
+    for name in IMPLEMENTATIONS:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(theirs, name, preset, batch_size), daemon=True)
+        process.start()
+        theirs.close()  # or a server that dies would be waited for
+        servers[name] = (process, ours)
+        assert ours.recv() == "warm"
+    seconds = {kind: {name: [] for name in servers} for kind in INPUTS}
+    for _ in range(rounds):
+        for kind in INPUTS:
+            for name, (_, connection) in servers.items():
+                connection.send(kind)
+                seconds[kind][name].append(connection.recv())
+    for process, connection in servers.values():
+        connection.send(None)
+        process.join()
+    return {kind: {name: statistics.median(times) for name, times in by.items()} for kind, by in seconds.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="RN50,ViT-B/32", help="presets, separated by commas")
+    parser.add_argument("--batch-sizes", default="1,16,64")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    if importlib.util.find_spec("open_clip") is None:
+        print('open_clip is not installed: pip install -e ".[peers]"', file=sys.stderr)
+        return 2
+    print(f"{os.cpu_count()} cores, float32, median of {arguments.rounds} rounds; embeddings per second")
+    for model in arguments.models.split(","):
+        for batch_size in map(int, arguments.batch_sizes.split(",")):
+            for kind, seconds in measure(get_preset(model), batch_size, arguments.rounds).items():
+                rates = "  ".join(f"{name} {batch_size / value:6.1f}" for name, value in seconds.items())
+                ratio = seconds["open_clip"] / seconds["clip_jax"]
+                print(f"{model:9} {kind:6} batch {batch_size:3}:  {rates}  ratio {ratio:.2f}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""Weights in and out: OpenAI's, open_clip's, Hugging Face's, and our own runs; the same numbers in each."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import NamedTuple
+
+import numpy as np
+
+from clip_jax.models.presets import PRESETS, CLIPPreset, preset_from_dict
+from clip_jax.weights import huggingface, open_clip, openai
+from clip_jax.weights.mapping import Table, Tensors, WeightsError, preset_from_shapes, to_variables
+from clip_jax.weights.torch_file import TorchFileError, read_torch_file
+
+__all__ = ["FORMATS", "Weights", "WeightsError", "preset_name", "read_weights", "write_weights"]
+
+FORMATS = ("clip_jax", "open_clip", "huggingface", "openai")
+
+
+class Weights(NamedTuple):
+    """A model as numpy arrays: ``variables`` hold ``params`` and ``batch_stats``, in the dtypes of the file.
+
+    ``format`` is where they came from, in words; ``note`` says what the file left open, or is empty.
+    """
+
+    preset: CLIPPreset
+    variables: dict
+    format: str
+    note: str = ""
+
+
+def preset_name(preset: CLIPPreset) -> str:
+    """Its name in :data:`clip_jax.models.presets.PRESETS`, or "custom"."""
+    return next((name for name, known in PRESETS.items() if known == preset), "custom")
+
+
+def read_weights(path: str | os.PathLike, activation: str | None = None) -> Weights:
+    """Reads a model from a file or folder of any known kind, recognised by what is in it.
+
+    A file without a config beside it does not tell its activation; it is then ``activation``, or OpenAI's
+    "quick_gelu" if that is None.
+
+    Raises:
+      FileNotFoundError: there is nothing, or nothing of ours in a folder.
+      WeightsError: it is there, but damaged, unsafe, or not one of the models that are built here.
+    """
+    source = pathlib.Path(path)
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: there is no such file or folder")
+    try:
+        if source.is_dir():
+            return _read_folder(source)
+        return _read_file(source, activation)
+    except (WeightsError, TorchFileError) as error:
+        where = str(error).startswith(str(source))
+        raise WeightsError(str(error) if where else f"{source}: {error}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise WeightsError(f"{source}: its config or its tensors make no sense ({reason})") from error
+
+
+def _read_folder(folder: pathlib.Path) -> Weights:
+    config_file = folder / huggingface.CONFIG_FILE  # of a run as well
+    config = _read_json(config_file) if config_file.is_file() else {}
+    if (folder / "checkpoints").is_dir() and "model" in config:
+        return _read_run(folder, config)
+    if (folder / open_clip.CONFIG_FILE).is_file():
+        preset = open_clip.read_config(_read_json(folder / open_clip.CONFIG_FILE))
+        return _mapped(_first_of(folder, open_clip.WEIGHT_FILES), open_clip.TABLE, preset)
+    if config_file.is_file():
+        preprocessor = folder / "preprocessor_config.json"
+        preset = huggingface.read_config(config, _read_json(preprocessor) if preprocessor.is_file() else None)
+        return _mapped(_first_of(folder, huggingface.WEIGHT_FILES), huggingface.TABLE, preset)
+    raise FileNotFoundError(
+        f"{folder} holds no model: neither a run (config.json and checkpoints/), nor {open_clip.CONFIG_FILE}, "
+        f"nor Hugging Face's config.json"
+    )
+
+
+def _read_run(folder: pathlib.Path, config: dict) -> Weights:
+    # Imported late: orbax takes a second, and only runs need it.
+    from etils import epath
+
+    from clip_jax.training.checkpoint import restore_variables
+
+    return Weights(preset_from_dict(config["model"]), restore_variables(epath.Path(folder)), "clip_jax")
+
+
+def _read_file(file: pathlib.Path, activation: str | None) -> Weights:
+    if file.name in huggingface.WEIGHT_FILES and (file.parent / huggingface.CONFIG_FILE).is_file():
+        return _read_folder(file.parent)
+    if (file.parent / open_clip.CONFIG_FILE).is_file():
+        preset = open_clip.read_config(_read_json(file.parent / open_clip.CONFIG_FILE))
+        return _mapped(file, open_clip.TABLE, preset)
+    tensors, metadata = _read_tensors(file)
+    if open_clip.CONFIG_FILE in metadata:
+        preset = open_clip.read_config(json.loads(metadata[open_clip.CONFIG_FILE]))
+        return Weights(preset, to_variables(tensors, open_clip.TABLE, preset), open_clip.TABLE.format)
+    table = huggingface.TABLE if "text_model.final_layer_norm.weight" in tensors else openai.TABLE
+    preset = preset_from_shapes(tensors, table, activation or "quick_gelu")
+    # Only OpenAI's own files mix half precision for the matrices with float32 for the rest.
+    published = {tensor.dtype.name for tensor in tensors.values()} >= {"float16", "float32"}
+    note = ""
+    if activation is None and not published:
+        note = (
+            f"{file.name} does not tell its activation: taken as OpenAI's quick_gelu; if the model has the plain one, "
+            f"as most of open_clip's, say activation=gelu"
+        )
+    return Weights(preset, to_variables(tensors, table, preset), table.format, note)
+
+
+def _mapped(file: pathlib.Path, table: Table, preset: CLIPPreset) -> Weights:
+    tensors, _ = _read_tensors(file)
+    return Weights(preset, to_variables(tensors, table, preset), table.format)
+
+
+def _read_tensors(file: pathlib.Path) -> tuple[Tensors, dict[str, str]]:
+    """Tensors by name, and the metadata of a safetensors file."""
+    if file.suffix != ".safetensors":
+        return read_torch_file(file), {}
+    import ml_dtypes
+    import safetensors
+    from safetensors.numpy import load_file
+
+    try:
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            metadata = opened.metadata() or {}
+        try:
+            return load_file(file), metadata
+        except KeyError:  # numpy alone has no bfloat16
+            views = safetensors.deserialize(file.read_bytes())
+            dtypes = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": ml_dtypes.bfloat16, "I64": "i8", "I32": "i4"}
+            tensors = {
+                name: np.frombuffer(view["data"], dtypes[view["dtype"]]).reshape(view["shape"]) for name, view in views
+            }
+            return tensors, metadata
+    except (safetensors.SafetensorError, KeyError) as error:
+        raise WeightsError(f"not a whole safetensors file ({error}); download or copy it again") from None
+
+
+def _read_json(file: pathlib.Path) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"{file} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise WeightsError(f"{file} is not a config: it holds a {type(content).__name__}")
+    return content
+
+
+def _first_of(folder: pathlib.Path, names: tuple[str, ...]) -> pathlib.Path:
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise WeightsError(f"{folder} has a config but no weights: none of {', '.join(names)}")
+
+
+def write_weights(weights: Weights, destination: str | os.PathLike, format: str) -> None:  # noqa: A002
+    """Writes a model, whole or not at all, so that the program it is for loads it without a flag.
+
+    ``format`` is one of :data:`FORMATS`. "open_clip" writes a folder, or a single file where ``destination`` ends in
+    ``.safetensors``; "huggingface" and "clip_jax" a folder; "openai" a ``.pt``. Tensors keep their dtypes.
+
+    Raises:
+      FileExistsError: there is something already.
+      WeightsError: that program has no such model, or the name does not fit the format.
+    """
+    target = pathlib.Path(destination)
+    single_file = format == "openai" or (format == "open_clip" and target.suffix == ".safetensors")
+    if format not in FORMATS:
+        raise WeightsError(f"{format!r} is not a format; the formats are {', '.join(FORMATS)}")
+    if format == "openai" and target.suffix != ".pt":
+        raise WeightsError(f"{target}: OpenAI's program reads files that end in .pt")
+    if not single_file and target.suffix in (".pt", ".bin", ".safetensors"):
+        raise WeightsError(f"{target}: {format} weights are a folder; leave {target.suffix} away")
+    if target.exists():
+        raise FileExistsError(f"{target} is there already; choose another name")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
+        unfinished = pathlib.Path(temporary) / target.name
+        if not single_file:
+            unfinished.mkdir()
+        variables, preset = weights.variables, weights.preset
+        if format == "openai":
+            openai.write(unfinished, variables, preset)
+        elif format == "huggingface":
+            huggingface.write_folder(unfinished, variables, preset)
+        elif single_file:
+            open_clip.write_file(unfinished, variables, preset)
+        elif format == "open_clip":
+            open_clip.write_folder(unfinished, variables, preset)
+        else:
+            _write_clip_jax(unfinished, weights)
+        shutil.move(unfinished, target)
+
+
+def _write_clip_jax(folder: pathlib.Path, weights: Weights) -> None:
+    from etils import epath
+
+    from clip_jax.training.checkpoint import save_variables, write_config
+
+    model = dataclasses.asdict(weights.preset) | {"name": preset_name(weights.preset)}
+    write_config(epath.Path(folder), json.dumps({"converted_from": weights.format, "model": model}, indent=2) + "\n")
+    save_variables(epath.Path(folder), weights.variables)

@@ -1,0 +1,236 @@
+"""Hugging Face's ``CLIPModel``: its names and layouts, its config, and the files beside the weights."""
+
+import json
+import pathlib
+import re
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from clip_jax.data.tokenizer import END_OF_TEXT, START_OF_TEXT, published_vocabulary
+from clip_jax.models.clip import IMAGE_MEAN, IMAGE_STD
+from clip_jax.models.presets import ACTIVATIONS, CLIPPreset, TextTransformerPreset, VisionTransformerPreset
+from clip_jax.weights.mapping import (
+    PATCHES,
+    SCALAR,
+    TRANSPOSED,
+    Row,
+    Table,
+    WeightsError,
+    linear,
+    norm,
+    row,
+    to_tensors,
+)
+
+CONFIG_FILE = "config.json"
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def _blocks(ours: str, theirs: str) -> tuple[Row, ...]:
+    return (
+        *norm(f"{ours}.ln_1", f"{theirs}.layer_norm1"),
+        *linear(f"{ours}.qkv", *(f"{theirs}.self_attn.{part}_proj" for part in "qkv")),
+        *linear(f"{ours}.attention_output", f"{theirs}.self_attn.out_proj"),
+        *norm(f"{ours}.ln_2", f"{theirs}.layer_norm2"),
+        *linear(f"{ours}.fc1", f"{theirs}.mlp.fc1"),
+        *linear(f"{ours}.fc2", f"{theirs}.mlp.fc2"),
+    )
+
+
+TABLE = Table(
+    format="Hugging Face",
+    vision_transformer=(
+        *row("vision.class_embedding", "vision_model.embeddings.class_embedding"),
+        *row("vision.patch_embedding.kernel", "vision_model.embeddings.patch_embedding.weight", PATCHES),
+        *row("vision.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+        *norm("vision.ln_pre", "vision_model.pre_layrnorm"),  # spelt so
+        *_blocks("vision.transformer.blocks", "vision_model.encoder.layers.{layer}"),
+        *norm("vision.ln_post", "vision_model.post_layernorm"),
+        *row("vision.projection.kernel", "visual_projection.weight", TRANSPOSED),
+    ),
+    text=(
+        *row("logit_scale", "logit_scale", SCALAR),
+        *row("text.token_embedding", "text_model.embeddings.token_embedding.weight"),
+        *row("text.positional_embedding", "text_model.embeddings.position_embedding.weight"),
+        *_blocks("text.transformer.blocks", "text_model.encoder.layers.{layer}"),
+        *norm("text.ln_final", "text_model.final_layer_norm"),
+        *row("text.projection.kernel", "text_projection.weight", TRANSPOSED),
+    ),
+    ignored=re.compile(r"\.position_ids$"),  # 0, 1, 2, ...: files of before 2023 have them
+)
+
+# CLIPConfig's defaults, where a config may leave out what is the default.
+_TEXT_DEFAULTS = {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "vocab_size": 49_408,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+_VISION_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "num_channels": 3,
+}
+
+
+def read_config(config: dict, preprocessor: dict | None = None) -> CLIPPreset:
+    """The preset that ``config.json`` describes; ``preprocessor`` is ``preprocessor_config.json``, if there.
+
+    Raises:
+      WeightsError: it is another kind of model, or a CLIP with what isn't built here.
+    """
+    if config.get("model_type") != "clip":
+        raise WeightsError(f"{CONFIG_FILE} is that of a {config.get('model_type')!r} model, not of a 'clip'")
+
+    def tower(name: str, defaults: dict) -> dict:
+        # Where older files have both, "..._config_dict" is what transformers goes by, with its defaults.
+        older = config.get(f"{name}_config_dict")
+        given = defaults | (config.get(f"{name}_config") or {})
+        return given if older is None else given | defaults | older
+
+    text, vision = tower("text", _TEXT_DEFAULTS), tower("vision", _VISION_DEFAULTS)
+    for name, part in (("text", text), ("vision", vision)):
+        if part["hidden_act"] not in ACTIVATIONS:
+            raise WeightsError(
+                f"{CONFIG_FILE}: {name}_config.hidden_act={part['hidden_act']!r} is not built here, only "
+                f"{' and '.join(ACTIVATIONS)}"
+            )
+        if part["layer_norm_eps"] != 1e-5:
+            raise WeightsError(
+                f"{CONFIG_FILE}: {name}_config.layer_norm_eps={part['layer_norm_eps']} is not CLIP's 1e-5"
+            )
+    end_of_text = text.get("eos_token_id", text["vocab_size"] - 1)
+    if end_of_text < text["vocab_size"] - 1 and end_of_text != 2:  # 2 stands for the highest id in older files
+        raise WeightsError(f"{CONFIG_FILE}: text_config.eos_token_id={end_of_text} is not the highest id, as CLIP's is")
+    if vision["num_channels"] != 3:
+        raise WeightsError(f"{CONFIG_FILE}: vision_config.num_channels={vision['num_channels']} is not 3")
+    for key, wanted in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD)):
+        given = (preprocessor or {}).get(key, wanted)
+        if not np.allclose(given, wanted, rtol=0, atol=1e-4):
+            raise WeightsError(f"preprocessor_config.json: {key}={given} is not CLIP's {list(wanted)}")
+
+    def transformer(part: dict) -> dict:
+        return {
+            "width": part["hidden_size"],
+            "num_layers": part["num_hidden_layers"],
+            "num_heads": part["num_attention_heads"],
+            "activation": part["hidden_act"],
+            "mlp_ratio": part["intermediate_size"] / part["hidden_size"],
+        }
+
+    return CLIPPreset(
+        config.get("projection_dim", 512),
+        VisionTransformerPreset(vision["image_size"], vision["patch_size"], **transformer(vision)),
+        TextTransformerPreset(
+            context_length=text["max_position_embeddings"], vocab_size=text["vocab_size"], **transformer(text)
+        ),
+    )
+
+
+def config_of(preset: CLIPPreset, dtype: str = "float32") -> dict:
+    """The ``config.json`` of a Vision Transformer's preset."""
+    vision, text = preset.vision, preset.text
+
+    def transformer(part: VisionTransformerPreset | TextTransformerPreset) -> dict:
+        return {
+            "hidden_size": part.width,
+            "intermediate_size": round(part.width * part.mlp_ratio),
+            "num_hidden_layers": part.num_layers,
+            "num_attention_heads": part.num_heads,
+            "hidden_act": part.activation,
+            "layer_norm_eps": 1e-5,
+            "attention_dropout": 0.0,
+            "projection_dim": preset.embed_dim,
+        }
+
+    end_of_text = text.vocab_size - 1  # the highest id, whatever the vocabulary
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": preset.embed_dim,
+        "logit_scale_init_value": 2.6592,
+        "dtype": dtype,
+        "torch_dtype": dtype,  # its name before transformers 4.56
+        "text_config": {
+            "model_type": "clip_text_model",
+            **transformer(text),
+            "max_position_embeddings": text.context_length,
+            "vocab_size": text.vocab_size,
+            "bos_token_id": end_of_text - 1,
+            "eos_token_id": end_of_text,
+            "pad_token_id": end_of_text,
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            **transformer(vision),
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "num_channels": 3,
+        },
+    }
+
+
+def write_folder(folder: pathlib.Path, variables: dict, preset: CLIPPreset) -> None:
+    """Writes all that ``CLIPModel`` and ``CLIPProcessor`` load into an existing folder.
+
+    Raises:
+      WeightsError: the model is a ResNet, which Hugging Face's CLIP has not.
+    """
+    tensors = to_tensors(variables, TABLE, preset)
+    dtypes = {tensor.dtype.name for tensor in tensors.values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+    size = preset.vision.image_size
+    markers = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+    }
+    files = {
+        CONFIG_FILE: config_of(preset, dtype),
+        "preprocessor_config.json": {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": size},
+            "resample": 3,  # bicubic
+            "do_center_crop": True,
+            "crop_size": {"height": size, "width": size},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(IMAGE_MEAN),
+            "image_std": list(IMAGE_STD),
+        },
+        "special_tokens_map.json": markers,
+        "tokenizer_config.json": {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": preset.text.context_length,
+            "do_lower_case": True,
+            "add_prefix_space": False,
+            "errors": "replace",
+            **markers,
+            "added_tokens_decoder": {
+                str(token): {"content": content, "lstrip": False, "normalized": True, "rstrip": False}
+                | {"single_word": False, "special": True}
+                for token, content in ((START_OF_TEXT, "<|startoftext|>"), (END_OF_TEXT, "<|endoftext|>"))
+            },
+        },
+    }
+    symbols, merges = published_vocabulary()
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / "vocab.json").write_text(json.dumps(symbols, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    save_file(tensors, folder / WEIGHT_FILES[0], metadata={"format": "pt"})

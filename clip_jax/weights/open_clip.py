@@ -1,0 +1,146 @@
+"""open_clip's files: OpenAI's names, and a config beside them that tells the activation and the heads.
+
+A folder of ``open_clip_config.json`` and ``open_clip_model.safetensors`` is what
+``open_clip.create_model("local-dir:FOLDER")`` loads; a single file is for ``create_model(NAME, pretrained=FILE)``.
+"""
+
+import json
+import pathlib
+
+from safetensors.numpy import save_file
+
+from clip_jax.models.clip import IMAGE_MEAN, IMAGE_STD
+from clip_jax.models.presets import (
+    RESNET_REDUCTION,
+    CLIPPreset,
+    ResNetPreset,
+    TextTransformerPreset,
+    VisionTransformerPreset,
+)
+from clip_jax.weights import openai
+from clip_jax.weights.mapping import HEAD_WIDTH, WeightsError, to_tensors
+
+CONFIG_FILE = "open_clip_config.json"
+# In the order in which open_clip itself looks for them.
+WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+TABLE = openai.TABLE._replace(format="open_clip")
+
+# What a config may say without changing the model that we have: used here, or without effect on inference.
+_VISION_KEYS = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio", "patch_dropout"}
+_TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
+_MODEL_KEYS = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "init_logit_scale"}
+# Named explicitly, some say what is so anyway.
+_DEFAULTS = {"pool_type": ("tok", "argmax"), "pos_embed_type": ("learnable",), "proj_type": ("linear",)}
+_PREPROCESSING = {"mean": IMAGE_MEAN, "std": IMAGE_STD, "interpolation": "bicubic", "resize_mode": "shortest"}
+
+
+def read_config(config: dict) -> CLIPPreset:
+    """The preset that an ``open_clip_config.json`` describes.
+
+    Raises:
+      WeightsError: it describes a model that isn't built here; the keys are named.
+    """
+    model = config.get("model_cfg", config)
+    vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
+    parts = (("", model, _MODEL_KEYS), ("vision_cfg.", vision, _VISION_KEYS), ("text_cfg.", text, _TEXT_KEYS))
+    unknown = [
+        f"{prefix}{key}={value!r}"
+        for prefix, part, known in parts
+        for key, value in part.items()
+        if key not in known and value and value not in _DEFAULTS.get(key, ())
+    ]
+    if unknown:
+        raise WeightsError(f"{CONFIG_FILE} describes a model that is not built here: {', '.join(unknown)}")
+    expected = {key: list(value) if isinstance(value, tuple) else value for key, value in _PREPROCESSING.items()}
+    preprocessing = {
+        f"{key}={value!r}"
+        for key, value in (config.get("preprocess_cfg") or {}).items()
+        if key in expected and value not in (expected[key], None)
+    }
+    if preprocessing:
+        raise WeightsError(
+            f"{CONFIG_FILE} asks for other preprocessing than CLIP's: {', '.join(sorted(preprocessing))}"
+        )
+    activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
+    # What is left out has open_clip's defaults (CLIPVisionCfg and CLIPTextCfg in its model.py).
+    width, head_width = vision.get("width", 768), vision.get("head_width", HEAD_WIDTH)
+    layers, image_size = vision.get("layers", 12), vision.get("image_size", 224)
+    try:
+        if isinstance(layers, list):
+            heads = width * RESNET_REDUCTION // head_width
+            vision_preset = ResNetPreset(image_size, width, tuple(layers), heads)
+        else:
+            ratio = int(width * vision.get("mlp_ratio", 4.0)) / width
+            vision_preset = VisionTransformerPreset(
+                image_size, vision.get("patch_size", 16), width, layers, width // head_width, activation, ratio
+            )
+        width = text.get("width", 512)
+        text_preset = TextTransformerPreset(
+            width,
+            text.get("layers", 12),
+            text.get("heads", 8),
+            text.get("context_length", 77),
+            text.get("vocab_size", 49_408),
+            activation,
+            int(width * text.get("mlp_ratio", 4.0)) / width,
+        )
+        return CLIPPreset(model["embed_dim"], vision_preset, text_preset)
+    except (KeyError, TypeError) as error:
+        raise WeightsError(f"{CONFIG_FILE} is not a whole config: {type(error).__name__} {error}") from None
+
+
+def config_of(preset: CLIPPreset) -> dict:
+    """The ``open_clip_config.json`` of this preset.
+
+    Raises:
+      WeightsError: its towers have different activations, which open_clip's config cannot say.
+    """
+    vision, text = preset.vision, preset.text
+    resnet = isinstance(vision, ResNetPreset)
+    if not resnet and vision.activation != text.activation:
+        raise WeightsError("open_clip has one activation for both towers, and this model has two")
+
+    def mlp_ratio(tower: VisionTransformerPreset | TextTransformerPreset) -> dict:
+        # open_clip cuts the product off where we round it: half a unit more gives the same width in both.
+        ratio = tower.mlp_ratio
+        return {"mlp_ratio": ratio if ratio == int(ratio) else (round(tower.width * ratio) + 0.5) / tower.width}
+
+    if resnet:
+        vision_cfg = {"layers": list(vision.stage_sizes), "patch_size": None}
+        head_width = vision.width * RESNET_REDUCTION // vision.num_heads
+    else:
+        vision_cfg = {"layers": vision.num_layers, "patch_size": vision.patch_size, **mlp_ratio(vision)}
+        head_width = vision.width // vision.num_heads
+    return {
+        "model_cfg": {
+            "embed_dim": preset.embed_dim,
+            "quick_gelu": text.activation == "quick_gelu",
+            "vision_cfg": {
+                "image_size": vision.image_size,
+                "width": vision.width,
+                "head_width": head_width,
+                **vision_cfg,
+            },
+            "text_cfg": {
+                "context_length": text.context_length,
+                "vocab_size": text.vocab_size,
+                "width": text.width,
+                "heads": text.num_heads,
+                "layers": text.num_layers,
+                **mlp_ratio(text),
+            },
+        },
+        "preprocess_cfg": {"mean": list(IMAGE_MEAN), "std": list(IMAGE_STD)},
+    }
+
+
+def write_folder(folder: pathlib.Path, variables: dict, preset: CLIPPreset) -> None:
+    """Writes config and weights into an existing folder."""
+    (folder / CONFIG_FILE).write_text(json.dumps(config_of(preset), indent=2) + "\n")
+    save_file(to_tensors(variables, TABLE, preset), folder / WEIGHT_FILES[0], metadata={"format": "pt"})
+
+
+def write_file(path: pathlib.Path, variables: dict, preset: CLIPPreset) -> None:
+    """Writes a single ``.safetensors``; its metadata hold the config, which only we read back."""
+    metadata = {"format": "pt", CONFIG_FILE: json.dumps(config_of(preset))}
+    save_file(to_tensors(variables, TABLE, preset), path, metadata=metadata)

@@ -1,0 +1,15 @@
+"""RN50x16 as in the paper: batch 32,768, 32 epochs.
+
+python -m clip_jax.main --config=configs/rn50x16.py --workdir=/mnt/shared/rn50x16 --config.data.source=...
+
+Not run in full yet. The paper's model reaches 70.5 % zero-shot on ImageNet (table 11).
+"""
+
+from clip_jax.config import default_config
+
+
+def get_config():
+    config = default_config("RN50x16")
+    config.optimizer.learning_rate = 4e-4
+    config.model.remat = "full"
+    return config

@@ -1,0 +1,12 @@
+"""RN50x4 as in the paper: batch 32,768, 32 epochs.
+
+python -m clip_jax.main --config=configs/rn50x4.py --workdir=/mnt/shared/rn50x4 --config.data.source=...
+
+Not run in full yet. The paper's model reaches 65.8 % zero-shot on ImageNet (table 11).
+"""
+
+from clip_jax.config import default_config
+
+
+def get_config():
+    return default_config("RN50x4")

@@ -1,0 +1,140 @@
+"""What is written here, the other programs load without a flag, and compute the same from a picture and a text."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import clip_jax
+from clip_jax.convert import main as convert
+from clip_jax.models.presets import PRESETS, CLIPPreset, ResNetPreset, TextTransformerPreset, VisionTransformerPreset
+from clip_jax.weights import Weights, openai, write_weights
+from clip_jax.weights import open_clip as open_clip_files
+from clip_jax.weights.mapping import to_variables
+
+torch = pytest.importorskip("torch")
+peer_models = pytest.importorskip("peer_models")
+clip, open_clip, transformers = (pytest.importorskip(name) for name in ("clip", "open_clip", "transformers"))
+
+TEXT = TextTransformerPreset(width=128, num_layers=2, num_heads=2)
+VIT = CLIPPreset(32, VisionTransformerPreset(64, patch_size=16, width=128, num_layers=2, num_heads=2), TEXT)
+VIT_GELU = dataclasses.replace(
+    VIT,
+    vision=dataclasses.replace(VIT.vision, activation="gelu", mlp_ratio=4.3637),
+    text=dataclasses.replace(TEXT, activation="gelu", num_heads=4),
+)
+RESNET = CLIPPreset(32, ResNetPreset(96, width=16, stage_sizes=(1, 2, 1, 3), num_heads=8), TEXT)
+SHORT = dataclasses.replace(VIT, text=dataclasses.replace(TEXT, context_length=24))
+TEXTS = ["a photo of a cat", "Two DOGS & a café, 1999!", "x"]
+
+
+@pytest.fixture(scope="module")
+def picture():
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((300, 200), Image.Resampling.BICUBIC)
+
+
+def model_folder(preset, folder):
+    """Random weights as a folder of ours, as a training leaves it but for the optimizer; and loaded."""
+    torch.manual_seed(0)
+    tensors = peer_models.tensors_of(peer_models.open_clip_model(preset))
+    write_weights(Weights(preset, to_variables(tensors, openai.TABLE, preset), "test"), folder, "clip_jax")
+    return clip_jax.load(folder)
+
+
+def assert_same(ours, picture, image_embeddings, text_embeddings, scale):
+    for result, expected in (
+        (ours.encode_image(picture), image_embeddings),
+        (ours.encode_text(TEXTS), text_embeddings),
+    ):
+        expected = torch.nn.functional.normalize(expected).detach().numpy()
+        np.testing.assert_allclose(result, expected, rtol=0, atol=1e-4)
+        assert (1 - (np.float64(result) * expected).sum(axis=1) < 1e-5).all()
+    assert ours.logit_scale == pytest.approx(scale.exp().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("preset", [VIT, VIT_GELU, RESNET, SHORT], ids=["ViT", "gelu", "ResNet", "short"])
+def test_open_clip_loads_a_folder(preset, picture, tmp_path):
+    ours = model_folder(preset, tmp_path / "ours")
+    assert convert([f"{tmp_path}/ours", f"{tmp_path}/theirs", "--to=open_clip"]) == 0
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}/theirs")
+    tokenize = open_clip.get_tokenizer(f"local-dir:{tmp_path}/theirs")
+    with torch.inference_mode():
+        image_embeddings = model.eval().encode_image(transform(picture)[None])
+        text_embeddings = model.encode_text(tokenize(TEXTS))
+    assert_same(ours, picture, image_embeddings, text_embeddings, model.logit_scale)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32-quickgelu", "RN50-quickgelu"])
+def test_open_clip_loads_a_single_file_by_the_models_name(name, picture, tmp_path):
+    preset = open_clip_files.read_config({"model_cfg": open_clip.get_model_config(name)})
+    assert preset in PRESETS.values()
+    ours = model_folder(preset, tmp_path / "ours")
+    assert convert([f"{tmp_path}/ours", f"{tmp_path}/theirs.safetensors", "--to=open_clip"]) == 0
+    model, _, transform = open_clip.create_model_and_transforms(name, pretrained=f"{tmp_path}/theirs.safetensors")
+    with torch.inference_mode():
+        image_embeddings = model.eval().encode_image(transform(picture)[None])
+        text_embeddings = model.encode_text(open_clip.get_tokenizer(name)(TEXTS))
+    assert_same(ours, picture, image_embeddings, text_embeddings, model.logit_scale)
+
+
+@pytest.mark.parametrize("preset", [VIT, VIT_GELU, SHORT], ids=["ViT", "gelu", "short"])
+def test_transformers_loads_a_folder(preset, picture, tmp_path):
+    ours = model_folder(preset, tmp_path / "ours")
+    assert convert([f"{tmp_path}/ours", f"{tmp_path}/theirs", "--to=huggingface"]) == 0
+    model, report = transformers.CLIPModel.from_pretrained(tmp_path / "theirs", output_loading_info=True)
+    assert not any(report.values())  # nothing missing, nothing left over
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    processor = transformers.CLIPProcessor.from_pretrained(tmp_path / "theirs")
+    inputs = processor(text=TEXTS, images=picture, return_tensors="pt", padding="max_length")
+    tokens = clip_jax.tokenize(TEXTS, preset.text.context_length)
+    until_the_end = np.cumsum(tokens == tokens.max(), axis=1) == 0
+    assert inputs["input_ids"].shape == tokens.shape
+    assert (inputs["input_ids"].numpy() == tokens)[until_the_end].all()
+    with torch.inference_mode():
+        output = model.eval()(**inputs)
+    assert_same(ours, picture, output.image_embeds, output.text_embeds, model.logit_scale)
+    theirs = output.logits_per_image.softmax(dim=1).numpy()
+    # Its processor resizes with PyTorch instead of PIL, which moves pixels by a level here and there.
+    np.testing.assert_allclose(theirs, ours.classify(picture, TEXTS), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("preset", [VIT, RESNET], ids=["ViT", "ResNet"])
+def test_openais_program_loads_a_file(preset, picture, tmp_path):
+    ours = model_folder(preset, tmp_path / "ours")
+    assert convert([f"{tmp_path}/ours", f"{tmp_path}/theirs.pt", "--to=openai"]) == 0
+    state = torch.load(tmp_path / "theirs.pt", weights_only=True)
+    model = clip.model.build_model(state).float()
+    transform = clip.clip._transform(model.visual.input_resolution)
+    with torch.inference_mode():
+        image_embeddings = model.encode_image(transform(picture)[None])
+        text_embeddings = model.encode_text(clip.tokenize(TEXTS, preset.text.context_length))
+    # build_model rounds the matrices to half precision.
+    for result, expected in (
+        (ours.encode_image(picture), image_embeddings),
+        (ours.encode_text(TEXTS), text_embeddings),
+    ):
+        expected = torch.nn.functional.normalize(expected).numpy()
+        np.testing.assert_allclose(result, expected, rtol=0, atol=5e-3)
+    path_of_the_program, _ = clip.load(str(tmp_path / "theirs.pt"), device="cpu")
+    assert path_of_the_program.visual.input_resolution == preset.vision.image_size
+
+
+@pytest.mark.parametrize(("before", "after"), [((4, 3), 7), ((7, 3), 4), ((16, 2), 24), ((24, 2), 16)])
+def test_positions_are_resized_as_open_clip_resizes_them(before, after):
+    from clip_jax.weights.resizing import resize_positions
+
+    side, width = before
+    positions = np.random.default_rng(0).normal(size=(1 + side * side, width)).astype(np.float32)
+    state = {"visual.positional_embedding": torch.from_numpy(positions)}
+
+    class Visual:
+        grid_size = (after, after)
+
+    class Model:
+        visual = Visual
+
+    open_clip.model.resize_pos_embed(state, Model, antialias=True)
+    expected = state["visual.positional_embedding"].numpy()
+    np.testing.assert_allclose(resize_positions(positions, after), expected, rtol=0, atol=2e-6)
