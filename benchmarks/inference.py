@@ -34,19 +34,10 @@ def random_inputs(preset: CLIPPreset, batch_size: int) -> dict[str, np.ndarray]:
 
 
 def our_functions(preset: CLIPPreset, batch_size: int) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    import flax.linen as nn
-    import jax
-    import jax.numpy as jnp
-
+    from benchmarks.predict import random_weights
     from clip_jax.loading import LoadedModel
-    from clip_jax.models.clip import CLIP
-    from clip_jax.weights import Weights
 
-    size, length = preset.vision.image_size, preset.text.context_length
-    init = jax.jit(CLIP(preset).init)
-    variables = init(jax.random.key(0), jnp.zeros((1, size, size, 3)), jnp.zeros((1, length), jnp.int32))
-    variables = {"batch_stats": {}} | jax.tree.map(np.asarray, nn.meta.unbox(variables))
-    embedder = LoadedModel(Weights(preset, variables, "random"), batch_size, "float32").embedder
+    embedder = LoadedModel(random_weights(preset), batch_size, "float32").embedder
     return {"images": embedder.encode_image, "texts": embedder.encode_tokens}
 
 

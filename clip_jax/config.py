@@ -40,6 +40,7 @@ NOT_PART_OF_A_RUN = (
     "mesh.fsdp",
     "model.remat",
     "model.scan_unroll",
+    "init_from",  # read by a run that has no checkpoint of its own
     "data.source",  # the fingerprint of what it holds is compared instead, so data may be moved
 )
 

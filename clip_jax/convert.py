@@ -16,10 +16,18 @@ from clip_jax.models.presets import ACTIVATIONS
 USES = {
     "clip_jax": 'clip_jax.load("{path}")',
     "open_clip": 'open_clip.create_model_and_transforms("local-dir:{path}")',
-    "open_clip file": 'open_clip.create_model_and_transforms(NAME, pretrained="{path}")',
+    "open_clip file": 'open_clip.create_model_and_transforms({name}, pretrained="{path}")',
     "huggingface": 'transformers.CLIPModel.from_pretrained("{path}")',
     "openai": 'clip.load("{path}")',
 }
+
+
+def open_clip_name(name: str) -> str:
+    """What open_clip calls a preset, quoted; NAME where it has no config of that architecture yet."""
+    if name == "custom":
+        return "NAME"
+    plain, with_gelu, _ = name.partition(" with gelu")
+    return f'"{plain.replace("/", "-").replace("@", "-")}{"" if with_gelu else "-quickgelu"}"'
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,8 +55,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     parameters = sum(leaf.size for leaf in jax.tree.leaves(weights.variables["params"]))
     single_file = arguments.to == "open_clip" and arguments.destination.endswith(".safetensors")
-    use = USES["open_clip file" if single_file else arguments.to].format(path=arguments.destination)
-    print(f"{preset_name(weights.preset)}, {parameters:,} parameters, from {weights.format} to {arguments.destination}")
+    name = preset_name(weights.preset)
+    use = USES["open_clip file" if single_file else arguments.to].format(
+        path=arguments.destination, name=open_clip_name(name)
+    )
+    print(f"{name}, {parameters:,} parameters, from {weights.format} to {arguments.destination}")
     print(f"Use it:  {use}")
     return 0
 

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from clip_jax.config import DTYPES
 from clip_jax.data.images import ImageError, decode_image, evaluation_transform, to_rgb
+from clip_jax.data.tokenizer import VOCAB_SIZE
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.zero_shot import classifier_weights
 from clip_jax.models.attention import unstack_layers
@@ -50,8 +52,9 @@ class LoadedModel:
         """
         if isinstance(images, Image.Image | str | os.PathLike) or getattr(images, "ndim", 4) < 4:
             images = [images]
+        images = list(images)
         size = self.preset.vision.image_size
-        if not len(images):
+        if not images:
             return np.zeros((0, self.preset.embed_dim), np.float32)
         return self.embedder.encode_image(np.stack([evaluation_transform(_open(image), size) for image in images]))
 
@@ -61,12 +64,17 @@ class LoadedModel:
         Texts that are too long are cut; one alone is a list of one.
 
         Raises:
-          ValueError: tokens are not integers of the vocabulary, or more than the context holds.
+          TypeError: a text is not a string.
+          ValueError: tokens are not integers of the vocabulary, or more than the context holds; or texts were given
+            to a model whose vocabulary is smaller than the tokenizer's.
         """
-        if not hasattr(texts, "dtype"):
+        text = self.preset.text
+        if getattr(texts, "dtype", np.dtype(object)).kind in "OUT":
             texts = [texts] if isinstance(texts, str) else list(texts)
+            if text.vocab_size < VOCAB_SIZE:
+                raise ValueError(f"the model's vocabulary of {text.vocab_size} is not the tokenizer's; give it tokens")
             return self.embedder.encode_text(texts) if texts else np.zeros((0, self.preset.embed_dim), np.float32)
-        tokens, text = np.asarray(texts), self.preset.text
+        tokens = np.atleast_2d(texts)
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or not 0 < tokens.shape[1] <= text.context_length:
             raise ValueError(
                 f"tokens must be integers [M, L] with L at most {text.context_length}, not {tokens.dtype} "
@@ -79,7 +87,10 @@ class LoadedModel:
         return self.embedder.encode_tokens(tokens.astype(np.int32))
 
     def classify(
-        self, images: Picture | Sequence[Picture], labels: Sequence[str], templates: Sequence[str] = ("{}",)
+        self,
+        images: Picture | Sequence[Picture],
+        labels: str | Sequence[str],
+        templates: str | Sequence[str] = ("{}",),
     ) -> np.ndarray:
         """Probabilities float32 ``[M, C]`` of C labels for M pictures, as in figure 1 of the paper.
 
@@ -88,7 +99,9 @@ class LoadedModel:
         Raises:
           ValueError: there are no labels, or a template has no place for them; or as :meth:`encode_image`.
         """
-        if not len(labels) or not len(templates):
+        labels = [labels] if isinstance(labels, str) else list(labels)
+        templates = [templates] if isinstance(templates, str) else list(templates)
+        if not labels or not templates:
             raise ValueError("classify needs at least one label and one template")
         without = [template for template in templates if "{}" not in template]
         if without:
@@ -101,7 +114,10 @@ class LoadedModel:
 
 def _open(picture: Picture) -> Image.Image:
     if isinstance(picture, Image.Image):
-        return to_rgb(picture)
+        try:
+            return to_rgb(picture)
+        except OSError as error:  # opened, but cut short
+            raise ValueError(f"{getattr(picture, 'filename', 'a picture')}: {error}") from None
     if isinstance(picture, str | os.PathLike):
         try:
             return decode_image(pathlib.Path(picture).read_bytes())
@@ -129,9 +145,14 @@ def load(
 
     Raises:
       FileNotFoundError: there is no model.
+      ValueError: ``dtype`` or ``batch_size`` is none.
       clip_jax.weights.WeightsError: it is damaged, unsafe, or not one of the models that are built here.
       clip_jax.training.checkpoint.CheckpointError: none of a run's checkpoints can be read.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be positive")
     weights = read_weights(path, activation)
     if weights.note:
         logger.warning("%s", weights.note)

@@ -9,10 +9,13 @@ import sys
 
 import absl.logging
 
+from clip_jax.models.presets import ACTIVATIONS
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m clip_jax.predict", description="Labels pictures by names.")
     parser.add_argument("--model", required=True, help="a run, or weights of OpenAI, open_clip or Hugging Face")
+    parser.add_argument("--activation", choices=ACTIVATIONS, help="of a file that cannot tell; else quick_gelu")
     parser.add_argument("--labels", required=True, help="names to choose among, separated by commas")
     parser.add_argument("--template", default="{}", help='a sentence around each name, such as "an emoji of {}"')
     parser.add_argument("--top", type=int, default=3, help="how many labels to print for a picture")
@@ -31,7 +34,10 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--top={arguments.top} must be at least 1")
         if "{}" not in arguments.template:
             raise ValueError(f"--template={arguments.template} has no {{}} for the name")
-        probabilities = load(arguments.model).classify(arguments.pictures, labels, [arguments.template])
+        if len(set(labels)) < len(labels):
+            raise ValueError("--labels names something twice")
+        model = load(arguments.model, activation=arguments.activation)
+        probabilities = model.classify(arguments.pictures, labels, [arguments.template])
     except (ValueError, OSError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

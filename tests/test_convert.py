@@ -17,7 +17,7 @@ from clip_jax.convert import main as convert
 from clip_jax.main import main as train
 from clip_jax.main import parse_arguments
 from clip_jax.predict import main as predict
-from clip_jax.training.loop import make_batches, prepare
+from clip_jax.training.loop import make_batches, prepare, read_initial_variables
 from clip_jax.weights import Weights, read_weights
 from clip_jax.weights.resizing import at_image_size
 
@@ -168,8 +168,8 @@ def test_a_training_that_was_ended_resumes_without_what_it_started_from(started,
 @pytest.mark.parametrize("kind", ["run", "ours", "model.safetensors"])
 def test_a_training_of_the_same_image_size_starts_with_the_very_weights(trained, converted, tmp_path, kind):
     source = trained if kind == "run" else converted.parent / kind
-    config, workdir, _ = parse_arguments([*SMALL, f"--config.init_from={source}", f"--workdir={tmp_path}/run"])
-    assert_same_tensors(flat(prepare(config, workdir).initial_variables), flat(read_weights(trained).variables))
+    config, _, _ = parse_arguments([*SMALL, f"--config.init_from={source}", f"--workdir={tmp_path}/run"])
+    assert_same_tensors(flat(read_initial_variables(config)), flat(read_weights(trained).variables))
 
 
 @pytest.mark.parametrize(
@@ -235,5 +235,5 @@ def test_a_resnet_is_trained_used_and_converted(tmp_path, capsys, monkeypatch):
     assert back.preset == weights.preset
     assert_same_tensors(flat(back.variables), flat(weights.variables))
     continued = [*arguments, f"--config.init_from={tmp_path}/open_clip", f"--workdir={tmp_path}/continued"]
-    config, another, _ = parse_arguments(continued)
-    assert_same_tensors(flat(prepare(config, another).initial_variables), flat(weights.variables))
+    config, _, _ = parse_arguments(continued)
+    assert_same_tensors(flat(read_initial_variables(config)), flat(weights.variables))

@@ -101,6 +101,43 @@ def test_a_transparent_picture_is_the_same_by_path_and_as_an_image(run):
     np.testing.assert_array_equal(by_path, white)
 
 
+def test_one_label_and_one_template_are_not_taken_apart_into_letters(run):
+    model = clip_jax.load(run / "run")
+    np.testing.assert_array_equal(model.classify(run / "photo.png", "cat", "a {}"), [[1]])
+    pictures = (path for path in [run / "photo.png"] * 2)
+    labels = (label for label in ["cat", "dog", "house"])
+    assert model.classify(pictures, labels).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [np.zeros((0, 0, 3), np.uint8), np.zeros((4, 4, 3)), np.zeros((4, 4, 2), np.uint8), Image.new("RGB", (0, 5))],
+    ids=["empty array", "floats", "two channels", "empty picture"],
+)
+def test_what_is_no_picture_is_refused(run, picture):
+    with pytest.raises(ValueError, match="picture"):
+        clip_jax.load(run / "run").encode_image([picture])
+
+
+def test_a_loaded_model_takes_texts_or_tokens(run):
+    model = clip_jax.load(run / "run", batch_size=2)
+    length = model.preset.text.context_length
+    tokens = clip_jax.tokenize(["a cat", "a dog", "a house"], length)
+    by_text = model.encode_text(["a cat", "a dog", "a house"])
+    np.testing.assert_allclose(model.encode_text(tokens), by_text, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(model.encode_text(tokens[0]), by_text[:1], rtol=0, atol=1e-6)
+    assert model.encode_text([]).shape == (0, model.preset.embed_dim)
+    for wrong in (tokens + 1e5, tokens + 100_000, np.zeros((1, length + 1), np.int32)):
+        with pytest.raises(ValueError, match="tokens must"):
+            model.encode_text(wrong)
+
+
+@pytest.mark.parametrize("options", [{"dtype": "float8"}, {"batch_size": 0}])
+def test_options_of_load_that_make_no_sense_are_refused(run, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        clip_jax.load(run / "run", **options)
+
+
 def test_a_loaded_model_embeds_paths_pillow_images_and_arrays_alike(run):
     model = clip_jax.load(run / "run")
     image = Image.open(run / "photo.png")

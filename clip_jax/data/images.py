@@ -84,6 +84,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _check_size(width: int, height: int) -> None:
+    if not width or not height:
+        raise ImageError(f"{width} x {height} pixels are no picture")
     if width * height > MAX_PIXELS:
         raise ImageError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):

@@ -32,6 +32,12 @@ def unit_length(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis=-1, keepdims=True), 1e-24))
 
 
+def example_inputs(preset: CLIPPreset) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of one image and one text, for tracing ``init``."""
+    size, length = preset.vision.image_size, preset.text.context_length
+    return jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32), jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+
 class CLIP(nn.Module):
     """Both towers; parameters float32, computation in ``dtype``.
 

@@ -65,7 +65,6 @@ class Run(NamedTuple):
     mesh: Mesh
     steps: int
     data_fingerprint: str
-    initial_variables: dict | None  # of the model to start from, at this model's image size
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
@@ -92,9 +91,9 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
     if before not in (None, fingerprint):
         raise ValueError(f"{workdir} was trained on other data than config.data.source={config.data.source} now holds")
     evaluations = Evaluations(config)
-    initial_variables = read_initial_variables(config) if config.init_from and before is None else None
-    check_hosts_agree(f"{fingerprint} {steps} {to_json(config)}")
-    return Run(config, folder, source, evaluations, mesh, steps, fingerprint, initial_variables)
+    start = digest(read_initial_variables(config)) if config.init_from and before is None else ""
+    check_hosts_agree(f"{fingerprint} {steps} {start} {to_json(config)}")
+    return Run(config, folder, source, evaluations, mesh, steps, fingerprint)
 
 
 def read_initial_variables(config: ml_collections.ConfigDict) -> dict:
@@ -108,6 +107,14 @@ def read_initial_variables(config: ml_collections.ConfigDict) -> dict:
         return at_image_size(weights.variables, weights.preset, model_preset(config))
     except (ValueError, OSError, CheckpointError) as error:
         raise ValueError(f"config.init_from={config.init_from}: {error}") from None
+
+
+def digest(variables: dict) -> str:
+    """Tells one set of weights from another."""
+    result = hashlib.sha256()
+    for leaf in jax.tree.leaves(variables):
+        result.update(np.ascontiguousarray(leaf).data)
+    return result.hexdigest()
 
 
 def check_workdir(workdir: str) -> epath.Path:
@@ -142,7 +149,9 @@ def check_hosts_agree(what: str) -> None:
     """
     digest = np.frombuffer(hashlib.sha256(what.encode()).digest(), np.uint8)
     if not np.all(multihost_utils.process_allgather(digest).reshape(-1, len(digest)) == digest):
-        raise ValueError("the hosts differ in config or data; all need the same flags and the same files")
+        raise ValueError(
+            "the hosts differ in config, data or the weights to start from; all need the same flags and the same files"
+        )
 
 
 class Interruption:
@@ -182,8 +191,9 @@ def train(run: Run) -> bool:
         if restored:
             state, position = restored.state, restored.position
             logger.info("resumed at step %d of %d", int(state.step), run.steps)
-        elif run.initial_variables:
-            state, position = state_from_variables(run.initial_variables, model, optimizer, mesh), 0
+        elif config.init_from:
+            # Read again rather than kept since the checks: it is as large as the model, on every host.
+            state, position = state_from_variables(read_initial_variables(config), model, optimizer, mesh), 0
             logger.info("starts from %s", config.init_from)
         else:
             state, position = create_state(model, optimizer, config.seed, mesh), 0

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from clip_jax.config import model_preset
-from clip_jax.models.clip import CLIP, MAX_LOGIT_SCALE, normalize_images
+from clip_jax.models.clip import CLIP, MAX_LOGIT_SCALE, example_inputs, normalize_images
 from clip_jax.training.loss import contrastive_loss
 from clip_jax.training.sharding import batch_sharding, replicated, state_sharding
 
@@ -51,9 +51,7 @@ def make_model(config: ml_collections.ConfigDict, mesh: Mesh) -> CLIP:
 
 def _init_variables(model: CLIP, key: jax.Array) -> dict:
     """New parameters and running averages, still in boxes that carry their logical axes."""
-    vision, text = model.preset.vision, model.preset.text
-    images = jnp.zeros((1, vision.image_size, vision.image_size, 3))
-    tokens = jnp.zeros((1, text.context_length), jnp.int32)
+    images, tokens = (jnp.zeros(array.shape, array.dtype) for array in example_inputs(model.preset))
     # One example cannot be split over devices.
     return {"batch_stats": {}} | model.clone(batch_sharding=None).init(key, images, tokens)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from clip_jax.models.presets import PRESETS, CLIPPreset, preset_from_dict
 from clip_jax.weights import huggingface, open_clip, openai
-from clip_jax.weights.mapping import Table, Tensors, WeightsError, preset_from_shapes, to_variables
+from clip_jax.weights.mapping import Tensors, WeightsError, preset_from_shapes, to_variables
 from clip_jax.weights.torch_file import TorchFileError, read_torch_file
 
 __all__ = ["FORMATS", "Weights", "WeightsError", "preset_name", "read_weights", "write_weights"]
@@ -33,8 +33,19 @@ class Weights(NamedTuple):
 
 
 def preset_name(preset: CLIPPreset) -> str:
-    """Its name in :data:`clip_jax.models.presets.PRESETS`, or "custom"."""
-    return next((name for name, known in PRESETS.items() if known == preset), "custom")
+    """Its name in :data:`clip_jax.models.presets.PRESETS`, " with gelu" added where it has that, or "custom"."""
+
+    def published(preset: CLIPPreset) -> CLIPPreset:
+        fixed = {"activation": "quick_gelu", "batch_norm": "global"}
+        towers = (
+            dataclasses.replace(tower, **{name: value for name, value in fixed.items() if hasattr(tower, name)})
+            for tower in (preset.vision, preset.text)
+        )
+        return CLIPPreset(preset.embed_dim, *towers)
+
+    name = next((name for name, known in PRESETS.items() if known == published(preset)), "custom")
+    plain = {getattr(tower, "activation", "gelu") for tower in (preset.vision, preset.text)} == {"gelu"}
+    return f"{name} with gelu" if plain and name != "custom" else name
 
 
 def read_weights(path: str | os.PathLike, activation: str | None = None) -> Weights:
@@ -57,7 +68,7 @@ def read_weights(path: str | os.PathLike, activation: str | None = None) -> Weig
     except (WeightsError, TorchFileError) as error:
         where = str(error).startswith(str(source))
         raise WeightsError(str(error) if where else f"{source}: {error}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise WeightsError(f"{source}: its config or its tensors make no sense ({reason})") from error
 
@@ -67,13 +78,16 @@ def _read_folder(folder: pathlib.Path) -> Weights:
     config = _read_json(config_file) if config_file.is_file() else {}
     if (folder / "checkpoints").is_dir() and "model" in config:
         return _read_run(folder, config)
-    if (folder / open_clip.CONFIG_FILE).is_file():
-        preset = open_clip.read_config(_read_json(folder / open_clip.CONFIG_FILE))
-        return _mapped(_first_of(folder, open_clip.WEIGHT_FILES), open_clip.TABLE, preset)
-    if config_file.is_file():
-        preprocessor = folder / "preprocessor_config.json"
-        preset = huggingface.read_config(config, _read_json(preprocessor) if preprocessor.is_file() else None)
-        return _mapped(_first_of(folder, huggingface.WEIGHT_FILES), huggingface.TABLE, preset)
+    for config_name, names in (
+        (open_clip.CONFIG_FILE, open_clip.WEIGHT_FILES),
+        (huggingface.CONFIG_FILE, huggingface.WEIGHT_FILES),
+    ):
+        if (folder / config_name).is_file():
+            file = next((folder / name for name in names if (folder / name).is_file()), None)
+            if file is not None:
+                return _read_configured(file, config_name)
+            if not (config_name == open_clip.CONFIG_FILE and config_file.is_file()):
+                raise WeightsError(f"{folder} has {config_name} but no weights: none of {', '.join(names)}")
     raise FileNotFoundError(
         f"{folder} holds no model: neither a run (config.json and checkpoints/), nor {open_clip.CONFIG_FILE}, "
         f"nor Hugging Face's config.json"
@@ -91,28 +105,34 @@ def _read_run(folder: pathlib.Path, config: dict) -> Weights:
 
 def _read_file(file: pathlib.Path, activation: str | None) -> Weights:
     if file.name in huggingface.WEIGHT_FILES and (file.parent / huggingface.CONFIG_FILE).is_file():
-        return _read_folder(file.parent)
+        return _read_configured(file, huggingface.CONFIG_FILE)
     if (file.parent / open_clip.CONFIG_FILE).is_file():
-        preset = open_clip.read_config(_read_json(file.parent / open_clip.CONFIG_FILE))
-        return _mapped(file, open_clip.TABLE, preset)
+        return _read_configured(file, open_clip.CONFIG_FILE)
     tensors, metadata = _read_tensors(file)
     if open_clip.CONFIG_FILE in metadata:
         preset = open_clip.read_config(json.loads(metadata[open_clip.CONFIG_FILE]))
         return Weights(preset, to_variables(tensors, open_clip.TABLE, preset), open_clip.TABLE.format)
     table = huggingface.TABLE if "text_model.final_layer_norm.weight" in tensors else openai.TABLE
     preset = preset_from_shapes(tensors, table, activation or "quick_gelu")
-    # Only OpenAI's own files mix half precision for the matrices with float32 for the rest.
-    published = {tensor.dtype.name for tensor in tensors.values()} >= {"float16", "float32"}
+    published = "input_resolution" in tensors  # OpenAI's archives alone have it
     note = ""
     if activation is None and not published:
         note = (
             f"{file.name} does not tell its activation: taken as OpenAI's quick_gelu; if the model has the plain one, "
-            f"as most of open_clip's, say activation=gelu"
+            f'as most of open_clip\'s, say --activation=gelu (activation="gelu" in Python)'
         )
     return Weights(preset, to_variables(tensors, table, preset), table.format, note)
 
 
-def _mapped(file: pathlib.Path, table: Table, preset: CLIPPreset) -> Weights:
+def _read_configured(file: pathlib.Path, config_name: str) -> Weights:
+    """Weights with a config beside them."""
+    config = _read_json(file.parent / config_name)
+    if config_name == open_clip.CONFIG_FILE:
+        table, preset = open_clip.TABLE, open_clip.read_config(config)
+    else:
+        preprocessor = file.parent / "preprocessor_config.json"
+        table = huggingface.TABLE
+        preset = huggingface.read_config(config, _read_json(preprocessor) if preprocessor.is_file() else None)
     tensors, _ = _read_tensors(file)
     return Weights(preset, to_variables(tensors, table, preset), table.format)
 
@@ -133,29 +153,24 @@ def _read_tensors(file: pathlib.Path) -> tuple[Tensors, dict[str, str]]:
         except KeyError:  # numpy alone has no bfloat16
             views = safetensors.deserialize(file.read_bytes())
             dtypes = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": ml_dtypes.bfloat16, "I64": "i8", "I32": "i4"}
-            tensors = {
+            other = sorted({view["dtype"] for _, view in views} - dtypes.keys())
+            if other:
+                raise WeightsError(f"it holds tensors of {', '.join(other)}, which is not read") from None
+            return {
                 name: np.frombuffer(view["data"], dtypes[view["dtype"]]).reshape(view["shape"]) for name, view in views
-            }
-            return tensors, metadata
-    except (safetensors.SafetensorError, KeyError) as error:
+            }, metadata
+    except safetensors.SafetensorError as error:
         raise WeightsError(f"not a whole safetensors file ({error}); download or copy it again") from None
 
 
 def _read_json(file: pathlib.Path) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{file} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise WeightsError(f"{file} is not a config: it holds a {type(content).__name__}")
     return content
-
-
-def _first_of(folder: pathlib.Path, names: tuple[str, ...]) -> pathlib.Path:
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise WeightsError(f"{folder} has a config but no weights: none of {', '.join(names)}")
 
 
 def write_weights(weights: Weights, destination: str | os.PathLike, format: str) -> None:  # noqa: A002
@@ -178,8 +193,8 @@ def write_weights(weights: Weights, destination: str | os.PathLike, format: str)
         raise WeightsError(f"{target}: {format} weights are a folder; leave {target.suffix} away")
     if target.exists():
         raise FileExistsError(f"{target} is there already; choose another name")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
+    nearest = next(folder for folder in target.absolute().parents if folder.exists())
+    with tempfile.TemporaryDirectory(dir=nearest, prefix=f".{target.name}.") as temporary:
         unfinished = pathlib.Path(temporary) / target.name
         if not single_file:
             unfinished.mkdir()
@@ -194,6 +209,7 @@ def write_weights(weights: Weights, destination: str | os.PathLike, format: str)
             open_clip.write_folder(unfinished, variables, preset)
         else:
             _write_clip_jax(unfinished, weights)
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(unfinished, target)
 
 

@@ -111,14 +111,12 @@ def read_config(config: dict, preprocessor: dict | None = None) -> CLIPPreset:
                 f"{CONFIG_FILE}: {name}_config.layer_norm_eps={part['layer_norm_eps']} is not CLIP's 1e-5"
             )
     end_of_text = text.get("eos_token_id", text["vocab_size"] - 1)
-    if end_of_text < text["vocab_size"] - 1 and end_of_text != 2:  # 2 stands for the highest id in older files
+    # In older files 2 stands for the highest id of a text.
+    if end_of_text < text["vocab_size"] - 1 and end_of_text not in (2, END_OF_TEXT):
         raise WeightsError(f"{CONFIG_FILE}: text_config.eos_token_id={end_of_text} is not the highest id, as CLIP's is")
     if vision["num_channels"] != 3:
         raise WeightsError(f"{CONFIG_FILE}: vision_config.num_channels={vision['num_channels']} is not 3")
-    for key, wanted in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD)):
-        given = (preprocessor or {}).get(key, wanted)
-        if not np.allclose(given, wanted, rtol=0, atol=1e-4):
-            raise WeightsError(f"preprocessor_config.json: {key}={given} is not CLIP's {list(wanted)}")
+    _check_preprocessing(preprocessor or {})
 
     def transformer(part: dict) -> dict:
         return {
@@ -138,6 +136,21 @@ def read_config(config: dict, preprocessor: dict | None = None) -> CLIPPreset:
     )
 
 
+def _check_preprocessing(preprocessor: dict) -> None:
+    """Raises WeightsError if pictures would have to be prepared otherwise than CLIP's."""
+    for key, wanted in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD)):
+        given = preprocessor.get(key, wanted)
+        if not np.allclose(given, wanted, rtol=0, atol=1e-4):
+            raise WeightsError(f"preprocessor_config.json: {key}={given} is not CLIP's {list(wanted)}")
+    wanted = dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True) | {"resample": 3}
+    size = preprocessor.get("size", {})
+    squashed = isinstance(size, dict) and size and "shortest_edge" not in size
+    other = [f"{key}={preprocessor[key]}" for key, value in wanted.items() if preprocessor.get(key, value) != value]
+    if other or squashed:
+        what = ", ".join(other + ([f"size={size}"] if squashed else []))
+        raise WeightsError(f"preprocessor_config.json asks for other preprocessing than CLIP's: {what}")
+
+
 def config_of(preset: CLIPPreset, dtype: str = "float32") -> dict:
     """The ``config.json`` of a Vision Transformer's preset."""
     vision, text = preset.vision, preset.text
@@ -154,7 +167,8 @@ def config_of(preset: CLIPPreset, dtype: str = "float32") -> dict:
             "projection_dim": preset.embed_dim,
         }
 
-    end_of_text = text.vocab_size - 1  # the highest id, whatever the vocabulary
+    # The tokenizer's, unless a vocabulary smaller than its own shows that another one is meant.
+    end_of_text = END_OF_TEXT if text.vocab_size > END_OF_TEXT else text.vocab_size - 1
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",

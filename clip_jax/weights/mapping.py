@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from clip_jax.models.clip import CLIP
+from clip_jax.models.clip import CLIP, example_inputs
 from clip_jax.models.presets import (
     RESNET_REDUCTION,
     CLIPPreset,
@@ -65,6 +64,7 @@ class Row(NamedTuple):
 
 
 def row(ours: str, theirs: str, layout: Layout = SAME) -> tuple[Row]:
+    """A parameter that has a row of its own."""
     return (Row(f"params.{ours}", (theirs,), layout),)
 
 
@@ -132,9 +132,8 @@ def _leaves(table: Table, preset: CLIPPreset) -> Iterator[_Leaf]:
 @functools.cache
 def _shapes(preset: CLIPPreset) -> dict[tuple[str, ...], tuple[int, ...]]:
     """The shape of every leaf of this preset's variables."""
-    images = jnp.zeros((1, preset.vision.image_size, preset.vision.image_size, 3))
-    tokens = jnp.zeros((1, preset.text.context_length), jnp.int32)
-    variables = jax.eval_shape(CLIP(preset).init, jax.random.key(0), images, tokens)
+    key = jax.eval_shape(jax.random.key, 0)
+    variables = jax.eval_shape(CLIP(preset).init, key, *example_inputs(preset))
     flat = jax.tree_util.tree_leaves_with_path(variables)
     keys = [tuple(part.key for part in path if isinstance(part, jax.tree_util.DictKey)) for path, _ in flat]
     return {key: leaf.shape for key, (_, leaf) in zip(keys, flat, strict=True)}
@@ -166,12 +165,21 @@ def to_variables(tensors: Tensors, table: Table, preset: CLIPPreset) -> dict:
         arrays = []
         for names in leaf.names:
             parts = [np.zeros((), np.int64) if name in absent_counters else tensors[name] for name in names]
-            arrays.append(leaf.layout.to_ours(np.concatenate(parts) if len(parts) > 1 else parts[0]))
+            try:
+                array = leaf.layout.to_ours(np.concatenate(parts) if len(parts) > 1 else parts[0])
+            except ValueError:  # another number of axes
+                array = None
+            arrays.append(array)
         expected = _shapes(preset)[leaf.path]
         layer_shape = expected[1:] if leaf.stacked else expected
-        differing = [names for names, array in zip(leaf.names, arrays, strict=True) if array.shape != layer_shape]
+        differing = [
+            name
+            for names, array in zip(leaf.names, arrays, strict=True)
+            if array is None or array.shape != layer_shape
+            for name in names
+        ]
         if differing:
-            wrong += [f"{name} {'x'.join(map(str, tensors[name].shape)) or '()'}" for name in differing[0]]
+            wrong += [f"{name} {'x'.join(map(str, tensors[name].shape)) or '()'}" for name in differing]
             continue
         node = variables
         for key in leaf.path[:-1]:
@@ -245,6 +253,8 @@ def preset_from_shapes(tensors: Tensors, table: Table, activation: str) -> CLIPP
         }
 
     def side(num_positions: int) -> int:
+        if num_positions < 2:
+            raise WeightsError("the image tower has no positions")
         length = math.isqrt(num_positions - 1)
         if length**2 != num_positions - 1:
             raise WeightsError(f"{num_positions - 1} positions of the image tower do not make a square")

@@ -83,7 +83,19 @@ def test_a_config_without_weights(refused, goldens, tmp_path):
         shutil.copytree(goldens[name].path, folder)
         (folder / file).unlink()
         line = refused(folder)
-        assert "has a config but no weights" in line and file in line
+        assert "but no weights" in line and file in line
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"resample": 2}, {"do_center_crop": False}, {"do_normalize": False}, {"size": {"height": 32, "width": 32}}],
+)
+def test_a_hugging_face_folder_that_prepares_pictures_otherwise(refused, goldens, tmp_path, other):
+    folder = tmp_path / "other"
+    shutil.copytree(goldens[HUGGING_FACE].path, folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(other))
+    line = refused(folder)
+    assert "preprocessing" in line and next(iter(other)) in line
 
 
 @pytest.mark.parametrize("name", ["openai_vit/archive", "openai_resnet/float16", OPEN_CLIP])
