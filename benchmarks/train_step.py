@@ -37,7 +37,9 @@ def random_batch(preset: CLIPPreset, batch_size: int) -> dict[str, np.ndarray]:
 def our_step(config) -> Callable[[], float]:
     mesh = make_mesh(config.mesh.fsdp)
     model, optimizer = make_model(config, mesh), make_optimizer(config.optimizer, STEPS_OF_SCHEDULE)
-    train_step = make_train_step(model, optimizer, mesh)
+    train_step = make_train_step(
+        model, optimizer, mesh, config.loss.form, config.loss.block_size, config.accumulation_steps
+    )
     state = create_state(model, optimizer, config.seed, mesh)
     batch = random_batch(model_preset(config), config.global_batch_size)
 

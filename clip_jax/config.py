@@ -27,7 +27,8 @@ from clip_jax.models.presets import (
 )
 
 DTYPES = ("float32", "bfloat16")
-REMAT_POLICIES = ("none", "full")
+LOSS_FORMS = ("auto", "gather", "blockwise")
+REMAT_POLICIES = ("none", "lite", "full")
 
 # What may change between a run and its resumption without making it another run; "evaluation." may, too.
 NOT_PART_OF_A_RUN = (
@@ -37,7 +38,10 @@ NOT_PART_OF_A_RUN = (
     "checkpoints_to_keep",
     "data.num_workers",
     "data.num_threads",
+    "accumulation_steps",
     "mesh.fsdp",
+    "loss.form",
+    "loss.block_size",
     "model.remat",
     "model.scan_unroll",
     "init_from",  # read by a run that has no checkpoint of its own
@@ -55,6 +59,7 @@ def default_config(preset: str) -> ml_collections.ConfigDict:
     config.seed = 0
     config.init_from = ""  # a run or weights to start from instead of from scratch; another image size is resized to
     config.global_batch_size = 32_768  # pairs a step, over all devices
+    config.accumulation_steps = 1  # parts of a batch whose activations are held at a time; the gradient is the same
     config.epochs = 32.0  # over the source
     config.steps = 0  # if not 0, ends the training here whatever epochs says; the schedule spans it
     config.log_every = 10  # steps
@@ -64,7 +69,7 @@ def default_config(preset: str) -> ml_collections.ConfigDict:
 
     config.model = ml_collections.ConfigDict(dataclasses.asdict(get_preset(preset)))
     config.model.name = preset
-    config.model.remat = "none"  # or "full": recompute each layer in the backward pass
+    config.model.remat = "none"  # or "lite", "full": recompute part or all of each layer in the backward pass
     config.model.dtype = "bfloat16"  # of the computation; parameters are float32
     config.model.scan_unroll = 1  # layers in one step of the scan over layers
 
@@ -76,7 +81,12 @@ def default_config(preset: str) -> ml_collections.ConfigDict:
     config.optimizer.beta2 = 0.999 if resnet else 0.98
     config.optimizer.epsilon = 1e-8 if resnet else 1e-6
     config.optimizer.weight_decay = 0.2
+    config.optimizer.first_moment_dtype = "float32"  # or "bfloat16": of Adam's mean of the gradients
     config.optimizer.gradient_clip_norm = 0.0  # global norm; 0: no clipping
+
+    config.loss = ml_collections.ConfigDict()
+    config.loss.form = "auto"  # "gather", or "blockwise" for batches whose similarities do not fit; auto: by their size
+    config.loss.block_size = 1_024  # of the blockwise form
 
     config.mesh = ml_collections.ConfigDict()
     config.mesh.fsdp = 1  # devices that share one copy of the parameters; the others repeat it
@@ -226,7 +236,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
     check(config.steps >= 0, f"config.steps={config.steps} must not be negative")
     check(config.global_batch_size > 1, f"config.global_batch_size={config.global_batch_size} must be at least 2")
     check(0 <= config.seed < 2**32, f"config.seed={config.seed} must be in [0, 2**32)")
-    for key in ("log_every", "checkpoint_every", "checkpoints_to_keep", "evaluation.batch_size", "mesh.fsdp"):
+    for key in (
+        "accumulation_steps",
+        "log_every",
+        "checkpoint_every",
+        "checkpoints_to_keep",
+        "evaluation.batch_size",
+        "mesh.fsdp",
+        "loss.block_size",
+    ):
         check(flatten(config)[key] > 0, f"config.{key} must be positive")
     check(config.eval_every >= 0, "config.eval_every must not be negative")
     check(data.num_workers >= 0, "config.data.num_workers must not be negative")
@@ -234,6 +252,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
     check(model.dtype in DTYPES, f"config.model.dtype={model.dtype!r} must be one of {', '.join(DTYPES)}")
     check(
         model.remat in REMAT_POLICIES, f"config.model.remat={model.remat!r} must be one of {', '.join(REMAT_POLICIES)}"
+    )
+    check(
+        config.loss.form in LOSS_FORMS, f"config.loss.form={config.loss.form!r} must be one of {', '.join(LOSS_FORMS)}"
     )
     sizes = {name: value for name, value in flatten(model).items() if isinstance(value, int)}
     too_small = [f"config.model.{name}={value} must be positive" for name, value in sizes.items() if value <= 0]
@@ -257,6 +278,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
     check(optimizer.learning_rate > 0, "config.optimizer.learning_rate must be positive")
     for key in ("warmup_steps", "weight_decay", "gradient_clip_norm"):
         check(optimizer[key] >= 0, f"config.optimizer.{key} must not be negative")
+    check(
+        optimizer.first_moment_dtype in DTYPES,
+        f"config.optimizer.first_moment_dtype={optimizer.first_moment_dtype!r} must be one of {', '.join(DTYPES)}",
+    )
     check(optimizer.epsilon > 0, "config.optimizer.epsilon must be positive")
     check(config.steps < 2**31, "config.steps must be below 2**31")
     check(

@@ -6,13 +6,22 @@ scanned, so that compile time does not grow with depth; their parameters carry a
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 Initializer = Callable[..., jax.Array]
+Parts = tuple[jax.Array, ...]  # sequences [B, L, W] that attend to one another as if they were one
+
+
+# What the backward pass finds saved: nothing but a layer's input, or also what costs most to compute again.
+REMAT_POLICIES = {
+    "full": None,
+    "lite": jax.checkpoint_policies.save_only_these_names("qkv", "attention_output", "fc1"),
+}
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -172,8 +181,70 @@ def multi_head_attention(qkv: jax.Array, num_heads: int, causal: bool) -> jax.Ar
     return jnp.einsum("bhqk,bkhd->bqhd", probabilities, value).reshape(batch, length, width)
 
 
+class QueryKeyValue(nn.Module):
+    """The fused projection of a block: kernel ``[W, 3 * W]``, bias ``[3 * W]``."""
+
+    kernel_init: Initializer
+    dtype: jnp.dtype = jnp.float32
+    batch_sharding: jax.sharding.Sharding | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, heads_first: int = 0) -> jax.Array | Parts:
+        """``[B, L, W]`` to ``[B, L, 3 * W]``, or with ``heads_first`` heads to three of ``[B, heads, D, L]``."""
+        width = x.shape[-1]
+        kernel_init = nn.with_logical_partitioning(self.kernel_init, ("embed", "qkv"))
+        bias_init = nn.with_logical_partitioning(nn.initializers.zeros, ("qkv",))
+        kernel = self.param("kernel", kernel_init, (width, 3 * width)).astype(self.dtype)
+        bias = self.param("bias", bias_init, (3 * width,)).astype(self.dtype)
+        if not heads_first or x.shape[1] == 1:
+            qkv = shard_batch(matrix_product(x, kernel) + bias, self.batch_sharding)
+            qkv = checkpoint_name(qkv, "qkv")
+            if not heads_first:
+                return qkv
+            return tuple(jnp.moveaxis(qkv.reshape(x.shape[0], 3, heads_first, -1, 1), 1, 0))
+        kernel, bias = (array.reshape(*array.shape[:-1], 3, heads_first, -1) for array in (kernel, bias))
+        projected = (jnp.einsum("blw,whd->bhdl", x, kernel[:, i]) + bias[i, :, :, None] for i in range(3))
+        return tuple(checkpoint_name(shard_batch(y, self.batch_sharding), "qkv") for y in projected)
+
+
+def attention_among_parts(heads: Sequence[Parts]) -> Parts:
+    """Softmax attention among all positions of several parts, as if they stood in one sequence.
+
+    For a TPU, which pads the last two axes of every array to multiples of 8 and 128: 256 patches and a class token in
+    one sequence make a product of scores as large as one of 384. Here each pair of parts has a product of its own, and
+    the softmax over them shares one maximum and one denominator, by which the mixed values are divided.
+
+    Args:
+      heads: each part's queries, keys and values, ``[B, heads, D, L]``.
+
+    Returns:
+      Each part's ``[B, L, heads * D]`` in its dtype; scores and exponentials are float32.
+    """
+    results = []
+    for query, _, _ in heads:
+        batch, num_heads, head_width, length = query.shape
+        query *= head_width**-0.5
+        scores = [jnp.einsum("bhdq,bhdk->bhqk", query, key).astype(jnp.float32) for _, key, _ in heads]
+        highest = functools.reduce(jnp.maximum, (part.max(axis=-1, keepdims=True) for part in scores))
+        exponentials = [jnp.exp(part - jax.lax.stop_gradient(highest)) for part in scores]
+        total = functools.reduce(jnp.add, (part.sum(axis=-1, keepdims=True) for part in exponentials))
+        mixed = functools.reduce(
+            jnp.add,
+            (
+                jnp.einsum("bhqk,bhdk->bqhd", part.astype(query.dtype), value)
+                for part, (_, _, value) in zip(exponentials, heads, strict=True)
+            ),
+        )
+        mixed = mixed / jnp.swapaxes(total, 1, 2).astype(mixed.dtype)  # total: [B, heads, L, 1]
+        results.append(mixed.reshape(batch, length, num_heads * head_width))
+    return tuple(results)
+
+
 class ResidualAttentionBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): ``[B, L, W]`` to ``[B, L, W]``."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), for each part ``[B, L, W]``.
+
+    Several parts are the same function as one sequence of them; see :func:`attention_among_parts`.
+    """
 
     num_heads: int
     mlp_width: int
@@ -184,19 +255,26 @@ class ResidualAttentionBlock(nn.Module):
     batch_sharding: jax.sharding.Sharding | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
-        width, init, zeros = x.shape[-1], self.initializers, nn.initializers.zeros
-        linear = functools.partial(Linear, dtype=self.dtype, batch_sharding=self.batch_sharding)
-        y = LayerNorm(self.dtype, name="ln_1")(x)
-        qkv = linear(3 * width, ("embed", "qkv"), init.qkv, zeros, name="qkv")(y)
-        y = multi_head_attention(qkv, self.num_heads, self.causal)
-        x = x + linear(width, ("heads", "embed"), init.attention_output, zeros, name="attention_output")(y)
+    def __call__(self, parts: Parts) -> tuple[Parts, None]:
+        width, init, zeros = parts[0].shape[-1], self.initializers, nn.initializers.zeros
+        shared = {"dtype": self.dtype, "batch_sharding": self.batch_sharding}
+        linear = functools.partial(Linear, **shared)
+        ln_1, ln_2 = LayerNorm(self.dtype, name="ln_1"), LayerNorm(self.dtype, name="ln_2")
+        qkv = QueryKeyValue(init.qkv, **shared, name="qkv")
+        attention_output = linear(width, ("heads", "embed"), init.attention_output, zeros, name="attention_output")
+        fc1 = linear(self.mlp_width, ("embed", "mlp"), init.fc1, torch_linear_init(width), name="fc1")
+        fc2 = linear(width, ("mlp", "embed"), init.fc2, torch_linear_init(self.mlp_width), name="fc2")
 
-        y = LayerNorm(self.dtype, name="ln_2")(x)
-        y = linear(self.mlp_width, ("embed", "mlp"), init.fc1, torch_linear_init(width), name="fc1")(y)
-        y = _ACTIVATIONS[self.activation](y)
-        y = linear(width, ("mlp", "embed"), init.fc2, torch_linear_init(self.mlp_width), name="fc2")(y)
-        return shard_batch(x + y, self.batch_sharding), None  # scan wants a carry and an output
+        if len(parts) == 1:
+            attended = (multi_head_attention(qkv(ln_1(parts[0])), self.num_heads, self.causal),)
+        else:
+            attended = attention_among_parts([qkv(ln_1(x), self.num_heads) for x in parts])
+        parts = tuple(
+            x + checkpoint_name(attention_output(y), "attention_output") for x, y in zip(parts, attended, strict=True)
+        )
+        activation = _ACTIVATIONS[self.activation]
+        parts = tuple(x + fc2(activation(checkpoint_name(fc1(ln_2(x)), "fc1"))) for x in parts)
+        return tuple(shard_batch(x, self.batch_sharding) for x in parts), None  # scan wants a carry and an output
 
 
 def unstack_layers(variables: dict) -> dict:
@@ -216,7 +294,7 @@ def unstack_layers(variables: dict) -> dict:
 
 
 class Transformer(nn.Module):
-    """``num_layers`` blocks: ``[B, L, W]`` to ``[B, L, W]``.
+    """``num_layers`` blocks, for each part ``[B, L, W]``.
 
     Scanned, unless ``scan_layers`` is False: see :class:`clip_jax.models.clip.CLIP`.
     """
@@ -234,8 +312,10 @@ class Transformer(nn.Module):
     batch_sharding: jax.sharding.Sharding | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        block = nn.remat(ResidualAttentionBlock, prevent_cse=False) if self.remat == "full" else ResidualAttentionBlock
+    def __call__(self, parts: Parts) -> Parts:
+        block = ResidualAttentionBlock
+        if self.remat != "none":
+            block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
         fields = {
             "num_heads": self.num_heads,
             "mlp_width": self.mlp_width,
@@ -247,8 +327,8 @@ class Transformer(nn.Module):
         }
         if not self.scan_layers:
             for layer in range(self.num_layers):
-                x, _ = block(**fields, name=f"block_{layer}")(x)
-            return x
+                parts, _ = block(**fields, name=f"block_{layer}")(parts)
+            return parts
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -257,5 +337,5 @@ class Transformer(nn.Module):
             unroll=min(self.scan_unroll, self.num_layers),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, _ = layers(**fields, name="blocks")(x)
-        return x
+        parts, _ = layers(**fields, name="blocks")(parts)
+        return parts

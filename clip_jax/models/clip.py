@@ -41,17 +41,21 @@ def example_inputs(preset: CLIPPreset) -> tuple[jax.ShapeDtypeStruct, jax.ShapeD
 class CLIP(nn.Module):
     """Both towers; parameters float32, computation in ``dtype``.
 
-    ``remat`` is "none", or "full" to recompute each layer in the backward pass; ``scan_unroll`` is how many layers a
+    ``remat`` is "none", "full" to recompute each layer in the backward pass, or "lite" to recompute what is cheap of
+    it (in a ResNet the same as "full"); ``scan_unroll`` is how many layers a
     scan step holds (1 compiles fastest; all of them let XLA work across layers, which pays for small models on CPU).
     Without ``scan_layers`` each layer of a transformer has parameters of its own (``unstack_layers``): a scan copies a
     layer's parameters out of the stack at each step, which costs more than it saves where nothing is trained.
-    ``batch_sharding`` says how the first axis of every activation is split over devices; None leaves it open.
+    ``class_token_apart`` carries a Vision Transformer's class token beside its patches, which is the same function and
+    what a TPU is faster with. ``batch_sharding`` says how the first axis of every activation is split over devices;
+    None leaves it open.
     """
 
     preset: CLIPPreset
     remat: str = "none"
     scan_layers: bool = True
     scan_unroll: int = 1
+    class_token_apart: bool = False
     dtype: jnp.dtype = jnp.float32
     batch_sharding: jax.sharding.Sharding | None = None
 
@@ -68,7 +72,8 @@ class CLIP(nn.Module):
         if isinstance(self.preset.vision, ResNetPreset):
             self.vision = ResNet(**dataclasses.asdict(self.preset.vision), **shared)
         else:
-            self.vision = VisionTransformer(**dataclasses.asdict(self.preset.vision), **shared, **layers)
+            apart = {"class_token_apart": self.class_token_apart}
+            self.vision = VisionTransformer(**dataclasses.asdict(self.preset.vision), **shared, **layers, **apart)
         self.text = TextTransformer(**dataclasses.asdict(self.preset.text), **shared, **layers)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(INITIAL_LOGIT_SCALE), ())
 

@@ -39,7 +39,7 @@ class TextTransformer(nn.Module):
         )
         x = token_embedding.astype(self.dtype)[tokens] + positions[: tokens.shape[1]].astype(self.dtype)
         x = shard_batch(x, self.batch_sharding)  # [B, L, W]
-        x = Transformer(
+        (x,) = Transformer(
             self.num_layers,
             self.num_heads,
             round(self.width * self.mlp_ratio),
@@ -52,7 +52,7 @@ class TextTransformer(nn.Module):
             dtype=self.dtype,
             batch_sharding=self.batch_sharding,
             name="transformer",
-        )(x)
+        )((x,))
         x = jnp.take_along_axis(x, tokens.argmax(axis=-1)[:, None, None], axis=1)[:, 0]  # [B, W]
         # LayerNorm works on each position alone, so normalising only the one that is read is the same function.
         x = LayerNorm(self.dtype, name="ln_final")(x)

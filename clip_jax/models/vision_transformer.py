@@ -43,6 +43,7 @@ class VisionTransformer(nn.Module):
     remat: str = "none"
     scan_layers: bool = True
     scan_unroll: int = 1
+    class_token_apart: bool = False
     dtype: jnp.dtype = jnp.float32
     batch_sharding: jax.sharding.Sharding | None = None
 
@@ -56,16 +57,19 @@ class VisionTransformer(nn.Module):
 
         class_embedding = self.param("class_embedding", nn.with_logical_partitioning(normal, ("embed",)), (self.width,))
         class_token = jnp.broadcast_to(class_embedding.astype(self.dtype), (x.shape[0], 1, self.width))
-        x = jnp.concatenate([class_token, x], axis=1)  # [B, 1 + N, W]
         positions = self.param(
             "positional_embedding",
             nn.with_logical_partitioning(normal, ("position", "embed")),
             ((self.image_size // self.patch_size) ** 2 + 1, self.width),
         )
-        x = shard_batch(x + positions.astype(self.dtype), self.batch_sharding)
-        x = shard_batch(LayerNorm(self.dtype, name="ln_pre")(x), self.batch_sharding)
+        positions = positions.astype(self.dtype)
+        parts = (class_token + positions[:1], x + positions[1:])  # [B, 1, W], [B, N, W]
+        if not self.class_token_apart:
+            parts = (jnp.concatenate(parts, axis=1),)  # [B, 1 + N, W]
+        ln_pre = LayerNorm(self.dtype, name="ln_pre")
+        parts = tuple(shard_batch(ln_pre(shard_batch(x, self.batch_sharding)), self.batch_sharding) for x in parts)
         mlp_width = round(self.width * self.mlp_ratio)
-        x = Transformer(
+        parts = Transformer(
             self.num_layers,
             self.num_heads,
             mlp_width,
@@ -77,6 +81,6 @@ class VisionTransformer(nn.Module):
             dtype=self.dtype,
             batch_sharding=self.batch_sharding,
             name="transformer",
-        )(x)
-        x = LayerNorm(self.dtype, name="ln_post")(x[:, 0])  # [B, W]
+        )(parts)
+        x = LayerNorm(self.dtype, name="ln_post")(parts[0][:, 0])  # [B, W]
         return linear(self.embed_dim, ("embed", "output"), normal, name="projection")(x)

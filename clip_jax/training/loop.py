@@ -80,7 +80,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
     if saved is not None:
         check_same_run(config, saved, workdir)
     mesh = make_mesh(config.mesh.fsdp)
-    check_batch_divides(config.global_batch_size, mesh)
+    check_batch_divides(config.global_batch_size, mesh, config.accumulation_steps)
     source = open_source(config.data.source)
     check_first_pair(source, config.data.source)
     steps = config.steps or math.ceil(config.epochs * len(source) / config.global_batch_size)
@@ -199,7 +199,9 @@ def train(run: Run) -> bool:
             state, position = create_state(model, optimizer, config.seed, mesh), 0
         _log_start(run, state)
         embedder = Embedder(model, mesh, config.evaluation.batch_size)
-        train_step = make_train_step(model, optimizer, mesh)
+        train_step = make_train_step(
+            model, optimizer, mesh, config.loss.form, config.loss.block_size, config.accumulation_steps
+        )
         with Interruption() as interruption:
             state = train_steps(run, train_step, state, position, checkpointer, writer, embedder, interruption)
             checkpointer.wait()

@@ -33,6 +33,7 @@ def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.Gradi
         b2=config.beta2,
         eps=config.epsilon,
         weight_decay=config.weight_decay,
+        mu_dtype=config.first_moment_dtype,
         mask=decay_mask,
     )
     if config.gradient_clip_norm:

@@ -1,8 +1,11 @@
 """Where arrays live: the device mesh, and one table from the model's logical axes to the mesh's."""
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 BATCH_AXES = ("data", "fsdp")
@@ -24,26 +27,45 @@ LOGICAL_AXIS_RULES = (
 )
 
 
-def make_mesh(fsdp: int) -> Mesh:
+def make_mesh(fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """All devices as ``("data", "fsdp")``: parameters are split over fsdp, the batch over both.
 
+    Devices of several slices, which a data centre's network joins, are so arranged that only ``data`` crosses it: what
+    travels for every layer stays within a slice.
+
+    Args:
+      fsdp: how many devices share one copy of the parameters.
+      devices: instead of those that this process sees, for compiling for others.
+
     Raises:
-      ValueError: fsdp does not divide the number of devices.
+      ValueError: fsdp does not divide the number of devices, or of a slice's devices.
     """
-    devices = jax.device_count()
-    if devices % fsdp:
-        raise ValueError(f"config.mesh.fsdp={fsdp} does not divide the {devices} devices")
-    return jax.make_mesh((devices // fsdp, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+    devices = jax.devices() if devices is None else list(devices)
+    if len(devices) % fsdp:
+        raise ValueError(f"config.mesh.fsdp={fsdp} does not divide the {len(devices)} devices")
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    in_slice = len(devices) // num_slices
+    if in_slice % fsdp:
+        raise ValueError(f"config.mesh.fsdp={fsdp} does not divide the {in_slice} devices of a slice")
+    auto = (AxisType.Auto,) * 2
+    if num_slices == 1:
+        return jax.make_mesh((in_slice // fsdp, fsdp), BATCH_AXES, axis_types=auto, devices=devices)
+    array = mesh_utils.create_hybrid_device_mesh(
+        (in_slice // fsdp, fsdp), (num_slices, 1), devices, allow_split_physical_axes=True
+    )
+    return Mesh(array, BATCH_AXES, axis_types=auto)
 
 
-def check_batch_divides(global_batch_size: int, mesh: Mesh) -> None:
+def check_batch_divides(global_batch_size: int, mesh: Mesh, accumulation_steps: int = 1) -> None:
     """Raises ValueError, with the nearest sizes that fit, if the batch cannot be shared out evenly."""
-    devices = mesh.size
-    if global_batch_size % devices:
-        below = global_batch_size // devices * devices
-        near = " or ".join(str(size) for size in (below, below + devices) if size)
+    unit = mesh.size * accumulation_steps
+    if global_batch_size % unit:
+        below = global_batch_size // unit * unit
+        near = " or ".join(str(size) for size in (below, below + unit) if size)
+        steps = f" in {accumulation_steps} steps" if accumulation_steps > 1 else ""
         raise ValueError(
-            f"config.global_batch_size={global_batch_size} cannot be divided among {devices} devices; {near} can"
+            f"config.global_batch_size={global_batch_size} cannot be divided among {mesh.size} devices{steps}; "
+            f"{near} can"
         )
 
 

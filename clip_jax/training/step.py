@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from clip_jax.config import model_preset
 from clip_jax.models.clip import CLIP, MAX_LOGIT_SCALE, example_inputs, normalize_images
-from clip_jax.training.loss import contrastive_loss
+from clip_jax.training.accumulation import loss_and_gradients
+from clip_jax.training.loss import BLOCK_SIZE, choose_form, contrastive_loss
 from clip_jax.training.sharding import batch_sharding, replicated, state_sharding
 
 
@@ -44,6 +45,7 @@ def make_model(config: ml_collections.ConfigDict, mesh: Mesh) -> CLIP:
         model_preset(config),
         remat=model.remat,
         scan_unroll=model.scan_unroll,
+        class_token_apart=mesh.devices.flat[0].platform == "tpu",
         dtype=jnp.dtype(model.dtype),
         batch_sharding=batch_sharding(mesh),
     )
@@ -111,36 +113,47 @@ def state_from_variables(
     return create(place_variables(variables, model, mesh))
 
 
-def make_train_step(model: CLIP, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainStep:
+def make_train_step(
+    model: CLIP,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    loss_form: str = "auto",
+    loss_block_size: int = BLOCK_SIZE,
+    accumulation_steps: int = 1,
+) -> TrainStep:
     """Returns ``step(state, images, tokens) -> (state, metrics)``, jitted over the mesh; the old state is donated.
 
     ``images`` are uint8 ``[B, H, W, 3]``, ``tokens`` int32 ``[B, L]``, both split over all devices. Metrics are
-    float32 scalars: loss, both accuracies within the batch, logit_scale (as multiplied) and gradient_norm.
+    float32 scalars: loss, both accuracies within the batch, logit_scale (as multiplied) and gradient_norm. With
+    ``accumulation_steps`` activations are of that part of the batch at a time (:mod:`clip_jax.training.accumulation`).
     """
     batch = batch_sharding(mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
 
-    def loss_fn(params, batch_stats, images, tokens):
-        (image_embeddings, text_embeddings, logit_scale), updated = model.apply(
+    def embed(params, batch_stats, images, tokens):
+        outputs, updated = model.apply(
             {"params": params, "batch_stats": batch_stats},
             normalize_images(images),
             tokens,
             train=True,
             mutable=["batch_stats"],
         )
-        loss, metrics = contrastive_loss(image_embeddings, text_embeddings, logit_scale, mesh)
-        return loss, (metrics, updated.get("batch_stats", {}))
+        return outputs, updated.get("batch_stats", {})
+
+    def loss(image_embeddings, text_embeddings, logit_scale):
+        form = choose_form(len(image_embeddings), mesh.size) if loss_form == "auto" else loss_form
+        return contrastive_loss(image_embeddings, text_embeddings, logit_scale, mesh, form, loss_block_size)
 
     def train_step(state: TrainState, images: jax.Array, tokens: jax.Array):
-        (loss, (metrics, batch_stats)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, state.batch_stats, images, tokens
+        value, metrics, gradients, batch_stats = loss_and_gradients(
+            embed, loss, state.params, state.batch_stats, images, tokens, accumulation_steps, mesh
         )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         # The paper clips the temperature so that logits are never scaled by more than 100 (section 2.5).
         params["logit_scale"] = jnp.clip(params["logit_scale"], 0, MAX_LOGIT_SCALE)
         metrics = metrics | {
-            "loss": loss,
+            "loss": value,
             "logit_scale": jnp.exp(state.params["logit_scale"]),
             "gradient_norm": optax.tree.norm(gradients),
         }

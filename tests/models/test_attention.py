@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_jax.models.attention import LayerNorm, layer_norm, matrix_product, multi_head_attention, quick_gelu
+from clip_jax.models.attention import (
+    LayerNorm,
+    attention_among_parts,
+    layer_norm,
+    matrix_product,
+    multi_head_attention,
+    quick_gelu,
+)
 
 
 def test_quick_gelu_is_x_times_the_sigmoid_of_1_702_x():
@@ -49,6 +56,26 @@ def test_another_epsilon_is_another_function_where_a_row_hardly_varies(epsilon):
     result = layer_norm(*(jnp.float32(a) for a in arguments))
     other = plain_layer_norm(*(jnp.float32(a) for a in arguments), epsilon)
     assert np.abs(result - other).max() > 0.1
+
+
+def test_attention_among_parts_is_that_of_one_sequence():
+    random = np.random.default_rng(0)
+    qkv = jnp.float32(random.normal(size=(3, 7, 3 * 8)))
+    whole = multi_head_attention(qkv, num_heads=2, causal=False)
+
+    def heads(part):  # [B, L, 3 * W] to three of [B, heads, D, L]
+        return tuple(jnp.moveaxis(part.reshape(3, -1, 3, 2, 4), (2, 1), (0, 4)))
+
+    parts = attention_among_parts([heads(qkv[:, :1]), heads(qkv[:, 1:3]), heads(qkv[:, 3:])])
+    assert [part.shape[1] for part in parts] == [1, 2, 4]
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, rtol=0, atol=1e-6)
+
+
+def test_attention_among_parts_of_very_different_scores_stays_finite():
+    parts = [
+        (jnp.full((1, 1, 2, 1), scale), jnp.full((1, 1, 2, 1), scale), jnp.ones((1, 1, 2, 1))) for scale in (1, 60)
+    ]
+    assert all(np.isfinite(part).all() for part in attention_among_parts(parts))
 
 
 def test_layer_norm_of_a_row_without_variation_has_finite_gradients():

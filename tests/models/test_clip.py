@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clip_jax.models.attention import unstack_layers
 from clip_jax.models.clip import CLIP, IMAGE_MEAN, IMAGE_STD, normalize_images, unit_length
 from clip_jax.models.presets import (
     PRESETS,
@@ -194,7 +195,17 @@ def test_in_bfloat16_every_product_is_bfloat16_and_parameters_and_embeddings_sta
         assert np.abs(rounded - exact).max() > 1e-5  # it did compute with less
 
 
-def test_recomputing_layers_and_unrolling_their_scan_change_neither_function_nor_gradients(tiny):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"remat": "full", "scan_unroll": 99},  # more layers in a scan step than there are: all of them
+        {"remat": "lite"},
+        {"class_token_apart": True},
+        {"class_token_apart": True, "remat": "lite"},
+    ],
+    ids=str,
+)
+def test_how_layers_are_computed_changes_neither_function_nor_gradients(tiny, changes):
     model, params, images, tokens = tiny
 
     def value_and_gradients(**changes):
@@ -209,8 +220,36 @@ def test_recomputing_layers_and_unrolling_their_scan_change_neither_function_nor
 
     expected = value_and_gradients()
     assert all(np.abs(gradient).max() > 0 for gradient in jax.tree.leaves(expected[1]))
-    result = value_and_gradients(remat="full", scan_unroll=99)  # more layers in a scan step than there are: all of them
+    result = value_and_gradients(**changes)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), result, expected)
+
+
+def test_layers_that_stand_by_themselves_are_the_same_function(tiny):
+    model, params, images, tokens = tiny
+    alone = dataclasses.replace(model, scan_layers=False)
+    unstacked = unstack_layers(params)
+    expected = jax.tree.structure(nn.meta.unbox(jax.eval_shape(alone.init, jax.random.key(0), images, tokens)))
+    assert jax.tree.structure(unstacked) == expected
+    for result, scanned in zip(
+        alone.apply(unstacked, images, tokens), model.apply(params, images, tokens), strict=True
+    ):
+        np.testing.assert_allclose(result, scanned, rtol=0, atol=1e-5)
+
+
+def test_remat_lite_saves_three_products_of_a_layer_and_full_none(tiny):
+    model, params, images, tokens = tiny
+
+    def saved(remat):
+        changed = dataclasses.replace(model, remat=remat, scan_layers=False)
+        unstacked = unstack_layers(params)
+        residuals = jax.eval_shape(
+            lambda p: jax.tree.leaves(jax.vjp(lambda p: changed.apply(p, images, tokens)[0].sum(), p)[1]), unstacked
+        )
+        return sum(leaf.size for leaf in residuals)
+
+    # 5 positions of 3 W, W and 4 W for each of 2 layers and 4 images; what a product's own gradient needs is among it.
+    assert saved("full") < saved("lite") < saved("none")
+    assert saved("lite") - saved("full") == pytest.approx(4 * 5 * (3 + 1 + 4) * 32 * 2, rel=0.25)
 
 
 def test_remat_full_does_recompute_in_the_backward_pass(tiny):

@@ -125,3 +125,18 @@ def test_steps_are_those_of_adamw_with_decay_by_name_and_gradients_clipped_by_th
     for name in params:
         np.testing.assert_allclose(result[name], expected[name], rtol=1e-4, atol=1e-5)
         assert np.abs(result[name] - other[name]).max() > 1e-2
+
+
+def test_the_first_moment_may_be_kept_in_bfloat16_and_the_second_is_not(optimizer_config):
+    optimizer_config.first_moment_dtype = "bfloat16"
+    params = {"layer": {"kernel": jnp.ones((2, 3))}}
+    optimizer = make_optimizer(optimizer_config, STEPS)
+    state = optimizer.init(params)
+    updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+    (adam,) = [leaf for leaf in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(leaf)]
+    assert adam.mu["layer"]["kernel"].dtype == jnp.bfloat16
+    assert adam.nu["layer"]["kernel"].dtype == updates["layer"]["kernel"].dtype == jnp.float32
+
+
+def is_adam(leaf):
+    return isinstance(leaf, optax.ScaleByAdamState)

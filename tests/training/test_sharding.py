@@ -29,6 +29,31 @@ def test_an_fsdp_that_does_not_divide_the_devices_is_refused_with_both_numbers()
         make_mesh(3)
 
 
+class SliceDevice:
+    """What arranging a mesh asks of a device: where it is."""
+
+    platform, device_kind = "cpu", "cpu"
+
+    def __init__(self, index, slice_index):
+        self.id, self.slice_index, self.process_index = index, slice_index, index // 2
+
+
+def test_between_slices_only_the_data_axis_lies():
+    devices = [SliceDevice(index, slice_index=index % 2) for index in range(8)]
+    mesh = make_mesh(2, devices)
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2}
+    assert {device.id for device in mesh.devices.flat} == set(range(8))
+    assert all(len({device.slice_index for device in row}) == 1 for row in mesh.devices)
+    with pytest.raises(ValueError, match=r"config\.mesh\.fsdp=8 .* 4 devices of a slice"):
+        make_mesh(8, devices)
+
+
+def test_a_batch_in_parts_must_divide_by_their_number_as_well(mesh_of):
+    check_batch_divides(32, mesh_of((4, 2)), accumulation_steps=2)
+    with pytest.raises(ValueError, match=r"=24 .* 8 devices in 2 steps; 16 or 32 can"):
+        check_batch_divides(24, mesh_of((4, 2)), accumulation_steps=2)
+
+
 def test_a_batch_that_cannot_be_shared_out_is_refused_with_the_nearest_that_can(mesh_of):
     check_batch_divides(24, mesh_of((4, 2)))
     with pytest.raises(ValueError, match=r"config\.global_batch_size=20 .* 8 devices; 16 or 24 can"):

@@ -11,8 +11,9 @@ import optax
 import pytest
 
 from clip_jax.models.clip import normalize_images
+from clip_jax.training.accumulation import join_parts, split_into_parts
 from clip_jax.training.optimizer import make_optimizer
-from clip_jax.training.sharding import to_global_batch
+from clip_jax.training.sharding import batch_sharding, to_global_batch
 from clip_jax.training.step import abstract_state, create_state, make_model, make_train_step
 
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
@@ -101,6 +102,36 @@ def test_gradients_on_every_mesh_are_those_of_the_loss_written_plainly(trained, 
     assert run["curve"][0]["gradient_norm"] == pytest.approx(float(optax.tree.norm(gradients)), rel=1e-4)
     mean, _ = moments(run["after_one"])
     assert_trees_close(jax.tree.map(lambda m: m / (1 - 0.9), mean), gradients, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("shape", "parts"), [((1, 1), 4), ((1, 1), 16), ((2, 4), 2)])
+@pytest.mark.parametrize("form", ["gather", "blockwise"])
+def test_a_batch_in_parts_takes_the_step_of_the_whole_batch(trained, shape, parts, form):
+    run = trained(shape)
+    step = make_train_step(run["model"], run["optimizer"], run["mesh"], form, 3, parts)
+    state = create_state(run["model"], run["optimizer"], 0, run["mesh"])
+    arrays = to_global_batch(batch(0), run["mesh"])
+    state, metrics = step(state, arrays["images"], arrays["tokens"])
+    expected = run["after_one"]
+    for name, value in run["curve"][0].items():
+        assert float(metrics[name]) == pytest.approx(float(value), rel=1e-4), name
+    for result, whole in zip(moments(state), moments(expected), strict=True):
+        assert_trees_close(jax.tree.map(np.asarray, result), whole, rtol=1e-4)
+    by_scale = moments(state)[0]["logit_scale"], moments(expected)[0]["logit_scale"]
+    assert float(by_scale[0]) == pytest.approx(float(by_scale[1]), rel=1e-4)
+    assert float(by_scale[1]) != 0
+
+
+def test_parts_keep_every_row_on_its_device(mesh_of):
+    mesh = mesh_of((2, 4))
+    rows = jax.device_put(np.arange(32), batch_sharding(mesh))
+    program = jax.jit(lambda rows: split_into_parts(rows, 2, mesh)).lower(rows).compile()
+    parts = program(rows)
+    assert "collective" not in program.as_text() and "all-" not in program.as_text()
+    before = {shard.device: set(np.ravel(shard.data).tolist()) for shard in rows.addressable_shards}
+    after = {shard.device: set(np.ravel(shard.data).tolist()) for shard in parts.addressable_shards}
+    assert before == after
+    np.testing.assert_array_equal(jax.jit(lambda parts: join_parts(parts, mesh))(parts), rows)
 
 
 @pytest.mark.parametrize("shape", MESHES)
