@@ -1,0 +1,122 @@
+"""Plans a training on a TPU slice that isn't here: the compiler for it compiles the step that would train.
+
+    python -m clip_jax.plan --config=configs/vit_l14.py --topology=v5p:8x8x4 [--config.mesh.fsdp=4 ...]
+
+Needs no TPU, but the compiler: pip install "clip-jax-tpu[tpu]". Exit codes: 0 it fits, 1 it does not, 2 a mistake in
+what was asked for (one line).
+"""
+
+import argparse
+import json
+import sys
+
+import ml_collections
+
+from clip_jax.config import load_config_file, override, validate
+from clip_jax.planning.compiling import PlanError, compile_facts
+from clip_jax.planning.report import PAPER_PAIRS, format_report, make_report
+from clip_jax.planning.searching import largest_batch, meshes_and_remats
+from clip_jax.planning.topologies import Topology, parse_topology
+
+
+def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ml_collections.ConfigDict]:
+    """Returns the flags, and the config with its overrides.
+
+    Raises:
+      ValueError, FileNotFoundError: a flag is unknown or its value wrong, or the config is missing.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m clip_jax.plan",
+        description="Compiles the training step of a config for a TPU slice, without a TPU, and tells whether it fits, "
+        "what it costs and how long it is predicted to take. Values of the config are set with --config.NAME=VALUE.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="a config file, such as configs/vit_l14.py")
+    parser.add_argument("--topology", required=True, help="the slice, such as v5e:16x16 or v5p:8x8x4")
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON")
+    parser.add_argument(
+        "--pairs", type=int, default=PAPER_PAIRS, help="how many the source holds; the paper's 400 million"
+    )
+    parser.add_argument("--chip-hour-price", type=float, help="of one chip for an hour; the run's cost is printed")
+    parser.add_argument(
+        "--search",
+        choices=("batch", "mesh"),
+        help="look for the largest batch that fits, or for the mesh and remat with the shortest predicted step",
+    )
+    try:
+        known, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
+    if known.pairs < 1:
+        raise ValueError(f"--pairs={known.pairs} must be positive")
+    if known.chip_hour_price is not None and not 0 <= known.chip_hour_price < float("inf"):
+        raise ValueError(f"--chip-hour-price={known.chip_hour_price} must be a price")
+    config = load_config_file(known.config)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if not name.startswith("--config.") or not equals:
+            raise ValueError(f"unknown argument {word}; the config's values are set with --config.NAME=VALUE")
+        override(config, name.removeprefix("--config."), value)
+    if not config.data.source:
+        config.data.source = "none"  # a plan needs no data, and the check below asks for some
+    validate(config)
+    return known, config
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        arguments, config = parse_arguments(sys.argv[1:] if argv is None else argv)
+        topology = parse_topology(arguments.topology)
+        if arguments.search:
+            config = _search(arguments.search, config, topology)
+        facts = compile_facts(config, topology)
+    except (ValueError, OSError) as error:
+        for line in (str(error) or type(error).__name__).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 2
+    report = make_report(config, topology, facts, arguments.pairs, arguments.chip_hour_price)
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print("\n".join(format_report(report)))
+    return 0 if report["fits"] else 1
+
+
+def _search(what: str, config: ml_collections.ConfigDict, topology: Topology) -> ml_collections.ConfigDict:
+    """The config that the search ends with; each try is told on standard error.
+
+    Raises:
+      PlanError: nothing fits.
+    """
+
+    def compile_one(candidate: ml_collections.ConfigDict) -> dict:
+        name = f"batch {candidate.global_batch_size}, fsdp {candidate.mesh.fsdp}, remat {candidate.model.remat}"
+        facts = compile_facts(candidate, topology, name)
+        report = make_report(candidate, topology, facts)
+        result = f"{report['seconds']['step']:.4f} s a step" if report["fits"] else "does not fit"
+        print(f"{name}: {result}", file=sys.stderr, flush=True)
+        return facts
+
+    if what == "batch":
+        return largest_batch(config, topology, compile_one)
+    tried = [
+        (report["seconds"]["step"], candidate)
+        for candidate, report in meshes_and_remats(config, topology, compile_one)
+        if report["fits"]
+    ]
+    if not tried:
+        raise PlanError(f"no mesh and no remat makes a batch of {config.global_batch_size} fit on {topology.name}")
+    _, best = min(tried, key=lambda one: one[0])
+    print(
+        f"the best of them: --config.mesh.fsdp={best.mesh.fsdp} --config.model.remat={best.model.remat}",
+        file=sys.stderr,
+    )
+    return best
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""Compiles the training step for a slice that isn't here, and tells what came of it.
+
+Runs in a process of its own (:mod:`clip_jax.planning.compiling` starts it), because libtpu ends its process when it
+doesn't like a flag. Reads ``{"config": ..., "topology": ...}`` as JSON from standard input and writes JSON to standard
+output: ``{"facts": ...}``, or ``{"error": one line}`` for what was asked for wrongly.
+"""
+
+import collections
+import json
+import os
+import pathlib
+import re
+import sys
+import tempfile
+import time
+
+from clip_jax.planning.hlo import parse_shapes
+from clip_jax.planning.program import direction_of, part_of, read_program
+from clip_jax.planning.topologies import GIB, Topology, parse_topology
+
+# To be said before libtpu is loaded: no TPU is here to be asked, and another program may be using libtpu as well.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "JAX_PLATFORMS": "cpu",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
+def slice_devices(topology: Topology) -> list:
+    """The devices of a slice, one a chip, as the compiler knows them.
+
+    Raises:
+      ValueError: the compiler knows no such slice.
+    """
+    import jax
+    from jax.experimental import topologies
+
+    name = topology.generation.chip_config_name
+    try:
+        description = topologies.get_topology_desc(
+            topology.name, platform="tpu", **({"chip_config_name": name} if name else {})
+        )
+    except jax.errors.JaxRuntimeError as error:
+        reason = " ".join(str(error).split()).removeprefix("INVALID_ARGUMENT: ")
+        raise ValueError(f"--topology={topology.name}: the compiler knows no such slice: {reason}") from None
+    devices = list(description.devices)
+    if len(devices) != topology.chips:
+        raise ValueError(f"--topology={topology.name}: the compiler sees {len(devices)} devices, not {topology.chips}")
+    return devices
+
+
+def shard_bytes(tree) -> int:
+    """Bytes that one device holds of a tree of shapes with shardings."""
+    import jax
+
+    return sum(
+        leaf.dtype.itemsize * int(_product(leaf.sharding.shard_shape(leaf.shape))) for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _product(sizes) -> int:
+    product = 1
+    for size in sizes:
+        product *= size
+    return product
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+
+
+def parse_out_of_memory(message: str) -> dict:
+    """What the compiler says when it gives up.
+
+    Returns:
+      ``needed_bytes`` and ``available_bytes``, None where it doesn't say; ``temporaries_only`` tells that parameters
+      and batch come on top of what is needed.
+    """
+
+    def size(number: str, unit: str) -> int:
+        return round(float(number) * _UNITS[unit])
+
+    temporaries = re.search(
+        r"HLO temporaries \(([\d.]+)([KMGT]?)B?\) exceeds available HBM \(([\d.]+)([KMGT]?)", message
+    )
+    found = temporaries or re.search(r"Used ([\d.]+)([KMGT]?)B? of ([\d.]+)([KMGT]?)", message)
+    return {
+        "needed_bytes": size(found[1], found[2]) if found else None,
+        "available_bytes": size(found[3], found[4]) if found else None,
+        "temporaries_only": bool(temporaries),
+    }
+
+
+def largest_buffers(usage: str, program: str, most: int = 6) -> list[dict]:
+    """The largest places of HBM that the compiler meant to use, largest first: ``num_bytes``, ``shape``, ``name``.
+
+    Args:
+      usage: its memory usage report, of which only the first memory space, HBM, is read. Several arrays, one after
+        the other, may use one place; the one told is the largest.
+      program: its program, to find where in the model an array of that shape comes from.
+      most: how many.
+    """
+    places: dict[tuple[int, int], str] = {}
+    for line in usage.split("Memory Space: ")[1].splitlines():
+        found = re.match(r"\s*[\d.]+\w+\(\s*\d+%\);\s+([\d.]+)([KMGT]?)i?B;\s+(\d+);\s+\d+; (.*)", line)
+        if found:
+            places.setdefault((round(float(found[1]) * _UNITS[found[2]]), int(found[3])), found[4])
+    names: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    for shape, name in re.findall(r" = (\w+\[[\d,]*\]).*?op_name=\"([^\"]*)\"", program):
+        names[shape][" ".join(filter(None, (part_of(name), direction_of(name))))] += 1
+    largest = []
+    for (num_bytes, _), shapes in sorted(places.items(), reverse=True)[:most]:
+        arrays = re.findall(r"\w+\[[\d,]*\]", shapes)
+        shape = max(arrays, key=lambda array: sum(one.num_bytes for one in parse_shapes(array)), default="")
+        common = names[shape].most_common(1) if shape in names else []
+        largest.append({"num_bytes": num_bytes, "shape": shape, "name": common[0][0] if common else ""})
+    return largest
+
+
+def compile_step(config_dict: dict, topology: Topology) -> dict:
+    """Compiles the step that ``clip_jax.main`` runs with this config, and gathers all that can be known of it.
+
+    Raises:
+      ValueError: the slice, the mesh and the batch don't go together.
+    """
+    import jax
+    import jaxlib
+    import ml_collections
+    import numpy as np
+
+    from clip_jax.training.optimizer import make_optimizer
+    from clip_jax.training.sharding import batch_sharding, check_batch_divides, make_mesh
+    from clip_jax.training.step import abstract_state, make_model, make_train_step
+
+    config = ml_collections.ConfigDict(config_dict)
+    mesh = make_mesh(config.mesh.fsdp, slice_devices(topology))
+    check_batch_divides(config.global_batch_size, mesh, config.accumulation_steps)
+    model = make_model(config, mesh)
+    steps = config.steps or 100_000  # only numbers in the schedule of the learning rate depend on it
+    optimizer = make_optimizer(config.optimizer, steps)
+    state = abstract_state(model, optimizer, mesh)
+    size, length = config.model.vision.image_size, config.model.text.context_length
+    sharding = batch_sharding(mesh)
+    images, tokens = (
+        jax.ShapeDtypeStruct((config.global_batch_size, *shape), dtype, sharding=sharding)
+        for shape, dtype in (((size, size, 3), np.uint8), ((length,), np.int32))
+    )
+    facts = {
+        "chips": topology.chips,
+        "mesh": {name: int(size) for name, size in mesh.shape.items()},
+        "shard_bytes": {
+            "parameters": shard_bytes(state.params),
+            "optimizer state": shard_bytes(state.opt_state),
+            "running averages": shard_bytes(state.batch_stats),
+            "batch": shard_bytes((images, tokens)),
+        },
+        "num_parameters": sum(_product(leaf.shape) for leaf in jax.tree.leaves(state.params)),
+        "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "libtpu": _libtpu_version()},
+    }
+    step = make_train_step(model, optimizer, mesh, config.loss.form, config.loss.block_size, config.accumulation_steps)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as dump:
+        # The compiler writes down itself what it makes: jaxlib may be too old to read all of libtpu's instructions,
+        # and after a failure there is no program to ask.
+        options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+        try:
+            executable = step.lower(state, images, tokens).compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            usage = _dumped(dump, "after_optimizations-memory-usage-report")
+            program = _dumped(dump, "after_optimizations")
+            return facts | {
+                "fits": False,
+                "compile_seconds": time.perf_counter() - started,
+                "out_of_memory": parse_out_of_memory(str(error)),
+                "largest": largest_buffers(usage, program) if usage else [],
+            }
+        facts["compile_seconds"] = time.perf_counter() - started
+        program = read_program(_dumped(dump, "after_codegen") or executable.as_text()).to_dict()
+    memory = executable.memory_analysis()
+    return facts | {
+        "fits": True,
+        "memory": {
+            "arguments": memory.argument_size_in_bytes,
+            "results": memory.output_size_in_bytes,
+            "in place": memory.alias_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "program": memory.generated_code_size_in_bytes,
+        },
+        "program": program,
+    }
+
+
+def _dumped(folder: str, stage: str) -> str:
+    """What the compiler wrote of the training step at this stage; empty if nothing."""
+    files = sorted(pathlib.Path(folder).glob(f"*train_step*.{stage}.txt"))
+    return files[0].read_text(errors="replace") if files else ""
+
+
+def _libtpu_version() -> str:
+    import importlib.metadata
+
+    return importlib.metadata.version("libtpu")
+
+
+def main() -> int:
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libtpu prints must not get into the answer
+    os.environ.update(ENVIRONMENT)
+    request = json.load(sys.stdin)
+    try:
+        result = {"facts": compile_step(request["config"], parse_topology(request["topology"]))}
+    except ValueError as error:
+        result = {"error": " ".join(str(error).split())}
+    json.dump(result, answer)
+    answer.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Has a step compiled in another process, with a line that shows that it is at work, or finds what is known of it."""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+
+import ml_collections
+
+from clip_jax.planning.topologies import Topology
+
+PACKAGE = pathlib.Path(__file__).parent.parent
+# What decides the program and what is read from it; the words of a report do not.
+SOURCES = ("models", "training", "planning/hlo.py", "planning/program.py", "planning/compiled.py")
+# What no compiled step depends on.
+NOT_COMPILED = ("data", "evaluation", "seed", "init_from", "epochs", "steps")
+
+
+class PlanError(ValueError):
+    """A mistake of the user's, or a compiler that gave up, told in one line."""
+
+
+def cache_folder() -> pathlib.Path:
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "clip_jax" / "plan"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def cache_key(config: ml_collections.ConfigDict, topology: Topology) -> str:
+    """A digest of all that a compiled step depends on."""
+    sources = hashlib.sha256()
+    for name in SOURCES:
+        path = PACKAGE / name
+        for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
+            sources.update(file.read_bytes())
+    compiled = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in NOT_COMPILED and not name.startswith(("log_", "eval_", "checkpoint"))
+    }
+    parts = {
+        "config": compiled,
+        "topology": topology.name,
+        "versions": {name: _version(name) for name in ("jax", "jaxlib", "flax", "optax", "libtpu")},
+        "flags": [os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")],
+        "sources": sources.hexdigest(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def known_facts(config: ml_collections.ConfigDict, topology: Topology) -> dict | None:
+    """What an earlier compilation of the same found, or None."""
+    try:
+        return json.loads((cache_folder() / f"{cache_key(config, topology)}.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def compile_facts(config: ml_collections.ConfigDict, topology: Topology, what: str = "") -> dict:
+    """What :func:`clip_jax.planning.compiled.compile_step` finds; ``what`` names it in the progress line.
+
+    Raises:
+      PlanError: libtpu is missing or rejects a flag, or the slice, the mesh and the batch don't go together.
+    """
+    facts = known_facts(config, topology)
+    if facts is not None:
+        return facts
+    if importlib.util.find_spec("libtpu") is None:
+        raise PlanError('the compiler for TPUs is not installed: pip install "clip-jax-tpu[tpu]"')
+    facts = _ask_child(config, topology, what or topology.name)
+    path = cache_folder() / f"{cache_key(config, topology)}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(facts))
+        unfinished.replace(path)
+    except OSError as error:
+        print(f"not kept for the next time: {error}", file=sys.stderr)
+    return facts
+
+
+def _ask_child(config: ml_collections.ConfigDict, topology: Topology, what: str) -> dict:
+    request = json.dumps({"config": config.to_dict(), "topology": topology.name})
+    search_path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
+    # Files, not pipes: nothing has to be read while the child is at work.
+    with (
+        tempfile.TemporaryFile("w+") as question,
+        tempfile.TemporaryFile("w+") as answer,
+        tempfile.TemporaryFile("w+", errors="replace") as log,
+    ):
+        question.write(request)
+        question.seek(0)
+        child = subprocess.Popen(
+            [sys.executable, "-m", "clip_jax.planning.compiled"],
+            stdin=question,
+            stdout=answer,
+            stderr=log,
+            env=os.environ | {"PYTHONPATH": search_path},
+        )
+        try:
+            _show_progress(child, what)
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+        answer.seek(0)
+        log.seek(0)
+        if child.returncode != 0:
+            raise PlanError(why_it_ended(log.read(), child.returncode))
+        result = json.loads(answer.read())
+    if "error" in result:
+        raise PlanError(result["error"])
+    return result["facts"]
+
+
+def _show_progress(child: subprocess.Popen, what: str) -> None:
+    """Until the child ends: a line that counts seconds on a terminal, elsewhere one line every half minute."""
+    terminal, started, told = sys.stderr.isatty(), time.monotonic(), 0.0
+    while True:
+        try:
+            child.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            elapsed = time.monotonic() - started
+            if terminal:
+                print(f"\rcompiling {what}: {elapsed:.0f} s ", end="", file=sys.stderr, flush=True)
+            elif elapsed - told >= 30:
+                told = elapsed
+                print(f"compiling {what}: {elapsed:.0f} s", file=sys.stderr, flush=True)
+            continue
+        if terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        return
+
+
+def why_it_ended(log: str, code: int) -> str:
+    """One line out of what a compiling process left behind when it ended before its answer."""
+    flag = re.search(r"ERROR: (Unknown command line flag '.*?'|Illegal value .*? specified for flag '.*?')", log)
+    if flag:
+        return f"the compiler rejects what LIBTPU_INIT_ARGS holds: {flag[1]}"
+    flag = re.search(r"Unknown flags? in XLA_FLAGS: (.*)", log)
+    if flag:
+        return f"the compiler rejects what XLA_FLAGS holds: {flag[1].strip()}"
+    # Otherwise the last exception's own line, or the last line that came before an abort.
+    lines = [line.strip() for line in log.splitlines() if line.strip() and not line.startswith(("*", "@", " "))]
+    exceptions = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
+    reason = (exceptions or lines or ["it said nothing"])[-1][:300]
+    how = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
+    return f"the compiling process {how}: {reason}"

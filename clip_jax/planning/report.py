@@ -1,0 +1,298 @@
+"""From what the compiler found to what a person wants to know: arithmetic, then words. Nothing here compiles."""
+
+import collections
+import math
+
+import ml_collections
+
+from clip_jax.config import model_preset
+from clip_jax.planning.model_flops import step_flops
+from clip_jax.planning.program import PARTS
+from clip_jax.planning.topologies import GIB, Topology
+
+PAPER_PAIRS = 400_000_000  # the paper's own data set, WIT (section 2.2)
+TOP = 10  # costliest operations to list
+
+
+def make_report(
+    config: ml_collections.ConfigDict,
+    topology: Topology,
+    facts: dict,
+    pairs: int = PAPER_PAIRS,
+    chip_hour_price: float | None = None,
+) -> dict:
+    """All figures of a plan, as JSON has them: bytes, flops and seconds, on one chip unless the name says otherwise.
+
+    Args:
+      config: the config that ``facts`` were compiled from.
+      topology: the slice.
+      facts: what :func:`clip_jax.planning.compiled.compile_step` returned.
+      pairs: how many the source holds; with the config's epochs it makes the number of steps.
+      chip_hour_price: of one chip for an hour, in whatever currency the cost shall be.
+    """
+    report = {
+        "model": config.model.name,
+        "topology": topology.name,
+        "chips": topology.chips,
+        "mesh": facts["mesh"],
+        "global_batch_size": config.global_batch_size,
+        "pairs_per_chip": config.global_batch_size // topology.chips,
+        "remat": config.model.remat,
+        "dtype": config.model.dtype,
+        "num_parameters": facts["num_parameters"],
+        "versions": facts["versions"],
+        "fits": facts["fits"],
+        "hbm_bytes": topology.generation.hbm_bytes,
+    }
+    if not facts["fits"]:
+        return report | {
+            "memory": dict(facts["shard_bytes"]),
+            "out_of_memory": facts["out_of_memory"],
+            "largest": facts["largest"],
+        }
+    program = facts["program"]
+    needed = step_flops(model_preset(config), config.global_batch_size)
+    flops = {name: total / topology.chips for name, total in needed.items()}
+    model_flops = sum(flops.values())
+    seconds = _seconds(topology, program)
+    steps = config.steps or math.ceil(config.epochs * pairs / config.global_batch_size)
+    days = steps * seconds["step"] / 86_400
+    report |= {
+        "memory": memory_by_what(facts),
+        "model_flops": {**flops, "all": model_flops},
+        "compiled_flops": program["matmul_flops"],
+        "compiled_to_model_flops": program["matmul_flops"] / model_flops,
+        "bytes_accessed": program["hbm_bytes"],
+        "bytes_accessed_seconds": program["hbm_bytes"] / topology.generation.hbm_bandwidth,
+        "collectives": collectives_by_kind(topology, program),
+        "seconds": seconds,
+        "seconds_by_part": _seconds_by(topology, program, lambda part, direction, work, label: part),
+        "seconds_by_direction": _seconds_by(topology, program, lambda part, direction, work, label: direction or part),
+        "seconds_by_work": _seconds_by(topology, program, lambda part, direction, work, label: work),
+        "costliest": _costliest(topology, program),
+        "not_counted": program["not_counted"],
+        "unknown_loops": program["unknown_loops"],
+        "is_scheduled": program["is_scheduled"],
+        "model_flops_utilization": model_flops / seconds["step"] / topology.generation.peak_flops,
+        "pairs_per_second": config.global_batch_size / seconds["step"],
+        "pairs": None if config.steps else pairs,
+        "steps": steps,
+        "days": days,
+    }
+    if chip_hour_price is not None:
+        report["cost"] = days * 24 * topology.chips * chip_hour_price
+    return report
+
+
+def memory_by_what(facts: dict) -> dict[str, int]:
+    """Bytes of HBM on one chip. ``padding`` is what layouts add to parameters, optimizer state and batch."""
+    memory, shards = facts["memory"], facts["shard_bytes"]
+    parts = {name: size for name, size in shards.items() if size}
+    parts["padding"] = max(0, memory["arguments"] - sum(shards.values()))
+    parts["results not in place"] = max(0, memory["results"] - memory["in place"])
+    parts["temporaries"] = memory["temporaries"]
+    parts["program"] = memory["program"]
+    return parts | {"all": sum(parts.values())}
+
+
+def _floor(topology: Topology, collective: dict) -> float:
+    """Seconds that a collective takes if every link of a chip carries its share, and nothing else, at full speed."""
+    return collective["received_bytes"] / topology.generation.interconnect
+
+
+def _exposed(topology: Topology, collective: dict) -> float:
+    """Of the floor, what isn't hidden by what is computed between the collective's start and its end."""
+    overlapped = collective["overlapped_cycles"] / topology.generation.clock
+    return max(0.0, _floor(topology, collective) - overlapped)
+
+
+def _seconds(topology: Topology, program: dict) -> dict[str, float]:
+    compute = sum(cycles for *_, cycles in program["cycles"]) / topology.generation.clock
+    collectives = sum(one["times"] * _exposed(topology, one) for one in program["collectives"])
+    return {"compute": compute, "collectives_at_least": collectives, "step": compute + collectives}
+
+
+def collectives_by_kind(topology: Topology, program: dict) -> list[dict]:
+    """One entry a kind: how often in a step, bytes, how many overlap with compute, and the floor of their time."""
+    kinds: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    for one in program["collectives"]:
+        sums = kinds[one["kind"]]
+        sums["count"] += one["times"]
+        sums["bytes"] += one["times"] * one["num_bytes"]
+        sums["overlapping"] += one["times"] * (one["asynchronous"] and one["overlapped_cycles"] > 0)
+        sums["seconds_at_least"] += one["times"] * _floor(topology, one)
+        sums["exposed_seconds"] += one["times"] * _exposed(topology, one)
+    entries = [{"kind": kind, **sums} for kind, sums in kinds.items()]
+    return sorted(entries, key=lambda entry: -entry["bytes"])
+
+
+def _seconds_by(topology: Topology, program: dict, key) -> dict[str, float]:
+    sums: collections.Counter = collections.Counter()
+    for *names, cycles in program["cycles"]:
+        sums[key(*names)] += cycles / topology.generation.clock
+    return dict(sums.most_common())
+
+
+def _costliest(topology: Topology, program: dict) -> list[dict]:
+    rows = sorted(program["cycles"], key=lambda row: -row[-1])[:TOP]
+    clock = topology.generation.clock
+    return [
+        {"part": part, "direction": direction, "work": work, "operation": label, "seconds": cycles / clock}
+        for part, direction, work, label, cycles in rows
+    ]
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3f} s" if seconds >= 0.1 else f"{seconds * 1e3:.2f} ms"
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.1%}" if whole else "-"
+
+
+def format_report(report: dict) -> list[str]:
+    """The lines that ``clip_jax.plan`` prints."""
+    mesh = " x ".join(f"{name} {size}" for name, size in report["mesh"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if name != "jaxlib")
+    lines = [
+        f"{report['model']} ({report['num_parameters']:,} parameters) on {report['topology']}: "
+        f"{report['chips']} chips, mesh {mesh}",
+        f"batch {report['global_batch_size']:,} ({report['pairs_per_chip']:,} pairs a chip), remat {report['remat']}, "
+        f"{report['dtype']}; compiled by {versions}",
+        "",
+    ]
+    if not report["fits"]:
+        return lines + _format_too_large(report)
+    memory, seconds = report["memory"], report["seconds"]
+    lines.append(f"It fits: {_gib(memory['all'])} of {_gib(report['hbm_bytes'])} HBM on each chip")
+    lines += [f"  {name:22} {_gib(size):>12}" for name, size in memory.items() if name != "all" and size]
+    flops = report["model_flops"]
+    parts = ", ".join(f"{name} {_share(size, flops['all'])}" for name, size in flops.items() if name != "all")
+    lines += [
+        "",
+        f"Flops on each chip: the model needs {flops['all'] / 1e12:.3f} T ({parts})",
+        f"  compiled: {report['compiled_flops'] / 1e12:.3f} T in matrix products, "
+        f"{report['compiled_to_model_flops']:.3f} times the model's",
+        f"  to and from HBM: {_gib(report['bytes_accessed'])}, "
+        f"{_time(report['bytes_accessed_seconds'])} at its published bandwidth",
+        "",
+        "Collectives in a step      count        bytes  overlapping  at least  of it not hidden",
+    ]
+    lines += [
+        f"  {one['kind']:22} {one['count']:7,} {_gib(one['bytes']):>12} {one['overlapping']:12,} "
+        f"{_time(one['seconds_at_least']):>9} {_time(one['exposed_seconds']):>18}"
+        for one in report["collectives"]
+    ] or ["  none"]
+    lines += [
+        "",
+        f"Predicted step: {_time(seconds['step'])}, of which the compiler estimates {_time(seconds['compute'])} for "
+        f"computing; collectives add {_time(seconds['collectives_at_least'])} at least",
+    ]
+    by_part = report["seconds_by_part"]
+    lines.append(
+        "  by part:  " + _shares({name: by_part[name] for name in PARTS if name in by_part}, seconds["compute"])
+    )
+    lines.append("  by pass:  " + _shares(report["seconds_by_direction"], seconds["compute"]))
+    lines.append("  by work:  " + _shares(report["seconds_by_work"], seconds["compute"]))
+    lines.append("  costliest operations:")
+    lines += [
+        f"    {_time(one['seconds']):>9} {_share(one['seconds'], seconds['compute']):>6}  "
+        f"{' '.join(filter(None, (one['part'], one['direction'])))}: {one['operation']} ({one['work']})"
+        for one in report["costliest"]
+    ]
+    lines += ["", "What the prediction leaves out:", *(f"  - {line}" for line in left_out(report)), ""]
+    run = (
+        f"{report['steps']:,} steps"
+        if report["pairs"] is None
+        else (
+            f"{report['steps']:,} steps (over {report['pairs']:,} pairs"
+            + (", the paper's number; --pairs=N for yours)" if report["pairs"] == PAPER_PAIRS else ")")
+        )
+    )
+    lines += [
+        f"Model flops utilisation {report['model_flops_utilization']:.1%}, {report['pairs_per_second']:,.0f} pairs/s "
+        f"({report['pairs_per_second'] / report['chips']:,.1f} a chip)",
+        f"The config's run: {run}, {report['days']:.2f} days"
+        + (f", cost {report['cost']:,.0f}" if "cost" in report else ""),
+    ]
+    return lines
+
+
+def _shares(seconds: dict[str, float], whole: float) -> str:
+    return ", ".join(f"{name} {_time(value)} ({_share(value, whole)})" for name, value in seconds.items())
+
+
+def left_out(report: dict) -> list[str]:
+    """What the predicted step time does not know, in sentences."""
+    lines = [
+        "it is a prediction: no TPU was measured. The compiler's own estimates are added up along its schedule; for "
+        "large matrix products they come to 88 to 93 % of the published peak on v4, v5e and v5p and to 70 % on v6e",
+        "elementwise work and reductions are estimated about twice too slow",
+        "of collectives only a floor is counted: every link of a chip at its published rate, no latency, and nothing "
+        "for two that share links at the same time",
+        "input pipeline, checkpoints, evaluation and other interruptions",
+    ]
+    if report["not_counted"]:
+        sums: collections.Counter = collections.Counter()
+        for name, times in report["not_counted"].items():
+            opcode, _, origin = name.partition(" of ")
+            sums[origin.split("/")[-1] if opcode == "fusion" else opcode] += times
+        names = ", ".join(f"{name} ({times:,} times)" for name, times in sums.most_common())
+        lines.append(f"operations that the compiler gives no estimate for: {names}")
+    if report["unknown_loops"]:
+        lines.append(f"{report['unknown_loops']} loops whose number of turns could not be read; one is counted of each")
+    if not report["is_scheduled"]:
+        lines.append("the program's text is not in the order of its schedule, so overlaps are not known")
+    return lines
+
+
+def _format_too_large(report: dict) -> list[str]:
+    memory, out = report["memory"], report["out_of_memory"]
+    state = sum(memory.values())
+    needed, available = out["needed_bytes"], out["available_bytes"] or report["hbm_bytes"]
+    if needed is None:
+        first = f"It does not fit into the {_gib(available)} of HBM on each chip"
+    elif out["temporaries_only"]:
+        first = (
+            f"It does not fit: temporaries alone need {_gib(needed)} of the {_gib(available)} of HBM on each chip, and "
+            f"{_gib(state)} are taken already"
+        )
+    else:
+        first = f"It does not fit: {_gib(needed)} are needed of the {_gib(available)} of HBM on each chip"
+    lines = [first, *(f"  {name:22} {_gib(size):>12}" for name, size in memory.items() if size)]
+    if report["largest"]:
+        lines += ["", "The largest places in each chip's HBM, and the largest array in each:"]
+        lines += [f"  {_gib(one['num_bytes']):>12}  {one['shape']}  {one['name']}" for one in report["largest"]]
+    return [*lines, "", "What to change:", *(f"  - {line}" for line in advice(report))]
+
+
+def advice(report: dict) -> list[str]:
+    """What makes a step that doesn't fit smaller, the most effective first."""
+    memory, out = report["memory"], report["out_of_memory"]
+    available = out["available_bytes"] or report["hbm_bytes"]
+    fsdp, chips = report["mesh"]["fsdp"], report["chips"]
+    state = memory["parameters"] + memory["optimizer state"]
+    lines = []
+    if state > available / 10 and fsdp < chips:
+        lines.append(
+            f"split parameters and optimizer state, {_gib(state)}, over more chips: "
+            f"--config.mesh.fsdp={min(chips, fsdp * 8)}"
+        )
+    if report["remat"] != "full":
+        lines.append("keep less for the backward pass: --config.model.remat=full")
+    smaller = report["global_batch_size"]
+    if out["needed_bytes"] and out["temporaries_only"]:
+        smaller = round(smaller * max(available - sum(memory.values()), available / 10) / out["needed_bytes"])
+    else:
+        smaller //= 2
+    smaller = max(chips, smaller // chips * chips)
+    if smaller < report["global_batch_size"]:
+        lines.append(
+            f"a smaller batch, or as large a one accumulated in parts: about --config.global_batch_size={smaller}"
+        )
+    lines.append("a slice with more chips, or chips with more memory: --topology")
+    return lines
