@@ -43,6 +43,7 @@ bench: $(PEERS_VENV)/.peers  ## what benchmarks/README.md claims
 	$(PEERS_VENV)/bin/python -m benchmarks.tokenizer
 	$(PEERS_VENV)/bin/python -m benchmarks.cpu_gradients
 	$(PEERS_VENV)/bin/python -m benchmarks.inference
+	$(PEERS_VENV)/bin/python -m benchmarks.loss
 	$(PEERS_VENV)/bin/python -m benchmarks.predict
 	$(PEERS_VENV)/bin/python -m benchmarks.train_step
 
