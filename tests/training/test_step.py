@@ -104,8 +104,17 @@ def test_gradients_on_every_mesh_are_those_of_the_loss_written_plainly(trained, 
     assert_trees_close(jax.tree.map(lambda m: m / (1 - 0.9), mean), gradients, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("shape", "parts"), [((1, 1), 4), ((1, 1), 16), ((2, 4), 2)])
-@pytest.mark.parametrize("form", ["gather", "blockwise"])
+@pytest.mark.parametrize(
+    ("shape", "parts", "form"),
+    [
+        ((1, 1), 4, "gather"),
+        ((2, 4), 2, "blockwise"),
+        pytest.param((1, 1), 16, "gather", marks=pytest.mark.slow),
+        pytest.param((1, 1), 4, "blockwise", marks=pytest.mark.slow),
+        pytest.param((2, 4), 2, "gather", marks=pytest.mark.slow),
+        pytest.param((8, 1), 2, "gather", marks=pytest.mark.slow),
+    ],
+)
 def test_a_batch_in_parts_takes_the_step_of_the_whole_batch(trained, shape, parts, form):
     run = trained(shape)
     step = make_train_step(run["model"], run["optimizer"], run["mesh"], form, 3, parts)
