@@ -30,7 +30,7 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """x * Phi(x), exact: PyTorch's default, which most of open_clip's own models were trained with."""
+    """x * Phi(x) (arXiv 1606.08415), exact: PyTorch's default, which most of open_clip's own models have."""
     return nn.gelu(x, approximate=False)
 
 

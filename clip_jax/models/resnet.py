@@ -1,7 +1,8 @@
 """The image tower: a ResNet as CLIP has it (section 2.4 of the paper).
 
-A ResNet-D with three changes: a stem of three convolutions, average pooling before every strided step instead of a
-stride (Zhang, 2019), and attention instead of global average pooling at the end. Arrays are ``[B, H, W, C]``.
+He et al.'s ResNet (arXiv 1512.03385) with three changes: a stem of three convolutions (ResNet-D, arXiv 1812.01187),
+average pooling before every strided step instead of a stride (arXiv 1904.11486), and attention instead of global
+average pooling at the end. Arrays are ``[B, H, W, C]``.
 """
 
 import functools
@@ -45,7 +46,9 @@ class Convolution(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Normalises each channel over batch, height and width, epsilon 1e-5, in float32, returned in ``dtype``.
+    """Normalises each channel of ``[B, H, W, C]`` over the other axes (arXiv 1502.03167), epsilon 1e-5.
+
+    Computed in float32, returned in ``dtype``.
 
     In training the statistics are those of the batch: of all of it, on however many devices it lies, or with
     ``batch_norm="per_device"`` of each device's part by itself. Otherwise they are the running averages, which
@@ -117,7 +120,10 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Multi-head attention of the mean over all places to each of them: ``[B, H, W, C]`` to ``[B, embed_dim]``."""
+    """Multi-head attention of the mean over all places to each of them: ``[B, H, W, C]`` to ``[B, embed_dim]``.
+
+    Section 2.4 of the paper; the mean stands among the keys and values as well.
+    """
 
     num_heads: int
     embed_dim: int

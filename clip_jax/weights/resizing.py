@@ -14,7 +14,7 @@ from clip_jax.weights.mapping import WeightsError
 def resize_positions(positions: np.ndarray, side: int) -> np.ndarray:
     """Positions ``[1 + n * n, W]`` to ``[1 + side * side, W]``, in their dtype; the first, which has no place, is kept.
 
-    Bicubic with antialiasing and without aligned corners, as open_clip resizes them.
+    Bicubic with antialiasing and without aligned corners, as open_clip's ``resize_pos_embed`` does (its ``model.py``).
     """
     first, grid = positions[:1], positions[1:]
     before, width = math.isqrt(len(grid)), positions.shape[1]
