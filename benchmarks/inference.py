@@ -20,17 +20,10 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
+from benchmarks.random_data import random_batch
 from clip_jax.models.presets import CLIPPreset, get_preset
 
 INPUTS = ("images", "texts")
-
-
-def random_inputs(preset: CLIPPreset, batch_size: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    size, length = preset.vision.image_size, preset.text.context_length
-    tokens = rng.integers(1, preset.text.vocab_size - 2, (batch_size, length), np.int32)
-    tokens[:, -1] = preset.text.vocab_size - 1  # end of text
-    return {"images": rng.integers(0, 256, (batch_size, size, size, 3), np.uint8), "texts": tokens}
 
 
 def our_functions(preset: CLIPPreset, batch_size: int) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
@@ -69,7 +62,8 @@ IMPLEMENTATIONS = {"clip_jax": our_functions, "open_clip": open_clip_functions}
 
 def serve(connection: Connection, name: str, preset: CLIPPreset, batch_size: int) -> None:
     """Warms up, then answers each "images" or "texts" with the seconds that embedding a batch took; None ends it."""
-    functions, inputs = IMPLEMENTATIONS[name](preset, batch_size), random_inputs(preset, batch_size)
+    functions, batch = IMPLEMENTATIONS[name](preset, batch_size), random_batch(preset, batch_size)
+    inputs = {"images": batch["image"], "texts": batch["tokens"]}
     for kind in INPUTS:
         for _ in range(2):
             functions[kind](inputs[kind])

@@ -15,23 +15,14 @@ import time
 from collections.abc import Callable
 
 import jax
-import numpy as np
 
+from benchmarks.random_data import random_batch
 from clip_jax.config import load_config_file, model_preset, override
-from clip_jax.models.presets import CLIPPreset
 from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.sharding import make_mesh, to_global_batch
 from clip_jax.training.step import create_state, make_model, make_train_step
 
 STEPS_OF_SCHEDULE = 1_000
-
-
-def random_batch(preset: CLIPPreset, batch_size: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    size, length = preset.vision.image_size, preset.text.context_length
-    tokens = rng.integers(1, preset.text.vocab_size - 2, (batch_size, length), np.int32)
-    tokens[:, -1] = preset.text.vocab_size - 1  # end of text
-    return {"image": rng.integers(0, 256, (batch_size, size, size, 3), np.uint8), "tokens": tokens}
 
 
 def our_step(config) -> Callable[[], float]:

@@ -42,8 +42,8 @@ class CLIP(nn.Module):
     """Both towers; parameters float32, computation in ``dtype``.
 
     ``remat`` is "none", "full" to recompute each layer in the backward pass, or "lite" to recompute what is cheap of
-    it (in a ResNet the same as "full"); ``scan_unroll`` is how many layers a
-    scan step holds (1 compiles fastest; all of them let XLA work across layers, which pays for small models on CPU).
+    it (in a ResNet the same as "full"); ``scan_unroll`` is how many layers a scan step holds (1 compiles fastest; all
+    of them let XLA work across layers, which pays for small models on CPU).
     Without ``scan_layers`` each layer of a transformer has parameters of its own (``unstack_layers``): a scan copies a
     layer's parameters out of the stack at each step, which costs more than it saves where nothing is trained.
     ``class_token_apart`` carries a Vision Transformer's class token beside its patches, which is the same function and

@@ -6,7 +6,9 @@ output: ``{"facts": ...}``, or ``{"error": one line}`` for what was asked for wr
 """
 
 import collections
+import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import re
@@ -54,16 +56,7 @@ def shard_bytes(tree) -> int:
     """Bytes that one device holds of a tree of shapes with shardings."""
     import jax
 
-    return sum(
-        leaf.dtype.itemsize * int(_product(leaf.sharding.shard_shape(leaf.shape))) for leaf in jax.tree.leaves(tree)
-    )
-
-
-def _product(sizes) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
+    return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
@@ -154,8 +147,12 @@ def compile_step(config_dict: dict, topology: Topology) -> dict:
             "running averages": shard_bytes(state.batch_stats),
             "batch": shard_bytes((images, tokens)),
         },
-        "num_parameters": sum(_product(leaf.shape) for leaf in jax.tree.leaves(state.params)),
-        "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "libtpu": _libtpu_version()},
+        "num_parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
+        "versions": {
+            "jax": jax.__version__,
+            "jaxlib": jaxlib.__version__,
+            "libtpu": importlib.metadata.version("libtpu"),
+        },
     }
     step = make_train_step(model, optimizer, mesh, config.loss.form, config.loss.block_size, config.accumulation_steps)
     started = time.perf_counter()
@@ -196,12 +193,6 @@ def _dumped(folder: str, stage: str) -> str:
     """What the compiler wrote of the training step at this stage; empty if nothing."""
     files = sorted(pathlib.Path(folder).glob(f"*train_step*.{stage}.txt"))
     return files[0].read_text(errors="replace") if files else ""
-
-
-def _libtpu_version() -> str:
-    import importlib.metadata
-
-    return importlib.metadata.version("libtpu")
 
 
 def main() -> int:

@@ -6,10 +6,11 @@ writes none beside collectives, kernels written by hand and a few others: those 
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 
-from clip_jax.planning.hlo import Computation, Instruction, Module, Shape, convolution_flops, parse_module, trip_count
+from clip_jax.planning.hlo import Computation, Instruction, Module, convolution_flops, parse_module, trip_count
 
 PARTS = ("vision tower", "text tower", "loss", "optimizer", "other")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -239,7 +240,7 @@ class _Walk:
         cycles = instruction.estimated_cycles
         if cycles is None:
             target = re.search(r'custom_call_target="(\w+)"', instruction.attributes)
-            large = any(_num_elements(shape) > SCALAR for shape in instruction.shapes)
+            large = any(math.prod(shape.sizes) > SCALAR for shape in instruction.shapes)
             if target and target[1] not in ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"):
                 self._program.not_counted[target[1]] += times
             elif instruction.opcode not in FREE and not target and large:
@@ -303,13 +304,6 @@ class _Walk:
 
 def _num_bytes(shapes) -> int:
     return sum(shape.num_bytes for shape in shapes)
-
-
-def _num_elements(shape: Shape) -> int:
-    product = 1
-    for size in shape.sizes:
-        product *= size
-    return product
 
 
 def _read_bytes(user: Instruction, name: str, whole: int) -> int:

@@ -7,6 +7,7 @@ is also the peak over what the chip's matrix units do a cycle.
 """
 
 import dataclasses
+import math
 import re
 
 GIB = 2**30
@@ -55,10 +56,7 @@ class Topology:
 
     @property
     def chips(self) -> int:
-        product = 1
-        for size in self.shape:
-            product *= size
-        return product
+        return math.prod(self.shape)
 
 
 def parse_topology(name: str) -> Topology:

@@ -113,7 +113,7 @@ def sigmoid_loss(
 def _gathered_loss(images: jax.Array, texts: jax.Array, logit_scale: jax.Array) -> tuple[jax.Array, Metrics]:
     local = images.shape[0]
     all_max = functools.partial(jax.lax.pmax, axis_name=BATCH_AXES)
-    total = local * jax.lax.axis_size(BATCH_AXES)
+    total = _total(images)
     all_texts = jax.lax.all_gather(texts, BATCH_AXES, tiled=True)  # [N, D]
     logits = jnp.exp(logit_scale) * _products(images, all_texts.T)  # [N / devices, N]
 
@@ -124,7 +124,7 @@ def _gathered_loss(images: jax.Array, texts: jax.Array, logit_scale: jax.Array) 
     column_max = all_max(jax.lax.stop_gradient(logits.max(axis=0)))  # [N]
     column_log_sums = column_max + jnp.log(_all_sum(jnp.exp(logits - column_max).sum(axis=0)))  # [N], on every device
 
-    image_to_text = _all_sum((row_log_sums - positives).sum()) / total
+    image_to_text = _all_mean(row_log_sums - positives)
     text_to_image = (column_log_sums.sum() - _all_sum(positives.sum())) / total
 
     # A tie counts as wrong: a collapsed model, to which all is alike, must not look like a perfect one.
@@ -132,7 +132,7 @@ def _gathered_loss(images: jax.Array, texts: jax.Array, logit_scale: jax.Array) 
     row_ranks = (logits >= positives[:, None]).sum(axis=1)  # [N / devices], the positive itself included
     column_ranks = _all_sum((logits >= all_positives).sum(axis=0))  # [N]
     metrics = {
-        "image_to_text_accuracy": _all_sum((row_ranks == 1).sum()) / total,
+        "image_to_text_accuracy": _all_mean(row_ranks == 1),
         "text_to_image_accuracy": (column_ranks == 1).mean(),
     }
     return (image_to_text + text_to_image) / 2, jax.tree.map(jax.lax.stop_gradient, metrics)

@@ -6,9 +6,10 @@ Names as in ``clip/model.py`` of github.com/openai/CLIP.
 import pathlib
 import re
 
-from clip_jax.models.presets import CLIPPreset
+from clip_jax.models.presets import RESNET_REDUCTION, CLIPPreset, ResNetPreset
 from clip_jax.weights.mapping import (
     CONVOLUTION,
+    HEAD_WIDTH,
     PATCHES,
     SCALAR,
     TRANSPOSED,
@@ -96,7 +97,7 @@ def write(path: pathlib.Path, variables: dict, preset: CLIPPreset) -> None:
             value = getattr(tower, key, wanted)
             if value != wanted:
                 raise WeightsError(f"OpenAI's program knows no {name} tower with {key}={value}; write for open_clip")
-        channels = tower.width * (32 if hasattr(tower, "stage_sizes") else 1)
-        if channels != 64 * tower.num_heads:
+        channels = tower.width * (RESNET_REDUCTION if isinstance(tower, ResNetPreset) else 1)
+        if channels != HEAD_WIDTH * tower.num_heads:
             raise WeightsError(f"OpenAI's program knows no {name} tower whose heads are not 64 wide")
     write_torch_file(path, to_tensors(variables, TABLE, preset))

@@ -121,11 +121,12 @@ def _read(file: BinaryIO) -> dict[str, np.ndarray]:
         if f"{folder}byteorder" in archive.namelist() and _member(archive, f"{folder}byteorder") != b"little":
             raise TorchFileError("saved on a big-endian machine; load and save it again on a little-endian one")
         tensors = _choose(_unpickle(_member(archive, f"{folder}data.pkl")))
-        needed = sum(_bytes(tensor) for tensor in tensors.values())
-        if needed > MOST_SHARING * size:  # a stride of 0 repeats an element, and a copy could fill any memory
-            raise TorchFileError("refused: its tensors are many times as large as the file; save them anew")
         storages = {key: _member(archive, f"{folder}data/{key}") for key in {t.storage.key for t in tensors.values()}}
-    return {name: _array(name, tensor, storages[tensor.storage.key], size) for name, tensor in tensors.items()}
+    arrays = {name: _array(name, tensor, storages[tensor.storage.key], size) for name, tensor in tensors.items()}
+    # A stride of 0 repeats an element; these are views, but copies of them could fill any memory.
+    if sum(array.nbytes for array in arrays.values()) > MOST_SHARING * size:
+        raise TorchFileError("refused: its tensors are many times as large as the file; save them anew")
+    return arrays
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> bytes:
@@ -247,14 +248,6 @@ def _tensors_of(root: _Module) -> dict[str, _Tensor]:
             elif isinstance(value, _Tensor):
                 tensors[f"{prefix}{name}"] = value
     return tensors
-
-
-def _bytes(tensor: _Tensor) -> int:
-    """What it takes alone; whatever makes no sense is found later."""
-    whole = isinstance(tensor.shape, tuple) and len(tensor.shape) <= 64
-    whole = whole and all(type(number) is int and 0 <= number < 2**63 for number in tensor.shape)
-    dtype = STORAGE_DTYPES.get(tensor.storage.kind)
-    return math.prod(tensor.shape) * dtype.itemsize if whole and dtype else 0
 
 
 def _array(name: str, tensor: _Tensor, storage: bytes, most_bytes: int) -> np.ndarray:

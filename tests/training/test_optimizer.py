@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from trees import adam_state
 
 from clip_jax.config import default_config
 from clip_jax.models.clip import CLIP
@@ -133,10 +134,6 @@ def test_the_first_moment_may_be_kept_in_bfloat16_and_the_second_is_not(optimize
     optimizer = make_optimizer(optimizer_config, STEPS)
     state = optimizer.init(params)
     updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
-    (adam,) = [leaf for leaf in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(leaf)]
+    adam = adam_state(state)
     assert adam.mu["layer"]["kernel"].dtype == jnp.bfloat16
     assert adam.nu["layer"]["kernel"].dtype == updates["layer"]["kernel"].dtype == jnp.float32
-
-
-def is_adam(leaf):
-    return isinstance(leaf, optax.ScaleByAdamState)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from trees import adam_state, assert_trees_close
 
 from clip_jax.models.clip import normalize_images
 from clip_jax.training.accumulation import join_parts, split_into_parts
@@ -62,22 +63,8 @@ def trained(quick_compilation, tiny_config, mesh_of):
 
 def moments(state):
     """Adam's means of the gradients and of their squares."""
-    found = [leaf for leaf in jax.tree.leaves(state.opt_state, is_leaf=is_adam) if is_adam(leaf)]
-    assert len(found) == 1
-    return found[0].mu, found[0].nu
-
-
-def is_adam(leaf):
-    return isinstance(leaf, optax.ScaleByAdamState)
-
-
-def assert_trees_close(result, expected, rtol):
-    """To ``rtol`` of each tensor's greatest entry."""
-
-    def check(a, b):
-        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * max(np.abs(b).max(), 1e-4))
-
-    jax.tree.map(check, result, expected)
+    adam = adam_state(state.opt_state)
+    return adam.mu, adam.nu
 
 
 @pytest.fixture(scope="module")

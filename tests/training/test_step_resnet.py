@@ -7,10 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
+from trees import adam_state, assert_trees_close
 
 from clip_jax.config import default_config
 from clip_jax.models.clip import normalize_images
@@ -92,21 +92,7 @@ def stepped(quick_compilation, config, start, mesh_of):
 
 def gradients(state):
     """From Adam's mean of them after one step."""
-    [adam] = [leaf for leaf in jax.tree.leaves(state.opt_state, is_leaf=is_adam) if is_adam(leaf)]
-    return jax.tree.map(lambda mean: np.asarray(mean) / (1 - 0.9), adam.mu)
-
-
-def is_adam(leaf):
-    return isinstance(leaf, optax.ScaleByAdamState)
-
-
-def assert_trees_close(result, expected, rtol):
-    """To ``rtol`` of each tensor's greatest entry."""
-
-    def check(a, b):
-        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * max(np.abs(b).max(), 1e-4))
-
-    jax.tree.map(check, result, expected)
+    return jax.tree.map(lambda mean: np.asarray(mean) / (1 - 0.9), adam_state(state.opt_state).mu)
 
 
 @pytest.mark.parametrize("shape", MESHES)
