@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from clip_jax.models.attention import layer_norm, matrix_product
+from clip_jax.models.layers import layer_norm, matrix_product
 
 ROUNDS = 15
 

@@ -19,18 +19,16 @@ import jax
 from benchmarks.random_data import random_batch
 from clip_jax.config import load_config_file, model_preset, override
 from clip_jax.training.optimizer import make_optimizer
-from clip_jax.training.sharding import make_mesh, to_global_batch
-from clip_jax.training.step import create_state, make_model, make_train_step
+from clip_jax.training.sharding import to_global_batch
+from clip_jax.training.step import configured_mesh, create_state, make_model, make_train_step
 
 STEPS_OF_SCHEDULE = 1_000
 
 
 def our_step(config) -> Callable[[], float]:
-    mesh = make_mesh(config.mesh.fsdp)
+    mesh = configured_mesh(config)
     model, optimizer = make_model(config, mesh), make_optimizer(config.optimizer, STEPS_OF_SCHEDULE)
-    train_step = make_train_step(
-        model, optimizer, mesh, config.loss.form, config.loss.block_size, config.accumulation_steps
-    )
+    train_step = make_train_step(config, model, optimizer, mesh)
     state = create_state(model, optimizer, config.seed, mesh)
     batch = random_batch(model_preset(config), config.global_batch_size)
 

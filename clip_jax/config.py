@@ -27,8 +27,9 @@ from clip_jax.models.presets import (
 )
 
 DTYPES = ("float32", "bfloat16")
+LOSS_KINDS = ("softmax", "sigmoid")
 LOSS_FORMS = ("auto", "gather", "blockwise")
-REMAT_POLICIES = ("none", "lite", "full")
+REMAT_POLICIES = ("none", "lite", "attention", "full")
 
 # What may change between a run and its resumption without making it another run; "evaluation." may, too.
 NOT_PART_OF_A_RUN = (
@@ -69,7 +70,8 @@ def default_config(preset: str) -> ml_collections.ConfigDict:
 
     config.model = ml_collections.ConfigDict(dataclasses.asdict(get_preset(preset)))
     config.model.name = preset
-    config.model.remat = "none"  # or "lite", "full": recompute part or all of each layer in the backward pass
+    config.model.remat = "none"  # or "lite", "attention", "full": how much of a layer the backward pass recomputes
+    config.model.patch_dropout = 0.0  # share of an image's patches that training leaves out, other ones in each step
     config.model.dtype = "bfloat16"  # of the computation; parameters are float32
     config.model.scan_unroll = 1  # layers in one step of the scan over layers
 
@@ -85,11 +87,16 @@ def default_config(preset: str) -> ml_collections.ConfigDict:
     config.optimizer.gradient_clip_norm = 0.0  # global norm; 0: no clipping
 
     config.loss = ml_collections.ConfigDict()
+    config.loss.kind = "softmax"  # the paper's; or "sigmoid", SigLIP's
     config.loss.form = "auto"  # "gather", or "blockwise" for batches whose similarities do not fit; auto: by their size
-    config.loss.block_size = 1_024  # of the blockwise form
+    config.loss.block_size = 1_024  # of the blockwise form, and of the sigmoid loss
 
     config.mesh = ml_collections.ConfigDict()
-    config.mesh.fsdp = 1  # devices that share one copy of the parameters; the others repeat it
+    config.mesh.fsdp = 0  # devices that share one copy of the parameters; 0: by the model and a device's memory
+
+    config.progressive_resolution = ml_collections.ConfigDict()
+    config.progressive_resolution.image_size = 0  # px of the first steps' images; 0: the model's from the start
+    config.progressive_resolution.steps = 0  # how many those are
 
     config.data = ml_collections.ConfigDict()
     config.data.source = ""  # see clip_jax.data.sources
@@ -222,6 +229,20 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"{prefix}.batch_norm={vision.batch_norm!r} must be one of {', '.join(BATCH_NORMS)}",
         )
 
+    def check_progressive_resolution(resnet: bool) -> None:
+        first, whole = config.progressive_resolution, config.model.vision.image_size
+        name = "config.progressive_resolution"
+        unit = RESNET_REDUCTION if resnet else config.model.vision.patch_size
+        check(first.steps >= 0, f"{name}.steps must not be negative")
+        check(
+            bool(first.image_size) == bool(first.steps),
+            f"{name} needs both image_size and steps, or neither; they are {first.image_size} and {first.steps}",
+        )
+        check(
+            first.image_size % unit == 0 and 0 <= first.image_size < whole,
+            f"{name}.image_size={first.image_size} must be a multiple of {unit} below the model's {whole}",
+        )
+
     model, optimizer, data = config.model, config.optimizer, config.data
     infinite = [
         name for name, value in flatten(config).items() if isinstance(value, float) and not math.isfinite(value)
@@ -242,16 +263,19 @@ def validate(config: ml_collections.ConfigDict) -> None:
         "checkpoint_every",
         "checkpoints_to_keep",
         "evaluation.batch_size",
-        "mesh.fsdp",
         "loss.block_size",
     ):
         check(flatten(config)[key] > 0, f"config.{key} must be positive")
+    check(config.mesh.fsdp >= 0, "config.mesh.fsdp must not be negative")
     check(config.eval_every >= 0, "config.eval_every must not be negative")
     check(data.num_workers >= 0, "config.data.num_workers must not be negative")
     check(data.num_threads > 0, "config.data.num_threads must be positive")
     check(model.dtype in DTYPES, f"config.model.dtype={model.dtype!r} must be one of {', '.join(DTYPES)}")
     check(
         model.remat in REMAT_POLICIES, f"config.model.remat={model.remat!r} must be one of {', '.join(REMAT_POLICIES)}"
+    )
+    check(
+        config.loss.kind in LOSS_KINDS, f"config.loss.kind={config.loss.kind!r} must be one of {', '.join(LOSS_KINDS)}"
     )
     check(
         config.loss.form in LOSS_FORMS, f"config.loss.form={config.loss.form!r} must be one of {', '.join(LOSS_FORMS)}"
@@ -266,8 +290,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"config.model.text.vocab_size={text.vocab_size} must be at least the tokenizer's {VOCAB_SIZE}",
         )
         check(text.context_length >= 2, "config.model.text.context_length must hold the two markers at least")
+        check(0 <= model.patch_dropout < 1, f"config.model.patch_dropout={model.patch_dropout} must be in [0, 1)")
         if "stage_sizes" in vision:
             check_resnet(vision)
+            check(
+                not model.patch_dropout,
+                "config.model.patch_dropout: a ResNet has no patches to leave out",
+            )
         else:
             check(
                 vision.image_size % vision.patch_size == 0,
@@ -275,6 +304,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
             )
             check_transformer("vision", vision)
         check_transformer("text", text)
+        check_progressive_resolution("stage_sizes" in vision)
     check(optimizer.learning_rate > 0, "config.optimizer.learning_rate must be positive")
     for key in ("warmup_steps", "weight_decay", "gradient_clip_norm"):
         check(optimizer[key] >= 0, f"config.optimizer.{key} must not be negative")

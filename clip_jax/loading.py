@@ -14,8 +14,8 @@ from clip_jax.data.images import ImageError, decode_image, evaluation_transform,
 from clip_jax.data.tokenizer import VOCAB_SIZE
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.zero_shot import classifier_weights
-from clip_jax.models.attention import unstack_layers
 from clip_jax.models.clip import CLIP
+from clip_jax.models.transformer import unstack_layers
 from clip_jax.training.sharding import batch_sharding, make_mesh
 from clip_jax.training.step import place_variables
 from clip_jax.weights import Weights, read_weights
@@ -34,7 +34,14 @@ class LoadedModel:
 
     def __init__(self, weights: Weights, batch_size: int, dtype: str):
         mesh = make_mesh(fsdp=1)
-        model = CLIP(weights.preset, scan_layers=False, dtype=jnp.dtype(dtype), batch_sharding=batch_sharding(mesh))
+        model = CLIP(
+            weights.preset,
+            scan_layers=False,
+            # The bias of a sigmoid loss is the same for all labels: it is kept, and changes no ranking.
+            initial_logit_bias=0.0 if "logit_bias" in weights.variables["params"] else None,
+            dtype=jnp.dtype(dtype),
+            batch_sharding=batch_sharding(mesh),
+        )
         variables = place_variables(unstack_layers(weights.variables), model, mesh)
         self.preset = weights.preset
         self.logit_scale = float(np.exp(variables["params"]["logit_scale"]))

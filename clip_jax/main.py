@@ -2,15 +2,18 @@
 
     python -m clip_jax.main --config=configs/quickstart.py --workdir=runs/quickstart [--config.steps=100 ...]
 
-Exit codes: 0 finished, 1 failed, 2 a mistake in what was asked for (one line each), 3 interrupted and saved.
+Exit codes: 0 finished, 1 failed, 2 a mistake in what was asked for (one line each), 3 interrupted and saved. A host
+that leaves since another one of its pod is gone has failed, too; the same command on all hosts goes on with the run.
 """
 
 import argparse
 import logging
 import os
 import sys
+import traceback
 
 import absl.logging
+import ml_collections
 
 from clip_jax.config import load_config_file, override, validate
 from clip_jax.data.pipeline import UndecodableError
@@ -56,8 +59,10 @@ def parse_arguments(argv: list[str]) -> tuple:
     return config, known.workdir or f"runs/{name}", known.distributed
 
 
-def start_distributed(asked_for: bool) -> None:
+def start_distributed(asked_for: bool) -> bool:
     """Joins the pod if asked to, or if the environment shows one; must come before anything touches a device.
+
+    Returns whether it did.
 
     Raises:
       ValueError: the environment names a pod only in part.
@@ -75,6 +80,7 @@ def start_distributed(asked_for: bool) -> None:
         jax.distributed.initialize(address, int(processes), int(index))
     elif asked_for or _several_processes():
         jax.distributed.initialize()  # JAX finds the others by what started them
+    return jax.distributed.is_initialized()
 
 
 def _several_processes() -> bool:
@@ -89,25 +95,48 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config, workdir, distributed = parse_arguments(sys.argv[1:] if argv is None else argv)
         validate(config)
-        start_distributed(distributed)
-        _log_to_console()
-        # Imported late: the workers that decode pictures import this module anew, and need neither model nor device.
-        from clip_jax.training import loop
-        from clip_jax.training.checkpoint import CheckpointError
+        in_a_pod = start_distributed(distributed)
+    except (ValueError, OSError) as error:
+        return _mistake(error)
+    # Imported late: the workers that decode pictures import this module anew, and need neither model nor device.
+    from clip_jax.training.pod import Watch
 
+    watch, together = Watch(workdir) if in_a_pod else None, False
+    try:
+        code = _train(config, workdir)
+        together = code in (0, 3)
+    except KeyboardInterrupt:
+        print("interrupted; what the last checkpoint holds is safe", file=sys.stderr)
+        code = 3
+    except Exception as error:
+        if watch is None:
+            raise
+        watch.await_verdict(error)
+        traceback.print_exc()
+        code = 1
+    return watch.leave(code, together) if watch else code
+
+
+def _train(config: ml_collections.ConfigDict, workdir: str) -> int:
+    _log_to_console()
+    from clip_jax.training import loop
+    from clip_jax.training.checkpoint import CheckpointError
+
+    try:
         run = loop.prepare(config, workdir)
     except (ValueError, OSError) as error:
-        for line in (str(error) or type(error).__name__).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return 2
+        return _mistake(error)
     try:
         return 0 if loop.train(run) else 3
     except (FloatingPointError, UndecodableError, CheckpointError) as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; what the last checkpoint holds is safe", file=sys.stderr)
-        return 3
+
+
+def _mistake(error: Exception) -> int:
+    for line in (str(error) or type(error).__name__).splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return 2
 
 
 def _log_to_console() -> None:

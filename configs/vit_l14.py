@@ -11,5 +11,5 @@ from clip_jax.config import default_config
 def get_config():
     config = default_config("ViT-L/14")
     config.optimizer.learning_rate = 4e-4
-    config.model.remat = "full"
+    config.model.remat = "attention"
     return config

@@ -3,7 +3,7 @@
     python launch/local_pod.py --processes=2 --devices=4 -- --config=configs/quickstart.py --config.steps=20
 
 To try what several hosts would do, without them. The first process's output is shown as it is, the others' behind
-their number. If one fails the others are ended; Ctrl-C and SIGTERM are passed on to all.
+their number. If one ends by itself the others get time to notice and to leave; Ctrl-C and SIGTERM are passed on to all.
 """
 
 import argparse
@@ -52,24 +52,28 @@ def show(index: int, process: subprocess.Popen) -> None:
 
 def wait(pod: list[subprocess.Popen], grace: float) -> int:
     """Waits for all; once one has failed the others get ``grace`` seconds. Returns the first failure's exit code."""
-    deadline = None
-    code = 0
-    while any(process.poll() is None for process in pod):
-        failed = [process.returncode for process in pod if process.returncode not in (None, 0, SAVED)]
+    code, deadline = 0, None
+    while True:
+        codes = [process.poll() for process in pod]
+        failed = [index for index, ended in enumerate(codes) if ended not in (None, 0, SAVED)]
         if failed and deadline is None:
-            code, deadline = failed[0], time.monotonic() + grace
+            first = min(failed, key=lambda index: codes[index])  # a signal's, if several failed at once
+            code, deadline = codes[first], time.monotonic() + grace
+            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+            print(f"local_pod: process {first} has ended {how}", file=sys.stderr, flush=True)
+        if None not in codes:
+            return code or max(codes)
         if deadline and time.monotonic() > deadline:
             for process in pod:
                 process.kill()
         time.sleep(0.1)
-    return code or next((process.returncode for process in pod if process.returncode), 0)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--devices", type=int, default=4, help="of each process")
-    parser.add_argument("--grace", type=float, default=30, help="seconds the others get once one has failed")
+    parser.add_argument("--grace", type=float, default=60, help="seconds the others get once one has failed")
     parser.add_argument("arguments", nargs="*", help="of clip_jax.main, behind --")
     arguments = parser.parse_args()
     port = free_port()

@@ -9,9 +9,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import numpy as np
 import pytest
+import tiny_training
 from jax.sharding import AxisType, Mesh
-
-from clip_jax.config import default_config
 
 
 @pytest.fixture(scope="session")
@@ -27,13 +26,7 @@ def mesh_of():
 
 @pytest.fixture(scope="module")
 def tiny_config():
-    """A whole config whose model compiles in a second: 4 patches of 8 x 8, 8 tokens of a vocabulary of 64."""
-    config = default_config("ViT-tiny")
-    config.model.embed_dim = 16
-    config.model.dtype = "float32"
-    config.model.vision.update(image_size=16, patch_size=8, width=32, num_layers=2, num_heads=2)
-    config.model.text.update(width=24, num_layers=2, num_heads=2, context_length=8, vocab_size=64)
-    return config
+    return tiny_training.tiny_config()
 
 
 @pytest.fixture(scope="module")

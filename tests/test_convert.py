@@ -141,7 +141,7 @@ def started(converted, tmp_path_factory):
 def test_a_training_at_another_image_size_starts_with_the_loss_of_the_model_that_it_starts_from(started):
     arguments, source = started
     config, workdir, _ = parse_arguments(arguments)
-    batches = make_batches(prepare(config, workdir), 0)
+    batches = make_batches(prepare(config, workdir), 0, config.model.vision.image_size)
     batch = next(batches)
     batches.close()
     preset = model_preset(config)
@@ -163,6 +163,23 @@ def test_a_training_that_was_ended_resumes_without_what_it_started_from(started,
     assert "resumed at step 2 of 4" in output
     assert "starts from" not in output
     assert losses(workdir) == undisturbed
+
+
+def test_another_loss_starts_with_the_same_towers_and_a_bias_and_temperature_of_its_own(trained, tmp_path):
+    before = flat(read_weights(trained).variables)
+    sigmoid = [*SMALL, "--config.loss.kind=sigmoid", "--config.steps=1", f"--config.init_from={trained}"]
+    workdir = tmp_path / "sigmoid"
+    config, _, _ = parse_arguments([*sigmoid, f"--workdir={workdir}"])
+    started = flat(read_initial_variables(config))
+    assert started.pop("params.logit_bias") == -10
+    assert started.pop("params.logit_scale") == pytest.approx(np.log(10))
+    assert_same_tensors(started, {name: leaf for name, leaf in before.items() if name != "params.logit_scale"})
+
+    assert train([*sigmoid, f"--workdir={workdir}"]) == 0
+    after = flat(read_weights(workdir).variables)
+    assert "params.logit_bias" in after
+    config, _, _ = parse_arguments([*SMALL, f"--config.init_from={workdir}", f"--workdir={tmp_path}/softmax"])
+    assert_same_tensors(flat(read_initial_variables(config)), {n: a for n, a in after.items() if "logit_bias" not in n})
 
 
 @pytest.mark.parametrize("kind", ["run", "ours", "model.safetensors"])

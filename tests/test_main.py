@@ -101,6 +101,12 @@ def test_a_wrong_key_is_told_with_the_nearest_right_one(capsys):
         ("--config.model.text.mlp_ratio=-4", "config.model.text.mlp_ratio=-4.0 leaves nothing of width"),
         ("--config.model.vision.num_heads=3", "config.model.vision.num_heads=3 must divide width=128"),
         ("--config.model.vision.stage_sizes=1,1,1,1", "no such key"),
+        ("--config.model.remat=some", "must be one of none, lite, attention, full"),
+        ("--config.model.patch_dropout=1", "config.model.patch_dropout=1.0 must be in [0, 1)"),
+        ("--config.loss.kind=triplet", "config.loss.kind='triplet' must be one of softmax, sigmoid"),
+        ("--config.mesh.fsdp=-1", "config.mesh.fsdp must not be negative"),
+        ("--config.progressive_resolution.image_size=16", "needs both image_size and steps, or neither"),
+        ("--config.progressive_resolution.steps=5", "needs both image_size and steps, or neither"),
     ],
 )
 def test_a_wrong_value_is_one_line(capsys, tmp_path, argument, expected):
@@ -130,6 +136,25 @@ def test_a_wrong_value_of_a_resnet_is_one_line(capsys, tmp_path, argument, expec
     arguments = ["--config=configs/rn50.py", "--config.data.source=folder:/pictures", f"--workdir={tmp_path}/run"]
     assert expected in mistake(capsys, *arguments, f"--config.model.vision.{argument}")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "expected"),
+    [
+        ("quickstart", 24, "config.progressive_resolution.image_size=24 must be a multiple of 16 below the model's 32"),
+        ("quickstart", 32, "must be a multiple of 16 below the model's 32"),
+        ("rn50", 100, "config.progressive_resolution.image_size=100 must be a multiple of 32 below the model's 224"),
+    ],
+)
+def test_a_first_resolution_that_does_not_fit_is_one_line(capsys, tmp_path, config, size, expected):
+    first = [f"--config.progressive_resolution.image_size={size}", "--config.progressive_resolution.steps=10"]
+    arguments = [f"--config=configs/{config}.py", "--config.data.source=folder:/pictures", f"--workdir={tmp_path}/run"]
+    assert expected in mistake(capsys, *arguments, *first)
+
+
+def test_a_resnet_has_no_patches_to_leave_out(capsys, tmp_path):
+    arguments = ["--config=configs/rn50.py", "--config.data.source=folder:/pictures", f"--workdir={tmp_path}/run"]
+    assert "has no patches to leave out" in mistake(capsys, *arguments, "--config.model.patch_dropout=0.5")
 
 
 @pytest.mark.parametrize("text", ["1,2,1,1", "(1,2,1,1)", "(1, 2, 1, 1)"])

@@ -43,12 +43,12 @@ def environment(devices: int = 1) -> dict[str, str]:
     }
 
 
-def start(*arguments: str, devices: int = 1) -> subprocess.Popen:
-    """Starts ``python -m clip_jax.main`` in a process group of its own."""
+def start(*arguments: str, devices: int = 1, **variables: str) -> subprocess.Popen:
+    """Starts ``python -m clip_jax.main`` in a process group of its own, with more variables in its environment."""
     return subprocess.Popen(
         [sys.executable, "-m", "clip_jax.main", *arguments],
         cwd=REPOSITORY,
-        env=environment(devices),
+        env=environment(devices) | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -14,6 +14,9 @@ from clip_jax.models.vision_transformer import VisionTransformer
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 MAX_LOGIT_SCALE = math.log(100)
+# Where SigLIP's temperature and bias start (arXiv 2303.15343, section 3.2).
+SIGMOID_INITIAL_LOGIT_SCALE = math.log(10)
+SIGMOID_INITIAL_LOGIT_BIAS = -10.0
 
 # Mean and standard deviation of CLIP's training pictures, RGB in [0, 1], as published with its weights.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -41,14 +44,15 @@ def example_inputs(preset: CLIPPreset) -> tuple[jax.ShapeDtypeStruct, jax.ShapeD
 class CLIP(nn.Module):
     """Both towers; parameters float32, computation in ``dtype``.
 
-    ``remat`` is "none", "full" to recompute each layer in the backward pass, or "lite" to recompute what is cheap of
-    it (in a ResNet the same as "full"); ``scan_unroll`` is how many layers a scan step holds (1 compiles fastest; all
-    of them let XLA work across layers, which pays for small models on CPU).
+    ``remat`` is "none", "full" to recompute each layer in the backward pass, "attention" to do so but for what
+    attention gave, or "lite" to recompute only what is cheap (in a ResNet all three are "full"). ``scan_unroll`` is how
+    many layers a scan step holds (1 compiles fastest; all of them let XLA work across layers, which pays for small
+    models on CPU).
     Without ``scan_layers`` each layer of a transformer has parameters of its own (``unstack_layers``): a scan copies a
     layer's parameters out of the stack at each step, which costs more than it saves where nothing is trained.
     ``class_token_apart`` carries a Vision Transformer's class token beside its patches, which is the same function and
     what a TPU is faster with. ``batch_sharding`` says how the first axis of every activation is split over devices;
-    None leaves it open.
+    None leaves it open. With an ``initial_logit_bias`` there is a parameter ``logit_bias``, for the sigmoid loss.
     """
 
     preset: CLIPPreset
@@ -56,6 +60,8 @@ class CLIP(nn.Module):
     scan_layers: bool = True
     scan_unroll: int = 1
     class_token_apart: bool = False
+    initial_logit_scale: float = INITIAL_LOGIT_SCALE
+    initial_logit_bias: float | None = None
     dtype: jnp.dtype = jnp.float32
     batch_sharding: jax.sharding.Sharding | None = None
 
@@ -75,21 +81,28 @@ class CLIP(nn.Module):
             apart = {"class_token_apart": self.class_token_apart}
             self.vision = VisionTransformer(**dataclasses.asdict(self.preset.vision), **shared, **layers, **apart)
         self.text = TextTransformer(**dataclasses.asdict(self.preset.text), **shared, **layers)
-        self.logit_scale = self.param("logit_scale", nn.initializers.constant(INITIAL_LOGIT_SCALE), ())
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(self.initial_logit_scale), ())
+        if self.initial_logit_bias is not None:
+            self.logit_bias = self.param("logit_bias", nn.initializers.constant(self.initial_logit_bias), ())
 
-    def encode_image(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Normalised images ``[B, H, W, 3]`` to image_embeddings float32 ``[B, embed_dim]`` of unit length."""
-        return unit_length(self.vision(images, train))
+    def encode_image(self, images: jax.Array, train: bool = False, kept_patches: jax.Array | None = None) -> jax.Array:
+        """Normalised images ``[B, S, S, 3]`` to image_embeddings float32 ``[B, embed_dim]`` of unit length.
+
+        Positions are resized where S is not the preset's ``image_size``. ``kept_patches`` int32 ``[B, K]`` leaves out
+        all other patches of a Vision Transformer: patch dropout, for training.
+        """
+        dropout = {} if kept_patches is None else {"kept_patches": kept_patches}
+        return unit_length(self.vision(images, train, **dropout))
 
     def encode_text(self, tokens: jax.Array) -> jax.Array:
         """Tokens int32 ``[B, L]``, L at most context_length, to text_embeddings float32 of unit length."""
         return unit_length(self.text(tokens))
 
     def __call__(
-        self, images: jax.Array, tokens: jax.Array, train: bool = False
+        self, images: jax.Array, tokens: jax.Array, train: bool = False, kept_patches: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns image_embeddings, text_embeddings and logit_scale (its natural logarithm, as it is stored).
 
         A ResNet has the collection ``batch_stats`` beside its parameters; with ``train`` it must be mutable.
         """
-        return self.encode_image(images, train), self.encode_text(tokens), self.logit_scale
+        return self.encode_image(images, train, kept_patches), self.encode_text(tokens), self.logit_scale

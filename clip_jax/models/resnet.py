@@ -10,8 +10,11 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from clip_jax.models.attention import Initializer, Linear, matrix_product, shard_batch, torch_linear_init
+from clip_jax.models.layers import Initializer, Linear, matrix_product, shard_batch, torch_linear_init
+from clip_jax.models.positions import resize_positions
+from clip_jax.models.presets import RESNET_REDUCTION
 
 
 def average_pool(x: jax.Array, size: int) -> jax.Array:
@@ -43,6 +46,19 @@ class Convolution(nn.Module):
                 x, kernel, (self.stride,) * 2, [(size // 2,) * 2] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
         return shard_batch(y, self.batch_sharding)
+
+
+@functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("norm_statistics"))
+def normalize_by_batch(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``[G, B, H, W, C]`` in any dtype to float32 of mean 0 and variance 1, but for scale and bias, in each group.
+
+    Returns also the mean and the variance, ``[G, 1, 1, 1, C]``. The backward pass finds the statistics saved and
+    computes the rest again: kept in float32, what is normalised would be most of a ResNet's memory.
+    """
+    wide = x.astype(jnp.float32)
+    mean = checkpoint_name(wide.mean(axis=(1, 2, 3), keepdims=True), "norm_statistics")
+    variance = checkpoint_name(jnp.square(wide - mean).mean(axis=(1, 2, 3), keepdims=True), "norm_statistics")
+    return (wide - mean) * jax.lax.rsqrt(variance + 1e-5) * scale + bias, mean, variance
 
 
 class BatchNorm(nn.Module):
@@ -77,17 +93,15 @@ class BatchNorm(nn.Module):
 
         per_device = self.batch_norm == "per_device" and self.batch_sharding is not None
         groups = self.batch_sharding.mesh.size if per_device else 1
-        y = x.astype(jnp.float32).reshape(groups, -1, *x.shape[1:])  # [G, B / G, H, W, C]
+        y = x.reshape(groups, -1, *x.shape[1:])  # [G, B / G, H, W, C]
         y = shard_batch(y, self.batch_sharding if per_device else None)
-        mean = y.mean(axis=(1, 2, 3), keepdims=True)  # [G, 1, 1, 1, C]
-        variance = jnp.square(y - mean).mean(axis=(1, 2, 3), keepdims=True)
+        y, mean, variance = normalize_by_batch(y, scale, bias)
         if not self.is_initializing():
             count = y.size // (groups * y.shape[-1])
             unbiased = variance * (count / max(count - 1, 1))
             running_mean.value += 0.1 * (mean.reshape(groups, -1).mean(axis=0) - running_mean.value)
             running_variance.value += 0.1 * (unbiased.reshape(groups, -1).mean(axis=0) - running_variance.value)
             num_batches.value = num_batches.value + 1  # not in place: a caller may hold the array
-        y = (y - mean) * jax.lax.rsqrt(variance + 1e-5) * scale + bias
         return shard_batch(y.reshape(x.shape).astype(self.dtype), self.batch_sharding)
 
 
@@ -122,9 +136,11 @@ class Bottleneck(nn.Module):
 class AttentionPool(nn.Module):
     """Multi-head attention of the mean over all places to each of them: ``[B, H, W, C]`` to ``[B, embed_dim]``.
 
-    Section 2.4 of the paper; the mean stands among the keys and values as well.
+    Section 2.4 of the paper; the mean stands among the keys and values as well. There are positions for ``side`` by
+    ``side`` places; they are resized where H is another number.
     """
 
+    side: int
     num_heads: int
     embed_dim: int
     dtype: jnp.dtype = jnp.float32
@@ -141,12 +157,15 @@ class AttentionPool(nn.Module):
             dtype=self.dtype,
             batch_sharding=self.batch_sharding,
         )
+        side = x.shape[1]
         x = x.reshape(batch, -1, width)
         x = jnp.concatenate([x.mean(axis=1, keepdims=True), x], axis=1)  # [B, 1 + H * W, C]
         positions = self.param(
-            "positional_embedding", nn.with_logical_partitioning(normal, ("position", "embed")), x.shape[1:]
+            "positional_embedding",
+            nn.with_logical_partitioning(normal, ("position", "embed")),
+            (1 + self.side**2, width),
         )
-        x = shard_batch(x + positions.astype(self.dtype), self.batch_sharding)
+        x = shard_batch(x + resize_positions(positions, side).astype(self.dtype), self.batch_sharding)
         query = linear(width, ("embed", "heads"), name="query")(shard_batch(x[:, 0], self.batch_sharding))
         key = linear(width, ("embed", "heads"), name="key")(x)
         value = linear(width, ("embed", "heads"), name="value")(x)
@@ -202,4 +221,5 @@ class ResNet(nn.Module):
                     metadata_params={nn.PARTITION_NAME: "layers"},
                 )
                 x, _ = rest(width, stride=1, **block.keywords, name=f"stage{number}_rest")(x)
-        return AttentionPool(self.num_heads, self.embed_dim, **kept, name="attention_pool")(x)
+        side = self.image_size // RESNET_REDUCTION
+        return AttentionPool(side, self.num_heads, self.embed_dim, **kept, name="attention_pool")(x)

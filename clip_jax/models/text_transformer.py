@@ -4,7 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from clip_jax.models.attention import LayerNorm, Linear, Transformer, shard_batch, text_initializers
+from clip_jax.models.layers import LayerNorm, Linear, shard_batch
+from clip_jax.models.transformer import Transformer, text_initializers
 
 
 class TextTransformer(nn.Module):
@@ -39,22 +40,20 @@ class TextTransformer(nn.Module):
         )
         x = token_embedding.astype(self.dtype)[tokens] + positions[: tokens.shape[1]].astype(self.dtype)
         x = shard_batch(x, self.batch_sharding)  # [B, L, W]
-        (x,) = Transformer(
+        ends = tokens.argmax(axis=-1)  # [B]
+        x = Transformer(
             self.num_layers,
             self.num_heads,
             round(self.width * self.mlp_ratio),
             self.activation,
             text_initializers(self.width, self.num_layers),
-            causal=True,
             remat=self.remat,
             scan_layers=self.scan_layers,
             scan_unroll=self.scan_unroll,
             dtype=self.dtype,
             batch_sharding=self.batch_sharding,
             name="transformer",
-        )((x,))
-        x = jnp.take_along_axis(x, tokens.argmax(axis=-1)[:, None, None], axis=1)[:, 0]  # [B, W]
-        # LayerNorm works on each position alone, so normalising only the one that is read is the same function.
+        )((x,), read=lambda parts: jnp.take_along_axis(parts[0], ends[:, None, None], axis=1), causal_end=ends)
         x = LayerNorm(self.dtype, name="ln_final")(x)
         project = Linear(
             self.embed_dim,

@@ -6,14 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from clip_jax.models.attention import (
-    LayerNorm,
-    Linear,
-    Transformer,
-    shard_batch,
-    torch_linear_init,
-    vision_initializers,
-)
+from clip_jax.models.layers import LayerNorm, Linear, shard_batch, torch_linear_init
+from clip_jax.models.positions import resize_positions
+from clip_jax.models.transformer import Transformer, vision_initializers
 
 
 def split_into_patches(images: jax.Array, patch_size: int) -> jax.Array:
@@ -24,11 +19,26 @@ def split_into_patches(images: jax.Array, patch_size: int) -> jax.Array:
     return patches.reshape(batch, rows * columns, patch_size * patch_size * channels)
 
 
+def kept_patches(num_patches: int, patch_dropout: float) -> int:
+    """How many patches of an image are kept: the share ``1 - patch_dropout``, rounded down, but at least one."""
+    return max(1, int(num_patches * (1 - patch_dropout)))
+
+
+def choose_patches(key: jax.Array, batch_size: int, num_patches: int, patch_dropout: float) -> jax.Array:
+    """Draws which patches of each image are kept: int32 ``[batch_size, K]``, in rising order.
+
+    K is :func:`kept_patches` (FLIP, arXiv 2212.00794, section 3).
+    """
+    order = jnp.argsort(jax.random.uniform(key, (batch_size, num_patches)), axis=1)
+    return jnp.sort(order[:, : kept_patches(num_patches, patch_dropout)], axis=1)
+
+
 class VisionTransformer(nn.Module):
     """Patches, class token, positions, norm, blocks, norm of the class token, projection without bias.
 
     The patch embedding is a convolution whose stride is its kernel, written as the matrix product that it is.
-    Maps normalised images ``[B, H, W, 3]`` to features ``[B, embed_dim]`` in ``dtype``, not yet of unit length.
+    Maps normalised images ``[B, S, S, 3]`` to features ``[B, embed_dim]`` in ``dtype``, not yet of unit length. Where
+    S is not ``image_size``, the positions are resized. ``kept_patches`` int32 ``[B, K]`` leaves out all other patches.
     ``train`` changes nothing here: it is there because a ResNet needs it.
     """
 
@@ -48,9 +58,11 @@ class VisionTransformer(nn.Module):
     batch_sharding: jax.sharding.Sharding | None = None
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, images: jax.Array, train: bool = False, kept_patches: jax.Array | None = None) -> jax.Array:
         normal = nn.initializers.normal(self.width**-0.5)
         patches = split_into_patches(images.astype(self.dtype), self.patch_size)  # [B, N, P * P * 3]
+        if kept_patches is not None:
+            patches = jnp.take_along_axis(patches, kept_patches[:, :, None], axis=1)  # [B, K, P * P * 3]
         patch_init = torch_linear_init(patches.shape[-1])
         linear = functools.partial(Linear, dtype=self.dtype, batch_sharding=self.batch_sharding)
         x = linear(self.width, ("patch", "embed"), patch_init, name="patch_embedding")(patches)
@@ -62,14 +74,19 @@ class VisionTransformer(nn.Module):
             nn.with_logical_partitioning(normal, ("position", "embed")),
             ((self.image_size // self.patch_size) ** 2 + 1, self.width),
         )
-        positions = positions.astype(self.dtype)
-        parts = (class_token + positions[:1], x + positions[1:])  # [B, 1, W], [B, N, W]
+        positions = resize_positions(positions, images.shape[1] // self.patch_size).astype(self.dtype)
+        places = positions[1:]  # [N, W]
+        if kept_patches is not None:
+            # A product, whose gradient is a product too: taking rows would have one that scatters, slow on a TPU.
+            chosen = jax.nn.one_hot(kept_patches, len(places), dtype=self.dtype)
+            places = jnp.einsum("bkn,nw->bkw", chosen, places, precision=jax.lax.Precision.HIGHEST)
+        parts = (class_token + positions[:1], x + places)  # [B, 1, W], [B, N or K, W]
         if not self.class_token_apart:
-            parts = (jnp.concatenate(parts, axis=1),)  # [B, 1 + N, W]
+            parts = (jnp.concatenate(parts, axis=1),)
         ln_pre = LayerNorm(self.dtype, name="ln_pre")
         parts = tuple(shard_batch(ln_pre(shard_batch(x, self.batch_sharding)), self.batch_sharding) for x in parts)
         mlp_width = round(self.width * self.mlp_ratio)
-        parts = Transformer(
+        x = Transformer(
             self.num_layers,
             self.num_heads,
             mlp_width,
@@ -81,6 +98,6 @@ class VisionTransformer(nn.Module):
             dtype=self.dtype,
             batch_sharding=self.batch_sharding,
             name="transformer",
-        )(parts)
-        x = LayerNorm(self.dtype, name="ln_post")(parts[0][:, 0])  # [B, W]
+        )(parts, read=lambda parts: parts[0][:, :1])  # [B, W], of the class token
+        x = LayerNorm(self.dtype, name="ln_post")(x)
         return linear(self.embed_dim, ("embed", "output"), normal, name="projection")(x)

@@ -122,11 +122,11 @@ def compile_step(config_dict: dict, topology: Topology) -> dict:
     import numpy as np
 
     from clip_jax.training.optimizer import make_optimizer
-    from clip_jax.training.sharding import batch_sharding, check_batch_divides, make_mesh
-    from clip_jax.training.step import abstract_state, make_model, make_train_step
+    from clip_jax.training.sharding import batch_sharding, check_batch_divides
+    from clip_jax.training.step import abstract_state, configured_mesh, make_model, make_train_step
 
     config = ml_collections.ConfigDict(config_dict)
-    mesh = make_mesh(config.mesh.fsdp, slice_devices(topology))
+    mesh = configured_mesh(config, slice_devices(topology), topology.generation.hbm_bytes)
     check_batch_divides(config.global_batch_size, mesh, config.accumulation_steps)
     model = make_model(config, mesh)
     steps = config.steps or 100_000  # only numbers in the schedule of the learning rate depend on it
@@ -154,7 +154,7 @@ def compile_step(config_dict: dict, topology: Topology) -> dict:
             "libtpu": importlib.metadata.version("libtpu"),
         },
     }
-    step = make_train_step(model, optimizer, mesh, config.loss.form, config.loss.block_size, config.accumulation_steps)
+    step = make_train_step(config, model, optimizer, mesh)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as dump:
         # The compiler writes down itself what it makes: jaxlib may be too old to read all of libtpu's instructions,

@@ -1,5 +1,6 @@
 """Has a step compiled in another process, with a line that shows that it is at work, or finds what is known of it."""
 
+import ast
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -18,9 +19,13 @@ from clip_jax.planning.topologies import Topology
 
 PACKAGE = pathlib.Path(__file__).parent.parent
 # What decides the program and what is read from it; the words of a report do not.
-SOURCES = ("models", "training", "planning/hlo.py", "planning/program.py", "planning/compiled.py")
+SOURCES = (
+    "models",
+    *(f"training/{name}.py" for name in ("step", "accumulation", "loss", "optimizer", "sharding")),
+    *(f"planning/{name}.py" for name in ("hlo", "program", "compiled")),
+)
 # What no compiled step depends on.
-NOT_COMPILED = ("data", "evaluation", "seed", "init_from", "epochs", "steps")
+NOT_COMPILED = ("data", "evaluation", "seed", "init_from", "epochs", "steps", "progressive_resolution")
 
 
 class PlanError(ValueError):
@@ -38,13 +43,22 @@ def _version(package: str) -> str:
         return "none"
 
 
+def _without_words(source: str) -> str:
+    """A program without its comments, layout and docstrings, on which nothing that is compiled depends."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return ast.dump(tree)
+
+
 def cache_key(config: ml_collections.ConfigDict, topology: Topology) -> str:
     """A digest of all that a compiled step depends on."""
     sources = hashlib.sha256()
     for name in SOURCES:
         path = PACKAGE / name
         for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
-            sources.update(file.read_bytes())
+            sources.update(_without_words(file.read_text(encoding="utf-8")).encode())
     compiled = {
         name: value
         for name, value in config.to_dict().items()

@@ -2,20 +2,27 @@
 
 Counted are matrix products and convolutions, two flops a multiply-add, as is usual for model flops utilisation. A
 product costs as much again for each of its two gradients, so a step is three times the forward pass, but for the first
-layer, whose input needs no gradient. Attention counts in full, masked or not.
+layer, whose input needs no gradient. Attention counts in full, masked or not. Of a transformer's last layer only the
+position that the tower reads is needed, and the keys and values of all.
 """
 
 from clip_jax.models.presets import RESNET_REDUCTION, CLIPPreset, ResNetPreset, VisionTransformerPreset
+from clip_jax.models.vision_transformer import kept_patches
 
 
 def _transformer(tokens: int, width: int, mlp_width: int, num_layers: int) -> int:
-    """Forward flops of a sequence of ``tokens`` through all layers."""
-    weights = 4 * width * width + 2 * width * mlp_width  # fused qkv, the attention's output, the two of the MLP
-    return num_layers * (2 * tokens * weights + 2 * 2 * tokens * tokens * width)
+    """Forward flops of a sequence of ``tokens`` through all layers, to one position of the last."""
+    keys_and_values = 2 * width * width
+    others = 2 * width * width + 2 * width * mlp_width  # queries, the attention's output, the two of the MLP
+
+    def layer(positions: int) -> int:
+        return 2 * (tokens * keys_and_values + positions * others) + 2 * 2 * positions * tokens * width
+
+    return (num_layers - 1) * layer(tokens) + layer(1)
 
 
-def _vision_transformer(preset: VisionTransformerPreset, embed_dim: int) -> tuple[int, int]:
-    patches = (preset.image_size // preset.patch_size) ** 2
+def _vision_transformer(preset: VisionTransformerPreset, embed_dim: int, patch_dropout: float) -> tuple[int, int]:
+    patches = kept_patches((preset.image_size // preset.patch_size) ** 2, patch_dropout)
     first = 2 * patches * 3 * preset.patch_size**2 * preset.width
     layers = _transformer(patches + 1, preset.width, round(preset.width * preset.mlp_ratio), preset.num_layers)
     return first, layers + 2 * preset.width * embed_dim
@@ -53,11 +60,13 @@ def _resnet(preset: ResNetPreset, embed_dim: int) -> tuple[int, int]:
     return first, rest + pool
 
 
-def tower_flops(preset: CLIPPreset) -> dict[str, int]:
+def tower_flops(preset: CLIPPreset, patch_dropout: float = 0.0) -> dict[str, int]:
     """Forward and backward flops of one pair: ``{"vision tower": ..., "text tower": ...}``."""
     vision, text = preset.vision, preset.text
-    tower = _resnet if isinstance(vision, ResNetPreset) else _vision_transformer
-    first, rest = tower(vision, preset.embed_dim)
+    if isinstance(vision, ResNetPreset):
+        first, rest = _resnet(vision, preset.embed_dim)
+    else:
+        first, rest = _vision_transformer(vision, preset.embed_dim, patch_dropout)
     layers = _transformer(text.context_length, text.width, round(text.width * text.mlp_ratio), text.num_layers)
     return {
         "vision tower": 2 * first + 3 * rest,
@@ -70,7 +79,7 @@ def loss_flops(global_batch_size: int, embed_dim: int) -> int:
     return 3 * 2 * global_batch_size**2 * embed_dim
 
 
-def step_flops(preset: CLIPPreset, global_batch_size: int) -> dict[str, int]:
+def step_flops(preset: CLIPPreset, global_batch_size: int, patch_dropout: float = 0.0) -> dict[str, int]:
     """All that one step needs, over all chips, by part."""
-    towers = {name: global_batch_size * flops for name, flops in tower_flops(preset).items()}
+    towers = {name: global_batch_size * flops for name, flops in tower_flops(preset, patch_dropout).items()}
     return towers | {"loss": loss_flops(global_batch_size, preset.embed_dim)}

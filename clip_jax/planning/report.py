@@ -51,7 +51,7 @@ def make_report(
             "largest": facts["largest"],
         }
     program = facts["program"]
-    needed = step_flops(model_preset(config), config.global_batch_size)
+    needed = step_flops(model_preset(config), config.global_batch_size, config.model.patch_dropout)
     flops = {name: total / topology.chips for name, total in needed.items()}
     model_flops = sum(flops.values())
     seconds = _seconds(topology, program)

@@ -1,5 +1,6 @@
 """Looks for the largest batch, or the cheapest mesh and remat, among plans that fit. Every try is a compilation."""
 
+import math
 from collections.abc import Callable, Iterator
 
 import ml_collections
@@ -33,7 +34,7 @@ def largest_batch(config: ml_collections.ConfigDict, topology: Topology, compile
     Raises:
       PlanError: not even 8 pairs a chip fit.
     """
-    unit = 8 * topology.chips
+    unit = 8 * topology.chips * config.accumulation_steps
     fits, too_large = 0, None
     batch = max(unit, config.global_batch_size // unit * unit)
     while True:
@@ -56,6 +57,12 @@ def largest_batch(config: ml_collections.ConfigDict, topology: Topology, compile
             guess = min(max(guess, fits + quarter), too_large - quarter)
         batch = max(int(guess) // unit * unit, fits + unit)
         batch = batch if too_large is None else min(batch, too_large - unit)
+
+
+def fewest_parts(config: ml_collections.ConfigDict, facts: dict, topology: Topology) -> int:
+    """In how many parts, a power of two, a batch that did not fit should fit by accumulation; a guess."""
+    parts = config.global_batch_size / max(_next_batch(facts, config.global_batch_size, topology), 1)
+    return 2 ** max(1, math.ceil(math.log2(parts)))
 
 
 def _next_batch(facts: dict, batch: int, topology: Topology) -> float:

@@ -17,10 +17,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from clip_jax.training.sharding import BATCH_AXES, batch_sharding
 
-# params, batch_stats, images, tokens to (image_embeddings, text_embeddings, logit_scale) and the new batch_stats.
-Embed = Callable[[dict, dict, jax.Array, jax.Array], tuple[tuple[jax.Array, jax.Array, jax.Array], dict]]
-# image_embeddings, text_embeddings, logit_scale to the loss and its metrics.
-Loss = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, dict]]
+LOGIT_PARAMETERS = ("logit_scale", "logit_bias")  # those that the loss takes beside the embeddings
+
+# params, batch_stats and a batch to (image_embeddings, text_embeddings) and the new batch_stats.
+Embed = Callable[[dict, dict, dict], tuple[tuple[jax.Array, jax.Array], dict]]
+# image_embeddings, text_embeddings and the logit parameters to the loss and its metrics.
+Loss = Callable[[jax.Array, jax.Array, dict], tuple[jax.Array, dict]]
 
 
 def loss_and_gradients(
@@ -28,51 +30,50 @@ def loss_and_gradients(
     loss: Loss,
     params: dict,
     batch_stats: dict,
-    images: jax.Array,
-    tokens: jax.Array,
+    batch: dict[str, jax.Array],
     accumulation_steps: int,
     mesh: Mesh,
 ) -> tuple[jax.Array, dict, dict, dict]:
-    """The loss over ``images`` ``[B, ...]`` and ``tokens`` ``[B, L]``, embedded in ``accumulation_steps`` parts.
+    """The loss over a batch, arrays ``[B, ...]`` by name, embedded in ``accumulation_steps`` parts.
 
-    ``accumulation_steps`` times the number of devices divides B.
+    ``accumulation_steps`` times the number of devices divides B. What is drawn for each pair, such as the patches to
+    keep, is part of the batch, so that it does not depend on the number of parts.
 
     Returns:
       The loss, its metrics, float32 gradients by ``params``, and the new ``batch_stats``.
     """
+    logit_parameters = {name: params[name] for name in LOGIT_PARAMETERS if name in params}
     if accumulation_steps == 1:
 
         def whole(params):
-            outputs, updated = embed(params, batch_stats, images, tokens)
-            value, metrics = loss(*outputs)
+            embeddings, updated = embed(params, batch_stats, batch)
+            value, metrics = loss(*embeddings, {name: params[name] for name in logit_parameters})
             return value, (metrics, updated)
 
         (value, (metrics, updated)), gradients = jax.value_and_grad(whole, has_aux=True)(params)
         return value, metrics, gradients, updated
 
-    parts = jax.tree.map(lambda array: split_into_parts(array, accumulation_steps, mesh), (images, tokens))
+    parts = jax.tree.map(lambda array: split_into_parts(array, accumulation_steps, mesh), batch)
 
     def embed_part(_, part):
-        (image_embeddings, text_embeddings, _), _ = embed(params, batch_stats, *part)
-        return None, (image_embeddings, text_embeddings)
+        return None, embed(params, batch_stats, part)[0]
 
     _, embeddings = jax.lax.scan(embed_part, None, parts)  # each [K, B / K, D]
     embeddings = jax.tree.map(lambda array: join_parts(array, mesh), embeddings)
     over_embeddings = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
-    (value, metrics), (*cotangents, by_scale) = over_embeddings(*embeddings, params["logit_scale"])
+    (value, metrics), (*cotangents, by_logit_parameters) = over_embeddings(*embeddings, logit_parameters)
     cotangents = jax.tree.map(lambda array: split_into_parts(array, accumulation_steps, mesh), tuple(cotangents))
 
     def add_gradients(carry, part):
         sums, stats = carry
         inputs, cotangent = part
-        _, backward, updated = jax.vjp(lambda params: embed(params, stats, *inputs), params, has_aux=True)
-        # The loss's own gradient by the temperature is whole already and is added once, below.
-        (gradients,) = backward((*cotangent, jnp.zeros_like(by_scale)))
+        _, backward, updated = jax.vjp(lambda params: embed(params, stats, inputs), params, has_aux=True)
+        (gradients,) = backward(cotangent)
         return (jax.tree.map(jnp.add, sums, gradients), updated), None
 
     zeros = jax.tree.map(jnp.zeros_like, params)
     (gradients, updated), _ = jax.lax.scan(add_gradients, (zeros, batch_stats), (parts, cotangents))
-    return value, metrics, gradients | {"logit_scale": by_scale}, updated
+    return value, metrics, gradients | by_logit_parameters, updated
 
 
 def split_into_parts(array: jax.Array, parts: int, mesh: Mesh) -> jax.Array:

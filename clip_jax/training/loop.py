@@ -30,6 +30,7 @@ from clip_jax.data.sources import PairError, Source, open_source
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.report import write_report
 from clip_jax.evaluation.tasks import EvaluationResults, Evaluations
+from clip_jax.models.clip import SIGMOID_INITIAL_LOGIT_BIAS, SIGMOID_INITIAL_LOGIT_SCALE
 from clip_jax.training.checkpoint import (
     Checkpointer,
     CheckpointError,
@@ -39,11 +40,12 @@ from clip_jax.training.checkpoint import (
 )
 from clip_jax.training.metrics import MetricWriter, StepLog
 from clip_jax.training.optimizer import make_optimizer
-from clip_jax.training.sharding import check_batch_divides, make_mesh, to_global_batch
+from clip_jax.training.sharding import check_batch_divides, to_global_batch
 from clip_jax.training.step import (
     TrainState,
     TrainStep,
     abstract_state,
+    configured_mesh,
     create_state,
     make_model,
     make_train_step,
@@ -79,7 +81,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
     saved = read_config(folder)
     if saved is not None:
         check_same_run(config, saved, workdir)
-    mesh = make_mesh(config.mesh.fsdp)
+    mesh = configured_mesh(config)
     check_batch_divides(config.global_batch_size, mesh, config.accumulation_steps)
     source = open_source(config.data.source)
     check_first_pair(source, config.data.source)
@@ -92,7 +94,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
         raise ValueError(f"{workdir} was trained on other data than config.data.source={config.data.source} now holds")
     evaluations = Evaluations(config)
     start = digest(read_initial_variables(config)) if config.init_from and before is None else ""
-    check_hosts_agree(f"{fingerprint} {steps} {start} {to_json(config)}")
+    check_hosts_agree(f"{fingerprint} {steps} {start} {dict(mesh.shape)} {to_json(config)}")
     return Run(config, folder, source, evaluations, mesh, steps, fingerprint)
 
 
@@ -104,9 +106,16 @@ def read_initial_variables(config: ml_collections.ConfigDict) -> dict:
     """
     try:
         weights = read_weights(config.init_from, config.model.text.activation)
-        return at_image_size(weights.variables, weights.preset, model_preset(config))
+        variables = at_image_size(weights.variables, weights.preset, model_preset(config))
     except (ValueError, OSError, CheckpointError) as error:
         raise ValueError(f"config.init_from={config.init_from}: {error}") from None
+    params = dict(variables["params"])
+    if config.loss.kind == "softmax":
+        params.pop("logit_bias", None)
+    elif "logit_bias" not in params:  # and so the temperature is another loss's, too
+        params["logit_scale"] = np.float32(SIGMOID_INITIAL_LOGIT_SCALE)
+        params["logit_bias"] = np.float32(SIGMOID_INITIAL_LOGIT_BIAS)
+    return variables | {"params": params}
 
 
 def digest(variables: dict) -> str:
@@ -199,9 +208,7 @@ def train(run: Run) -> bool:
             state, position = create_state(model, optimizer, config.seed, mesh), 0
         _log_start(run, state)
         embedder = Embedder(model, mesh, config.evaluation.batch_size)
-        train_step = make_train_step(
-            model, optimizer, mesh, config.loss.form, config.loss.block_size, config.accumulation_steps
-        )
+        train_step = make_train_step(config, model, optimizer, mesh)
         with Interruption() as interruption:
             state = train_steps(run, train_step, state, position, checkpointer, writer, embedder, interruption)
             checkpointer.wait()
@@ -236,12 +243,17 @@ def train_steps(
     Raises:
       FloatingPointError: the loss or the gradient is no longer finite.
     """
-    config = run.config
-    batches = make_batches(run, position)
+    config, first = run.config, run.config.progressive_resolution
     log = StepLog(config.log_every, config.global_batch_size, run.steps, writer)
     step, stopping = int(state.step), False
+    image_size = first.image_size if step < first.steps else config.model.vision.image_size
+    batches = make_batches(run, position, image_size)
     try:
         while step < run.steps and not stopping:
+            if first.steps and step == first.steps:
+                position = batches.position
+                batches.close()
+                batches = make_batches(run, position, config.model.vision.image_size)
             with log.waiting_for_data():
                 batch = next(batches)
             broken = batch.pop("broken")
@@ -267,13 +279,11 @@ def train_steps(
     return state
 
 
-def make_batches(run: Run, position: int) -> Batches:
+def make_batches(run: Run, position: int, image_size: int) -> Batches:
     """This host's batches from the data position on."""
     config = run.config
-    model, data = config.model, config.data
-    load_pair = LoadPair(
-        run.source, model.vision.image_size, model.text.context_length, Augmentation(**data.augmentation)
-    )
+    data = config.data
+    load_pair = LoadPair(run.source, image_size, config.model.text.context_length, Augmentation(**data.augmentation))
     return Batches(
         load_pair,
         config.global_batch_size,

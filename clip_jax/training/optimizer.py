@@ -5,7 +5,7 @@ import ml_collections
 import optax
 
 # Gains and biases, as the paper says, and what is added to tokens rather than multiplied with them.
-WITHOUT_DECAY = ("bias", "scale", "class_embedding", "positional_embedding", "logit_scale")
+WITHOUT_DECAY = ("bias", "scale", "class_embedding", "positional_embedding", "logit_scale", "logit_bias")
 
 
 def decay_mask(params) -> dict:

@@ -9,6 +9,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 BATCH_AXES = ("data", "fsdp")
+STATE_SHARE = 1 / 4  # of a device's memory, for what does not grow with the batch
 
 # Every parameter names its axes (``nn.with_logical_partitioning``); those not listed here are kept whole.
 LOGICAL_AXIS_RULES = (
@@ -54,6 +55,24 @@ def make_mesh(fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
         (in_slice // fsdp, fsdp), (num_slices, 1), devices, allow_split_physical_axes=True
     )
     return Mesh(array, BATCH_AXES, axis_types=auto)
+
+
+def choose_fsdp(state_bytes: float, memory_bytes: float | None, devices: Sequence[jax.Device]) -> int:
+    """The fewest devices that, sharing one copy, each hold at most a quarter of their memory of it.
+
+    Fewer copies cost no memory of their own, but parameters travel for every layer. Activations decide about the other
+    three quarters; ``python -m clip_jax.plan --search=mesh`` tries what this rule can only guess.
+
+    Args:
+      state_bytes: of parameters, gradients and optimizer state.
+      memory_bytes: of a device; None if it isn't known, as on CPU, where nothing is split.
+      devices: those of the mesh; the number returned divides those of a slice.
+    """
+    if not memory_bytes:
+        return 1
+    in_slice = len(devices) // len({getattr(device, "slice_index", 0) for device in devices})
+    divisors = [number for number in range(1, in_slice + 1) if in_slice % number == 0]
+    return next((n for n in divisors if state_bytes / n <= STATE_SHARE * memory_bytes), in_slice)
 
 
 def check_batch_divides(global_batch_size: int, mesh: Mesh, accumulation_steps: int = 1) -> None:

@@ -1,6 +1,6 @@
 """One training step: uint8 images and tokens in, a new state and metrics out, as one program over the mesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,10 +12,18 @@ import optax
 from jax.sharding import Mesh
 
 from clip_jax.config import model_preset
-from clip_jax.models.clip import CLIP, MAX_LOGIT_SCALE, example_inputs, normalize_images
+from clip_jax.models.clip import (
+    CLIP,
+    MAX_LOGIT_SCALE,
+    SIGMOID_INITIAL_LOGIT_BIAS,
+    SIGMOID_INITIAL_LOGIT_SCALE,
+    example_inputs,
+    normalize_images,
+)
+from clip_jax.models.vision_transformer import choose_patches
 from clip_jax.training.accumulation import loss_and_gradients
-from clip_jax.training.loss import BLOCK_SIZE, choose_form, contrastive_loss
-from clip_jax.training.sharding import batch_sharding, replicated, state_sharding
+from clip_jax.training.loss import choose_form, contrastive_loss, sigmoid_loss
+from clip_jax.training.sharding import batch_sharding, choose_fsdp, make_mesh, replicated, state_sharding
 
 
 class TrainState(NamedTuple):
@@ -38,9 +46,40 @@ class TrainState(NamedTuple):
 TrainStep = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 
 
+def configured_mesh(
+    config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None, memory_bytes: float | None = None
+) -> Mesh:
+    """The mesh of ``config.mesh``; with ``fsdp`` 0 the model and a device's memory decide (:func:`choose_fsdp`).
+
+    Args:
+      config: the whole config.
+      devices: instead of those that this process sees, for compiling for others.
+      memory_bytes: of each of them.
+
+    Raises:
+      ValueError: ``fsdp`` does not divide the number of devices, or of a slice's devices.
+    """
+    if devices is None:
+        devices = jax.devices()
+        memory_bytes = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    fsdp = config.mesh.fsdp or choose_fsdp(_state_bytes(config), memory_bytes, devices)
+    return make_mesh(fsdp, devices)
+
+
+def _state_bytes(config: ml_collections.ConfigDict) -> int:
+    """Of all parameters in float32, their gradients, and Adam's two moments."""
+    params = jax.eval_shape(CLIP(model_preset(config)).init, jax.random.key(0), *example_inputs(model_preset(config)))
+    count = sum(leaf.size for leaf in jax.tree.leaves(params["params"]))
+    return count * (3 * 4 + jnp.dtype(config.optimizer.first_moment_dtype).itemsize)
+
+
 def make_model(config: ml_collections.ConfigDict, mesh: Mesh) -> CLIP:
     """The model that ``config.model`` describes, its activations split over the mesh by their first axis."""
     model = config.model
+    sigmoid = {
+        "initial_logit_scale": SIGMOID_INITIAL_LOGIT_SCALE,
+        "initial_logit_bias": SIGMOID_INITIAL_LOGIT_BIAS,
+    }
     return CLIP(
         model_preset(config),
         remat=model.remat,
@@ -48,6 +87,7 @@ def make_model(config: ml_collections.ConfigDict, mesh: Mesh) -> CLIP:
         class_token_apart=mesh.devices.flat[0].platform == "tpu",
         dtype=jnp.dtype(model.dtype),
         batch_sharding=batch_sharding(mesh),
+        **(sigmoid if config.loss.kind == "sigmoid" else {}),
     )
 
 
@@ -114,44 +154,55 @@ def state_from_variables(
 
 
 def make_train_step(
-    model: CLIP,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    loss_form: str = "auto",
-    loss_block_size: int = BLOCK_SIZE,
-    accumulation_steps: int = 1,
+    config: ml_collections.ConfigDict, model: CLIP, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainStep:
     """Returns ``step(state, images, tokens) -> (state, metrics)``, jitted over the mesh; the old state is donated.
 
-    ``images`` are uint8 ``[B, H, W, 3]``, ``tokens`` int32 ``[B, L]``, both split over all devices. Metrics are
+    ``images`` are uint8 ``[B, S, S, 3]``, ``tokens`` int32 ``[B, L]``, both split over all devices. Metrics are
     float32 scalars: loss, both accuracies within the batch, logit_scale (as multiplied) and gradient_norm. With
-    ``accumulation_steps`` activations are of that part of the batch at a time (:mod:`clip_jax.training.accumulation`).
+    ``config.accumulation_steps`` activations are of that part of the batch at a time
+    (:mod:`clip_jax.training.accumulation`). Whatever is drawn at random follows from seed and step.
     """
-    batch = batch_sharding(mesh)
+    split = batch_sharding(mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
 
-    def embed(params, batch_stats, images, tokens):
-        outputs, updated = model.apply(
+    def embed(params: dict, batch_stats: dict, batch: dict):
+        (image_embeddings, text_embeddings, _), updated = model.apply(
             {"params": params, "batch_stats": batch_stats},
-            normalize_images(images),
-            tokens,
+            normalize_images(batch["images"]),
+            batch["tokens"],
             train=True,
+            kept_patches=batch.get("kept_patches"),
             mutable=["batch_stats"],
         )
-        return outputs, updated.get("batch_stats", {})
+        return (image_embeddings, text_embeddings), updated.get("batch_stats", {})
 
-    def loss(image_embeddings, text_embeddings, logit_scale):
-        form = choose_form(len(image_embeddings), mesh.size) if loss_form == "auto" else loss_form
-        return contrastive_loss(image_embeddings, text_embeddings, logit_scale, mesh, form, loss_block_size)
+    def loss(image_embeddings: jax.Array, text_embeddings: jax.Array, logit_parameters: dict):
+        form, shared = config.loss.form, {"mesh": mesh, "block_size": config.loss.block_size}
+        if config.loss.kind == "sigmoid":
+            return sigmoid_loss(image_embeddings, text_embeddings, **logit_parameters, **shared)
+        if form == "auto":
+            form = choose_form(len(image_embeddings), mesh.size)
+        return contrastive_loss(image_embeddings, text_embeddings, **logit_parameters, **shared, form=form)
+
+    def random_patches(step: jax.Array, images: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        patches = (images.shape[1] // config.model.vision.patch_size) ** 2
+        kept = choose_patches(key, len(images), patches, config.model.patch_dropout)
+        return jax.lax.with_sharding_constraint(kept, split)
 
     def train_step(state: TrainState, images: jax.Array, tokens: jax.Array):
+        batch = {"images": images, "tokens": tokens}
+        if config.model.patch_dropout:
+            batch["kept_patches"] = random_patches(state.step, images)
         value, metrics, gradients, batch_stats = loss_and_gradients(
-            embed, loss, state.params, state.batch_stats, images, tokens, accumulation_steps, mesh
+            embed, loss, state.params, state.batch_stats, batch, config.accumulation_steps, mesh
         )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        # The paper clips the temperature so that logits are never scaled by more than 100 (section 2.5).
-        params["logit_scale"] = jnp.clip(params["logit_scale"], 0, MAX_LOGIT_SCALE)
+        if config.loss.kind == "softmax":
+            # The paper clips the temperature so that logits are never scaled by more than 100 (section 2.5).
+            params["logit_scale"] = jnp.clip(params["logit_scale"], 0, MAX_LOGIT_SCALE)
         metrics = metrics | {
             "loss": value,
             "logit_scale": jnp.exp(state.params["logit_scale"]),
@@ -161,7 +212,7 @@ def make_train_step(
 
     return jax.jit(
         train_step,
-        in_shardings=(shardings, batch, batch),
+        in_shardings=(shardings, split, split),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )

@@ -88,13 +88,17 @@ def batch_norm(ours: str, theirs: str) -> tuple[Row, ...]:
 
 
 class Table(NamedTuple):
-    """The rows of each kind of tower; ``resnet`` is empty in a format that knows none."""
+    """The rows of each kind of tower; ``resnet`` is empty in a format that knows none.
+
+    ``logit_bias`` is that of the sigmoid loss, which few models have and few formats know.
+    """
 
     format: str
     vision_transformer: tuple[Row, ...]
     text: tuple[Row, ...]
     resnet: tuple[Row, ...] = ()
     ignored: re.Pattern = re.compile(r"(?!)")
+    logit_bias: tuple[Row, ...] = ()
 
 
 class _Leaf(NamedTuple):
@@ -106,7 +110,7 @@ class _Leaf(NamedTuple):
     layout: Layout
 
 
-def _leaves(table: Table, preset: CLIPPreset) -> Iterator[_Leaf]:
+def _leaves(table: Table, preset: CLIPPreset, with_logit_bias: bool) -> Iterator[_Leaf]:
     vision, text = preset.vision, preset.text
     resnet = isinstance(vision, ResNetPreset)
     if resnet and not table.resnet:
@@ -114,6 +118,7 @@ def _leaves(table: Table, preset: CLIPPreset) -> Iterator[_Leaf]:
     for rows, layers in (
         (table.resnet, None) if resnet else (table.vision_transformer, vision.num_layers),
         (table.text, text.num_layers),
+        (table.logit_bias if with_logit_bias else (), None),
     ):
         for ours, theirs, layout in rows:
             for stage, size in enumerate(vision.stage_sizes, 1) if "{stage}" in ours else [(None, None)]:
@@ -133,7 +138,7 @@ def _leaves(table: Table, preset: CLIPPreset) -> Iterator[_Leaf]:
 def _shapes(preset: CLIPPreset) -> dict[tuple[str, ...], tuple[int, ...]]:
     """The shape of every leaf of this preset's variables."""
     key = jax.eval_shape(jax.random.key, 0)
-    variables = jax.eval_shape(CLIP(preset).init, key, *example_inputs(preset))
+    variables = jax.eval_shape(CLIP(preset, initial_logit_bias=0.0).init, key, *example_inputs(preset))
     flat = jax.tree_util.tree_leaves_with_path(variables)
     keys = [tuple(part.key for part in path if isinstance(part, jax.tree_util.DictKey)) for path, _ in flat]
     return {key: leaf.shape for key, (_, leaf) in zip(keys, flat, strict=True)}
@@ -152,7 +157,7 @@ def to_variables(tensors: Tensors, table: Table, preset: CLIPPreset) -> dict:
       WeightsError: tensors are missing, left over or of another shape than the preset's; all are named together.
     """
     variables, problems, seen = {"params": {}, "batch_stats": {}}, [], set()
-    leaves = list(_leaves(table, preset))
+    leaves = list(_leaves(table, preset, any(name in tensors for row in table.logit_bias for name in row.theirs)))
     missing = [name for leaf in leaves for names in leaf.names for name in names if name not in tensors]
     # PyTorch older than 0.4.1 had no such counter, and nothing is computed from it.
     absent_counters = {name for name in missing if name.endswith(".num_batches_tracked")}
@@ -205,7 +210,10 @@ def to_tensors(variables: dict, table: Table, preset: CLIPPreset) -> dict[str, n
       WeightsError: the format has no such model.
     """
     tensors = {}
-    for leaf in _leaves(table, preset):
+    with_logit_bias = "logit_bias" in variables["params"]
+    if with_logit_bias and not table.logit_bias:
+        raise WeightsError(f"{table.format} has no place for the sigmoid loss's logit_bias; open_clip has")
+    for leaf in _leaves(table, preset, with_logit_bias):
         node = variables
         for key in leaf.path:
             node = node[key]

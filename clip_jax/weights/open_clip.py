@@ -9,7 +9,7 @@ import pathlib
 
 from safetensors.numpy import save_file
 
-from clip_jax.models.clip import IMAGE_MEAN, IMAGE_STD
+from clip_jax.models.clip import IMAGE_MEAN, IMAGE_STD, SIGMOID_INITIAL_LOGIT_BIAS
 from clip_jax.models.presets import (
     RESNET_REDUCTION,
     CLIPPreset,
@@ -18,17 +18,17 @@ from clip_jax.models.presets import (
     VisionTransformerPreset,
 )
 from clip_jax.weights import openai
-from clip_jax.weights.mapping import HEAD_WIDTH, WeightsError, to_tensors
+from clip_jax.weights.mapping import HEAD_WIDTH, SCALAR, WeightsError, row, to_tensors
 
 CONFIG_FILE = "open_clip_config.json"
 # In the order in which open_clip itself looks for them.
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
-TABLE = openai.TABLE._replace(format="open_clip")
+TABLE = openai.TABLE._replace(format="open_clip", logit_bias=row("logit_bias", "logit_bias", SCALAR))
 
 # What a config may say without changing the model that we have: used here, or without effect on inference.
 _VISION_KEYS = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio", "patch_dropout"}
 _TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
-_MODEL_KEYS = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "init_logit_scale"}
+_MODEL_KEYS = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "init_logit_scale", "init_logit_bias"}
 # Named explicitly, some say what is so anyway.
 _DEFAULTS = {"pool_type": ("tok", "argmax"), "pos_embed_type": ("learnable",), "proj_type": ("linear",)}
 _PREPROCESSING = {"mean": IMAGE_MEAN, "std": IMAGE_STD, "interpolation": "bicubic", "resize_mode": "shortest"}
@@ -89,8 +89,8 @@ def read_config(config: dict) -> CLIPPreset:
         raise WeightsError(f"{CONFIG_FILE} is not a whole config: {type(error).__name__} {error}") from None
 
 
-def config_of(preset: CLIPPreset) -> dict:
-    """The ``open_clip_config.json`` of this preset.
+def config_of(preset: CLIPPreset, with_logit_bias: bool = False) -> dict:
+    """The ``open_clip_config.json`` of this preset, for a model with or without the sigmoid loss's bias.
 
     Raises:
       WeightsError: its towers have different activations, which open_clip's config cannot say.
@@ -115,6 +115,7 @@ def config_of(preset: CLIPPreset) -> dict:
         "model_cfg": {
             "embed_dim": preset.embed_dim,
             "quick_gelu": text.activation == "quick_gelu",
+            **({"init_logit_bias": SIGMOID_INITIAL_LOGIT_BIAS} if with_logit_bias else {}),
             "vision_cfg": {
                 "image_size": vision.image_size,
                 "width": vision.width,
@@ -134,13 +135,17 @@ def config_of(preset: CLIPPreset) -> dict:
     }
 
 
+def _config_for(variables: dict, preset: CLIPPreset) -> dict:
+    return config_of(preset, "logit_bias" in variables["params"])
+
+
 def write_folder(folder: pathlib.Path, variables: dict, preset: CLIPPreset) -> None:
     """Writes config and weights into an existing folder."""
-    (folder / CONFIG_FILE).write_text(json.dumps(config_of(preset), indent=2) + "\n")
+    (folder / CONFIG_FILE).write_text(json.dumps(_config_for(variables, preset), indent=2) + "\n")
     save_file(to_tensors(variables, TABLE, preset), folder / WEIGHT_FILES[0], metadata={"format": "pt"})
 
 
 def write_file(path: pathlib.Path, variables: dict, preset: CLIPPreset) -> None:
     """Writes a single ``.safetensors``; its metadata hold the config, which only we read back."""
-    metadata = {"format": "pt", CONFIG_FILE: json.dumps(config_of(preset))}
+    metadata = {"format": "pt", CONFIG_FILE: json.dumps(_config_for(variables, preset))}
     save_file(to_tensors(variables, TABLE, preset), path, metadata=metadata)

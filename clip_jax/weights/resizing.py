@@ -1,26 +1,13 @@
 """A trained model at another image size: its image tower's positions are resized, and nothing else changes."""
 
 import dataclasses
-import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clip_jax.models.positions import resize_positions
 from clip_jax.models.presets import RESNET_REDUCTION, CLIPPreset, ResNetPreset
 from clip_jax.weights.mapping import WeightsError
-
-
-def resize_positions(positions: np.ndarray, side: int) -> np.ndarray:
-    """Positions ``[1 + n * n, W]`` to ``[1 + side * side, W]``, in their dtype; the first, which has no place, is kept.
-
-    Bicubic with antialiasing and without aligned corners, as open_clip's ``resize_pos_embed`` does (its ``model.py``).
-    """
-    first, grid = positions[:1], positions[1:]
-    before, width = math.isqrt(len(grid)), positions.shape[1]
-    grid = jnp.asarray(grid, jnp.float32).reshape(before, before, width)
-    resized = jax.image.resize(grid, (side, side, width), "cubic", antialias=True)
-    return np.concatenate([first, np.asarray(resized.reshape(-1, width), positions.dtype)])
 
 
 def at_image_size(variables: dict, preset: CLIPPreset, wanted: CLIPPreset) -> dict:
@@ -43,12 +30,16 @@ def at_image_size(variables: dict, preset: CLIPPreset, wanted: CLIPPreset) -> di
     params, vision = variables["params"], variables["params"]["vision"]
     if isinstance(wanted.vision, ResNetPreset):
         side, pool = wanted.vision.image_size // RESNET_REDUCTION, vision["attention_pool"]
-        positions = resize_positions(pool["positional_embedding"], side)
+        positions = _resized(pool["positional_embedding"], side)
         vision = vision | {"attention_pool": pool | {"positional_embedding": positions}}
     else:
         side = wanted.vision.image_size // wanted.vision.patch_size
-        vision = vision | {"positional_embedding": resize_positions(vision["positional_embedding"], side)}
+        vision = vision | {"positional_embedding": _resized(vision["positional_embedding"], side)}
     return variables | {"params": params | {"vision": vision}}
+
+
+def _resized(positions: np.ndarray, side: int) -> np.ndarray:
+    return np.asarray(resize_positions(jnp.asarray(positions), side))
 
 
 def _fields(preset: CLIPPreset) -> dict[str, object]:

@@ -5,14 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_jax.models.attention import (
-    LayerNorm,
-    attention_among_parts,
-    layer_norm,
-    matrix_product,
-    multi_head_attention,
-    quick_gelu,
-)
+from clip_jax.models.attention import attention, into_heads, out_of_heads
+from clip_jax.models.layers import LayerNorm, layer_norm, matrix_product
+from clip_jax.models.transformer import quick_gelu
 
 
 def test_quick_gelu_is_x_times_the_sigmoid_of_1_702_x():
@@ -58,26 +53,6 @@ def test_another_epsilon_is_another_function_where_a_row_hardly_varies(epsilon):
     assert np.abs(result - other).max() > 0.1
 
 
-def test_attention_among_parts_is_that_of_one_sequence():
-    random = np.random.default_rng(0)
-    qkv = jnp.float32(random.normal(size=(3, 7, 3 * 8)))
-    whole = multi_head_attention(qkv, num_heads=2, causal=False)
-
-    def heads(part):  # [B, L, 3 * W] to three of [B, heads, D, L]
-        return tuple(jnp.moveaxis(part.reshape(3, -1, 3, 2, 4), (2, 1), (0, 4)))
-
-    parts = attention_among_parts([heads(qkv[:, :1]), heads(qkv[:, 1:3]), heads(qkv[:, 3:])])
-    assert [part.shape[1] for part in parts] == [1, 2, 4]
-    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, rtol=0, atol=1e-6)
-
-
-def test_attention_among_parts_of_very_different_scores_stays_finite():
-    parts = [
-        (jnp.full((1, 1, 2, 1), scale), jnp.full((1, 1, 2, 1), scale), jnp.ones((1, 1, 2, 1))) for scale in (1, 60)
-    ]
-    assert all(np.isfinite(part).all() for part in attention_among_parts(parts))
-
-
 def test_layer_norm_of_a_row_without_variation_has_finite_gradients():
     gradients = jax.grad(lambda *a: layer_norm(*a).sum(), argnums=(0, 1, 2))(jnp.ones((2, 8)), jnp.ones(8), jnp.ones(8))
     assert all(np.isfinite(gradient).all() for gradient in gradients)
@@ -105,33 +80,113 @@ def test_matrix_product_and_its_gradients_are_those_of_a_matrix_product(leading)
     np.testing.assert_allclose(of_kernel, x.reshape(-1, 4).T @ cotangent.reshape(-1, 6), rtol=1e-5, atol=1e-5)
 
 
-def attention_by_loops(qkv, num_heads, causal):
-    batch, length, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    size = width // num_heads
-    result = np.zeros((batch, length, width))
+def test_products_into_and_out_of_heads_and_their_gradients_are_those_of_einsum():
+    random = np.random.default_rng(0)
+    x, kernel = (jnp.float32(random.normal(size=shape)) for shape in ((2, 5, 6), (6, 3, 4)))
+    heads, back = (jnp.float32(random.normal(size=shape)) for shape in ((2, 3, 4, 5), (3, 4, 6)))
+    for function, form, arguments in (
+        (into_heads, "blw,whd->bhdl", (x, kernel)),
+        (out_of_heads, "bhdl,hdw->blw", (heads, back)),
+    ):
+        result, backward = jax.vjp(function, *arguments)
+        expected, plain_backward = jax.vjp(lambda *both, form=form: jnp.einsum(form, *both), *arguments)
+        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+        cotangent = jnp.float32(random.normal(size=result.shape))
+        for gradient, reference in zip(backward(cotangent), plain_backward(cotangent), strict=True):
+            np.testing.assert_allclose(gradient, reference, rtol=1e-5, atol=1e-5)
+
+
+HEADS = (2, 3, 4)  # batch, heads, and the width of each
+
+
+def random_heads(length, seed=0, spread=1.0):
+    """Queries, keys and values, ``[B, heads, D, L]`` each."""
+    random = np.random.default_rng(seed)
+    return tuple(random.normal(size=(*HEADS, length)) * spread for _ in range(3))
+
+
+def attention_by_loops(query, key, value, visible):
+    batch, num_heads, width, length = query.shape
+    result = np.zeros(query.shape)
     for b in range(batch):
         for head in range(num_heads):
-            query, key, value = (qkv[b, :, start + head * size :][:, :size] for start in (0, width, 2 * width))
             for position in range(length):
-                seen = slice(position + 1) if causal else slice(None)
-                weights = np.exp(key[seen] @ query[position] / np.sqrt(size))
-                columns = slice(head * size, (head + 1) * size)
-                result[b, position, columns] = weights @ value[seen] / weights.sum()
+                seen = visible[b, :, position]
+                weights = np.exp(key[b, head].T[seen] @ query[b, head, :, position] / np.sqrt(width))
+                result[b, head, :, position] = value[b, head][:, seen] @ weights / weights.sum()
     return result
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_attention_is_that_of_the_formula_head_by_head(causal):
-    qkv = np.random.default_rng(0).normal(size=(2, 5, 3 * 12))
-    result = multi_head_attention(jnp.float32(qkv), 3, causal)
-    np.testing.assert_allclose(result, attention_by_loops(qkv, 3, causal), rtol=1e-4, atol=1e-5)
+def in_parts(array, lengths):
+    return tuple(jnp.float32(part) for part in np.split(array, np.cumsum(lengths)[:-1], axis=3))
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_only_causal_attention_keeps_later_positions_from_earlier_ones(causal):
-    qkv = np.random.default_rng(0).normal(size=(1, 6, 3 * 8))
-    changed = qkv.copy()
-    changed[:, 4:] += 1
-    before, after = (multi_head_attention(jnp.float32(x), 2, causal) for x in (qkv, changed))
-    assert (np.abs(before - after)[:, :4].max() == 0) == causal
-    assert np.abs(before - after)[:, 4:].max() > 1e-3
+CAUSAL = np.triu(np.ones((7, 7), bool))  # keys before queries
+UNTIL = np.arange(7)[:, None] <= np.array([2, 6])[:, None, None]  # [B, keys, 1]: two texts that end at 2 and at 6
+
+
+@pytest.mark.parametrize("lengths", [(7,), (1, 6), (1, 2, 4)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_attention_of_any_parts_is_that_of_the_formula_head_by_head(lengths, dtype):
+    heads = random_heads(7)
+    queries, keys, values = (jax.tree.map(dtype, in_parts(array, lengths)) for array in heads)
+    parts = attention(queries, keys, values)
+    assert [part.shape[3] for part in parts] == list(lengths)
+    assert {part.dtype for part in parts} == {jnp.dtype(dtype)}
+    expected = attention_by_loops(*heads, np.ones((2, 7, 7), bool))
+    tolerance = 1e-5 if dtype == jnp.float32 else 0.03
+    np.testing.assert_allclose(jnp.float32(jnp.concatenate(parts, axis=3)), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("visible", [CAUSAL, UNTIL], ids=["causal", "until"])
+def test_attention_sees_only_what_is_visible(visible):
+    heads = random_heads(7)
+    masked = visible if visible.ndim == 2 else visible[:, None]
+    (result,) = attention(*((jnp.float32(array),) for array in heads), jnp.asarray(masked))
+    everywhere = np.broadcast_to(visible, (2, 7, 7))
+    np.testing.assert_allclose(result, attention_by_loops(*heads, everywhere), rtol=1e-5, atol=1e-5)
+
+
+def plain_attention(queries, keys, values, visible):
+    """By automatic differentiation, in one sequence."""
+    query, key, value = (jnp.concatenate(parts, axis=3) for parts in (queries, keys, values))
+    scores = jnp.einsum("bhdk,bhdq->bhkq", key, query) / np.sqrt(query.shape[2])
+    scores = scores if visible is None else jnp.where(visible, scores, -jnp.inf)
+    return jnp.einsum("bhkq,bhdk->bhdq", jax.nn.softmax(scores, axis=2), value)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "visible"),
+    [((1, 6), (1, 6), None), ((7,), (7,), CAUSAL), ((1,), (1, 6), None), ((1,), (7,), UNTIL[:, None])],
+    ids=["class token apart", "causal", "one query of two parts", "one query until its end"],
+)
+def test_the_written_gradients_of_attention_are_those_of_the_plain_formula_in_float64(queries, keys, visible):
+    query, _, _ = random_heads(sum(queries), seed=1)
+    _, key, value = random_heads(sum(keys), seed=2)
+    cotangent = np.random.default_rng(3).normal(size=query.shape)
+    visible = None if visible is None else jnp.asarray(visible)
+    arguments = in_parts(query, queries), in_parts(key, keys), in_parts(value, keys)
+    _, backward = jax.vjp(lambda *parts: attention(*parts, visible), *arguments)
+    gradients = backward(in_parts(cotangent, queries))
+    with jax.enable_x64(True):
+        wide = jax.tree.map(jnp.float64, arguments)
+        _, backward = jax.vjp(lambda *parts: plain_attention(*parts, visible), *wide)
+        expected = backward(jnp.float64(jnp.float32(cotangent)))
+        assert {leaf.dtype for leaf in jax.tree.leaves(expected)} == {jnp.dtype("float64")}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradients, expected)
+
+
+def test_attention_to_very_different_scores_stays_finite():
+    parts = tuple(jnp.full((1, 1, 2, 3), scale) for scale in (1.0, 60.0))
+    result, backward = jax.vjp(attention, parts, parts, parts)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((result, backward(result))))
+
+
+def test_only_causal_attention_keeps_later_positions_from_earlier_ones():
+    query, key, value = (jnp.float32(array) for array in random_heads(7))
+    changed = [array.at[..., 4:].add(1) for array in (key, value)]
+    for visible in (None, jnp.asarray(CAUSAL)):
+        (before,) = attention((query,), (key,), (value,), visible)
+        (after,) = attention((query,), (changed[0],), (changed[1],), visible)
+        assert (np.abs(before - after)[..., :4].max() == 0) == (visible is not None)
+        assert np.abs(before - after)[..., 4:].max() > 1e-3

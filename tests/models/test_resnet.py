@@ -259,8 +259,8 @@ def attention_pool_by_loops(x, params, num_heads):
 
 @pytest.mark.parametrize("num_heads", [1, 3, 12])
 def test_attention_pooling_is_that_of_the_formula_head_by_head(num_heads):
-    x = np.random.default_rng(1).normal(size=(2, 3, 2, 12))
-    module = AttentionPool(num_heads, 5)
+    x = np.random.default_rng(1).normal(size=(2, 3, 3, 12))
+    module = AttentionPool(3, num_heads, 5)
     variables = random_variables(module, jnp.float32(x))
     result = module.apply(variables, jnp.float32(x))
     expected = attention_pool_by_loops(x, jax.tree.map(np.float64, variables["params"]), num_heads)
@@ -270,8 +270,8 @@ def test_attention_pooling_is_that_of_the_formula_head_by_head(num_heads):
 
 def test_attention_pooling_asks_for_what_the_mean_place_asks_for_wherever_things_stand():
     """With all positions alike only the set of places counts, and a value that all places have comes out as it is."""
-    x = np.random.default_rng(1).normal(size=(2, 3, 2, 12))
-    module = AttentionPool(3, 5)
+    x = np.random.default_rng(1).normal(size=(2, 3, 3, 12))
+    module = AttentionPool(3, 3, 5)
     params = random_variables(module, jnp.float32(x))["params"]
     nowhere = params | {"positional_embedding": np.zeros_like(params["positional_embedding"])}
     turned = np.ascontiguousarray(x[:, ::-1, ::-1])

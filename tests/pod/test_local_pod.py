@@ -53,6 +53,7 @@ def test_a_pod_of_two_processes_gives_the_loss_curve_of_one_and_resumes_alone(on
     pod = start_pod(2, 2, *SMALL, STEPS, "--config.mesh.fsdp=2", every, f"--workdir={tmp_path}")
     output = finish_pod(pod)
     assert pod.returncode == 0, output
+    assert "gone" not in output
     assert_close(losses(tmp_path), one_device)
     # The same folder on one device: as if the run had been stopped after its third step.
     subprocess.run(["rm", "-r", tmp_path / "checkpoints" / "6"], check=True)
@@ -68,6 +69,7 @@ def test_a_sigterm_to_a_pod_saves_on_all_hosts_at_the_same_step(tmp_path):
     pod.terminate()
     output = finish_pod(pod)
     assert pod.returncode == 3, output
+    assert "gone" not in output
     [stopped] = [line for line in output.splitlines() if line.startswith("stopped at step")]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [stopped.split()[3]]
 
@@ -77,5 +79,5 @@ def test_a_mistake_ends_every_process_of_a_pod_with_exit_code_2(tmp_path):
     output = finish_pod(pod)
     assert pod.returncode == 2
     assert "no folder /not/there" in output
-    assert "Traceback" not in output
+    assert "Traceback" not in output and "gone" not in output
     assert not (tmp_path / "run").exists()

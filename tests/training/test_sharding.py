@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 from clip_jax.training.sharding import (
     batch_sharding,
     check_batch_divides,
+    choose_fsdp,
     make_mesh,
     replicated,
     state_sharding,
@@ -46,6 +47,14 @@ def test_between_slices_only_the_data_axis_lies():
     assert all(len({device.slice_index for device in row}) == 1 for row in mesh.devices)
     with pytest.raises(ValueError, match=r"config\.mesh\.fsdp=8 .* 4 devices of a slice"):
         make_mesh(8, devices)
+
+
+def test_as_many_devices_share_a_copy_as_bring_it_under_a_quarter_of_their_memory():
+    devices = [SliceDevice(index, slice_index=0) for index in range(12)]
+    assert [choose_fsdp(state, 100, devices) for state in (10, 25, 26, 70, 100, 160, 10_000)] == [1, 1, 2, 3, 4, 12, 12]
+    assert choose_fsdp(10_000, None, devices) == 1  # on CPU
+    two_slices = [SliceDevice(index, slice_index=index % 2) for index in range(8)]
+    assert choose_fsdp(10_000, 100, two_slices) == 4
 
 
 def test_a_batch_in_parts_must_divide_by_their_number_as_well(mesh_of):

@@ -1,5 +1,6 @@
 """A training step is the same function however the devices are laid out, and against the loss written plainly."""
 
+import copy
 import functools
 import math
 import re
@@ -9,26 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny_training import tiny_batch
 from trees import adam_state, assert_trees_close
 
 from clip_jax.models.clip import normalize_images
 from clip_jax.training.accumulation import join_parts, split_into_parts
 from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.sharding import batch_sharding, to_global_batch
-from clip_jax.training.step import abstract_state, create_state, make_model, make_train_step
+from clip_jax.training.step import abstract_state, configured_mesh, create_state, make_model, make_train_step
 
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
 STEPS = 8
-
-
-def batch(seed):
-    random = np.random.default_rng(seed)
-    tokens = random.integers(1, 63, (16, 8))
-    tokens[:, -1] = 63
-    return {
-        "images": random.integers(0, 256, (16, 16, 16, 3), dtype=np.uint8),
-        "tokens": tokens.astype(np.int32),
-    }
 
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -38,8 +30,6 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 def trained(quick_compilation, tiny_config, mesh_of):
     """A function from a mesh's shape to a short training on it, done once: its step, and what it gave."""
     config = tiny_config
-    # The gradient by a key's bias is 0 but for rounding, of which Adam with a small epsilon makes whole steps.
-    config.optimizer.update(learning_rate=1e-3, warmup_steps=2, epsilon=1e-4)
     optimizer = make_optimizer(config.optimizer, 100)
 
     @functools.cache
@@ -48,10 +38,10 @@ def trained(quick_compilation, tiny_config, mesh_of):
         model = make_model(config, mesh)
         state = create_state(model, optimizer, 0, mesh)
         result = {"mesh": mesh, "model": model, "optimizer": optimizer, "start": jax.tree.map(np.asarray, state)}
-        result["step"] = make_train_step(model, optimizer, mesh)
+        result["step"] = make_train_step(config, model, optimizer, mesh)
         curve = []
         for step in range(STEPS):
-            arrays = to_global_batch(batch(step), mesh)
+            arrays = to_global_batch(tiny_batch(step), mesh)
             state, metrics = result["step"](state, arrays["images"], arrays["tokens"])
             curve.append(jax.device_get(metrics))
             if step == 0:
@@ -70,7 +60,7 @@ def moments(state):
 @pytest.fixture(scope="module")
 def plain(trained):
     """The first batch's loss and gradients, with all the similarities on one device."""
-    run, arrays = trained((1, 1)), batch(0)
+    run, arrays = trained((1, 1)), tiny_batch(0)
 
     def loss(params):
         images = normalize_images(jnp.asarray(arrays["images"]))
@@ -102,11 +92,13 @@ def test_gradients_on_every_mesh_are_those_of_the_loss_written_plainly(trained, 
         pytest.param((8, 1), 2, "gather", marks=pytest.mark.slow),
     ],
 )
-def test_a_batch_in_parts_takes_the_step_of_the_whole_batch(trained, shape, parts, form):
+def test_a_batch_in_parts_takes_the_step_of_the_whole_batch(trained, tiny_config, shape, parts, form):
     run = trained(shape)
-    step = make_train_step(run["model"], run["optimizer"], run["mesh"], form, 3, parts)
+    config = copy.deepcopy(tiny_config)
+    config.accumulation_steps, config.loss.form, config.loss.block_size = parts, form, 3
+    step = make_train_step(config, run["model"], run["optimizer"], run["mesh"])
     state = create_state(run["model"], run["optimizer"], 0, run["mesh"])
-    arrays = to_global_batch(batch(0), run["mesh"])
+    arrays = to_global_batch(tiny_batch(0), run["mesh"])
     state, metrics = step(state, arrays["images"], arrays["tokens"])
     expected = run["after_one"]
     for name, value in run["curve"][0].items():
@@ -192,7 +184,7 @@ def test_the_abstract_state_is_the_state_without_its_numbers(trained):
 
 
 def fresh(run, **params):
-    arrays = to_global_batch(batch(0), run["mesh"])
+    arrays = to_global_batch(tiny_batch(0), run["mesh"])
     start = run["start"]._replace(params=run["start"].params | params)
     state = jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), start, run["state"])
     return state, arrays["images"], arrays["tokens"]
@@ -230,7 +222,7 @@ def test_parameters_travel_between_the_parts_of_a_mesh_and_activations_stay(quic
     """Left to itself the compiler all-reduces activations of the whole batch, which then grow with fsdp."""
     mesh = mesh_of((1, 8))
     model, optimizer = make_model(tiny_config, mesh), make_optimizer(tiny_config.optimizer, 100)
-    step = make_train_step(model, optimizer, mesh)
+    step = make_train_step(tiny_config, model, optimizer, mesh)
     images, tokens = (jax.ShapeDtypeStruct((40, 16, 16, 3), np.uint8), jax.ShapeDtypeStruct((40, 8), np.int32))
     program = step.lower(abstract_state(model, optimizer, mesh), images, tokens).compile().as_text()
     collectives = re.findall(r"= (\S+\[[\d,]*\]).* (all-reduce|all-gather|all-to-all|reduce-scatter)\(", program)
@@ -242,3 +234,67 @@ def test_parameters_travel_between_the_parts_of_a_mesh_and_activations_stay(quic
             assert sizes[:2] not in ([40, 5], [40, 8]), (kind, shape)
     # The lookup in the token embeddings, which are split by width, and its gradient.
     assert sum(kind == "all-to-all" for _, kind in collectives) == 2
+
+
+def test_the_mesh_follows_from_the_model_and_the_memory_unless_the_config_says(tiny_config):
+    config = copy.deepcopy(tiny_config)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_parameters(config)))
+    assert dict(configured_mesh(config).shape) == {"data": 8, "fsdp": 1}  # a CPU tells no memory
+    devices = jax.devices()
+    for moment, size in (("float32", 16), ("bfloat16", 14)):
+        config.optimizer.first_moment_dtype = moment
+        share = 4 * size * parameters / 2  # a quarter of this holds half of the state
+        assert configured_mesh(config, devices, share).shape["fsdp"] == 2
+        assert configured_mesh(config, devices, share - 4).shape["fsdp"] == 4
+    config.mesh.fsdp = 8
+    assert configured_mesh(config, devices, share).shape["fsdp"] == 8
+
+
+def abstract_parameters(config):
+    mesh = configured_mesh(config)
+    return abstract_state(make_model(config, mesh), make_optimizer(config.optimizer, 100), mesh).params
+
+
+def one_step(config, mesh, **changes):
+    """The new state and metrics after the first batch, from a new state with some parts changed."""
+    model, optimizer = make_model(config, mesh), make_optimizer(config.optimizer, 100)
+    state = create_state(model, optimizer, 0, mesh)._replace(**changes)
+    arrays = to_global_batch(tiny_batch(0), mesh)
+    return make_train_step(config, model, optimizer, mesh)(state, arrays["images"], arrays["tokens"])
+
+
+def test_other_patches_are_left_out_in_each_step_and_by_each_seed(tiny_config, mesh_of):
+    config, mesh = copy.deepcopy(tiny_config), mesh_of((1, 1))
+    plain = [one_step(config, mesh, step=jnp.int32(step))[1]["loss"] for step in (0, 7)]
+    assert plain[0] == plain[1]
+    config.model.patch_dropout = 0.5
+    dropped = [one_step(config, mesh, step=jnp.int32(step))[1]["loss"] for step in (0, 0, 7)]
+    assert dropped[0] == dropped[1]
+    config.seed = 1
+    dropped.append(one_step(config, mesh)[1]["loss"])
+    assert len({*map(float, dropped), float(plain[0])}) == 4
+
+
+def test_the_sigmoid_loss_starts_as_siglip_does_and_trains_its_bias_and_temperature(tiny_config, mesh_of):
+    config, mesh = copy.deepcopy(tiny_config), mesh_of((1, 1))
+    config.loss.kind = "sigmoid"
+    model = make_model(config, mesh)
+    params = create_state(model, make_optimizer(config.optimizer, 100), 0, mesh).params
+    assert float(params["logit_scale"]) == pytest.approx(math.log(10)) and float(params["logit_bias"]) == -10
+    arrays = tiny_batch(0)
+    images, texts, _ = model.apply({"params": params}, normalize_images(arrays["images"]), arrays["tokens"])
+    logits = 10 * np.float64(images) @ np.float64(texts).T - 10
+    expected = np.log1p(np.exp(-logits * (2 * np.eye(len(logits)) - 1))).sum() / len(logits)
+    state, metrics = one_step(config, mesh)
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
+    mean, _ = moments(state)
+    assert abs(mean["logit_bias"]) > 1e-4 and abs(mean["logit_scale"]) > 1e-4
+
+
+def test_only_the_softmax_loss_limits_the_temperature(tiny_config, mesh_of):
+    config, mesh = copy.deepcopy(tiny_config), mesh_of((1, 1))
+    for kind, limit in (("softmax", math.log(100)), ("sigmoid", 7.0)):
+        config.loss.kind = kind
+        params = create_state(make_model(config, mesh), make_optimizer(config.optimizer, 100), 0, mesh).params
+        state, _ = one_step(config, mesh, params=params | {"logit_scale": jnp.float32(7)})
+        assert float(state.params["logit_scale"]) == pytest.approx(limit, rel=1e-6)  # the first step's rate is 0

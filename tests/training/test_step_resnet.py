@@ -81,7 +81,9 @@ def stepped(quick_compilation, config, start, mesh_of):
         model = make_model(config, mesh)
         state = state_from_variables(start, model, optimizer, mesh)
         arrays = to_global_batch(batch(), mesh)
-        step = make_train_step(model, optimizer, mesh).lower(state, arrays["images"], arrays["tokens"]).compile()
+        step = (
+            make_train_step(config, model, optimizer, mesh).lower(state, arrays["images"], arrays["tokens"]).compile()
+        )
         state, metrics = step(state, arrays["images"], arrays["tokens"])
         jax.block_until_ready(metrics)
         kept = {"mesh": mesh, "model": model, "optimizer": optimizer, "program": step.as_text()}

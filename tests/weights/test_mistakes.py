@@ -186,7 +186,6 @@ def test_other_preprocessing_than_clips(refused, changed):
         ("vision_cfg", "attentional_pool", True),
         ("vision_cfg", "ls_init_value", 1e-4),
         (None, "multimodal_cfg", {"width": 512}),
-        (None, "init_logit_bias", -10),
     ],
 )
 def test_a_config_of_open_clip_with_what_is_not_built_here_names_the_key(refused, changed, part, key, value):

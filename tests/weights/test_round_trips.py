@@ -10,6 +10,7 @@ from goldens import MODELS, assert_same_tensors, flat
 from safetensors.numpy import load_file, save_file
 
 from clip_jax.weights import Weights, read_weights, write_weights
+from clip_jax.weights.mapping import WeightsError
 from clip_jax.weights.torch_file import read_torch_file
 
 OWN_FORMATS = {"OpenAI": "openai", "open_clip": "open_clip", "Hugging Face": "huggingface"}
@@ -166,3 +167,19 @@ def test_arrays_of_jax_are_written_as_well(goldens, tmp_path):
     weights = Weights(source.preset, jax.tree.map(jnp.asarray, source.variables), "memory")
     for format in ("openai", "open_clip", "huggingface", "clip_jax"):  # noqa: A001
         assert_same_weights(read_weights(write(weights, tmp_path, format), "quick_gelu"), source)
+
+
+def test_the_bias_of_a_sigmoid_loss_goes_where_there_is_a_place_for_it(goldens, tmp_path):
+    source = read_weights(goldens[next(iter(MODELS))].path)
+    params = source.variables["params"] | {"logit_bias": np.float32(-9.5)}
+    biased = source._replace(variables=source.variables | {"params": params})
+    folder = write(biased, tmp_path, "open_clip")
+    assert json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["init_logit_bias"] == -10
+    assert tensors_in(folder)["logit_bias"] == np.float32(-9.5)
+    assert_same_weights(read_weights(folder), biased)
+    write_weights(biased, tmp_path / "ours", "clip_jax")
+    assert_same_weights(read_weights(tmp_path / "ours"), biased)
+    for name, path in (("huggingface", tmp_path / "refused"), ("openai", tmp_path / "refused.pt")):
+        with pytest.raises(WeightsError, match="no place for the sigmoid loss's logit_bias; open_clip has"):
+            write_weights(biased, path, name)
+        assert not path.exists()

@@ -1,0 +1,108 @@
+"""What both towers are built of: linear layers, norms, and the products of matrices under them."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+Initializer = Callable[..., jax.Array]
+
+
+def shard_batch(x: jax.Array, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """Keeps the first axis split over the devices; without a sharding, as on one device, does nothing.
+
+    Said of every activation: parameters are split as well, and left to itself the compiler prefers to move the
+    activations of the whole batch to where a parameter's part is, instead of gathering that parameter.
+    """
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+
+
+def torch_linear_init(fan_in: int) -> Initializer:
+    """PyTorch's default for the weights and the bias of a linear layer: uniform in ±1/sqrt(fan_in)."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+@jax.custom_vjp
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    """LayerNorm over the last axis, epsilon 1e-5: float32 ``[..., W]`` to the same.
+
+    The gradient is written out: it keeps the input and two numbers a row, and is faster than what automatic
+    differentiation makes of it on CPU (``benchmarks/cpu_gradients.py``).
+    """
+    return _layer_norm_forward(x, scale, bias)[0]
+
+
+def _layer_norm_forward(x, scale, bias):
+    mean = checkpoint_name(x.mean(axis=-1), "norm_statistics")
+    variance = jnp.square(x - mean[..., None]).mean(axis=-1)
+    rsqrt = checkpoint_name(jax.lax.rsqrt(variance + 1e-5), "norm_statistics")
+    return (x - mean[..., None]) * rsqrt[..., None] * scale + bias, (x, mean, rsqrt, scale)
+
+
+def _layer_norm_backward(saved, gradient):
+    x, mean, rsqrt, scale = saved
+    mean, rsqrt = mean[..., None], rsqrt[..., None]
+    normed, scaled = (x - mean) * rsqrt, gradient * scale
+    along_mean = scaled.mean(axis=-1, keepdims=True)
+    along_normed = (scaled * normed).mean(axis=-1, keepdims=True)
+    rows = tuple(range(x.ndim - 1))
+    return rsqrt * (scaled - along_mean - normed * along_normed), (gradient * normed).sum(rows), gradient.sum(rows)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+class LayerNorm(nn.Module):
+    """:func:`layer_norm` with its parameters, computed in float32, returned in ``dtype``."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (x.shape[-1],))
+        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)), (x.shape[-1],))
+        return layer_norm(x.astype(jnp.float32), scale, bias).astype(self.dtype)
+
+
+class Linear(nn.Module):
+    """x @ kernel + bias over the last axis, with the logical ``axes`` of the kernel ``[in, out]``.
+
+    Without bias if ``bias_init`` is None.
+    """
+
+    features: int
+    axes: tuple[str, str]
+    kernel_init: Initializer
+    bias_init: Initializer | None = None
+    dtype: jnp.dtype = jnp.float32
+    batch_sharding: jax.sharding.Sharding | None = None
+
+    def parameters(self, in_features: int) -> tuple[jax.Array, jax.Array | float]:
+        """The kernel and the bias, or 0 without one, in ``dtype``."""
+        kernel_init = nn.with_logical_partitioning(self.kernel_init, self.axes)
+        kernel = self.param("kernel", kernel_init, (in_features, self.features)).astype(self.dtype)
+        if self.bias_init is None:
+            return kernel, 0.0
+        bias_init = nn.with_logical_partitioning(self.bias_init, self.axes[1:])
+        return kernel, self.param("bias", bias_init, (self.features,)).astype(self.dtype)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel, bias = self.parameters(x.shape[-1])
+        return shard_batch(matrix_product(x, kernel) + bias, self.batch_sharding)
+
+
+def matrix_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """``[..., in]`` times ``[in, out]``.
+
+    On CPU the leading axes are merged: XLA's CPU kernels are slow at a gradient that contracts two axes
+    (``benchmarks/cpu_gradients.py``). On a TPU merging would copy wherever the length isn't a multiple of 8.
+    """
+
+    def merged(x, kernel):
+        return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+    return jax.lax.platform_dependent(x, kernel, cpu=merged, default=jnp.matmul)

@@ -1,0 +1,92 @@
+"""Patches left out in training, and pictures of another size than the positions were made for."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clip_jax.models.clip import CLIP
+from clip_jax.models.presets import CLIPPreset, ResNetPreset, TextTransformerPreset, VisionTransformerPreset
+from clip_jax.models.vision_transformer import choose_patches, kept_patches
+from clip_jax.weights.resizing import at_image_size
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+TEXT = TextTransformerPreset(width=8, num_layers=1, num_heads=1, context_length=4, vocab_size=16)
+VIT = CLIPPreset(16, VisionTransformerPreset(32, 8, width=32, num_layers=2, num_heads=2), TEXT)
+RESNET = CLIPPreset(16, ResNetPreset(96, 8, (1, 1, 1, 1), 4), TEXT)
+
+
+def variables_of(preset: CLIPPreset) -> dict:
+    size = preset.vision.image_size
+    inputs = jnp.zeros((1, size, size, 3)), jnp.zeros((1, 4), jnp.int32)
+    return nn.meta.unbox(jax.jit(CLIP(preset).init)(jax.random.key(0), *inputs))
+
+
+@pytest.fixture(scope="module")
+def encode(quick_compilation):
+    """A function of images, the patches that are kept, and whether the class token is carried apart."""
+    variables = variables_of(VIT)
+
+    def run(images, kept=None, apart=False):
+        model = CLIP(VIT, class_token_apart=apart)
+        kept = None if kept is None else jnp.int32(kept)
+        return model.apply(variables, jnp.float32(images), kept_patches=kept, method="encode_image")
+
+    return run
+
+
+def pictures(size: int) -> np.ndarray:
+    return np.random.default_rng(1).normal(size=(2, size, size, 3))
+
+
+def test_a_fixed_share_of_the_patches_is_kept_but_at_least_one():
+    assert [kept_patches(256, share) for share in (0.0, 0.5, 0.75)] == [256, 128, 64]
+    assert kept_patches(49, 0.5) == 24
+    assert kept_patches(4, 0.99) == 1
+
+
+def test_each_picture_keeps_patches_of_its_own_in_order_and_each_at_most_once():
+    kept = np.asarray(choose_patches(jax.random.key(0), 64, 16, 0.5))
+    assert kept.shape == (64, 8)
+    assert (np.diff(kept, axis=1) > 0).all()
+    assert kept.min() == 0 and kept.max() == 15
+    assert len(np.unique(kept, axis=0)) > 50
+    assert (kept != np.asarray(choose_patches(jax.random.key(1), 64, 16, 0.5))).any()
+    # Every patch has the same chance: 32 of 64, give or take four standard deviations.
+    assert (np.abs(np.bincount(kept.ravel(), minlength=16) - 32) < 16).all()
+
+
+def test_what_is_left_out_is_not_seen_and_what_is_kept_is(encode):
+    images, kept = pictures(32), [[0, 5, 10], [3, 6, 15]]
+    before = encode(images, kept)
+    unseen, seen = images.copy(), images.copy()
+    unseen[0, :8, 8:16] += 1  # patch 1
+    seen[0, 8:16, 8:16] += 1  # patch 5
+    np.testing.assert_array_equal(encode(unseen, kept), before)
+    assert np.abs(encode(seen, kept) - before)[0].max() > 1e-3
+    np.testing.assert_array_equal(encode(seen, kept)[1], before[1])
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_to_keep_all_patches_is_to_leave_out_none(encode, apart):
+    everything = np.tile(np.arange(16), (2, 1))
+    np.testing.assert_allclose(encode(pictures(32), everything, apart), encode(pictures(32)), rtol=0, atol=1e-6)
+
+
+def test_patches_left_out_with_the_class_token_apart_are_left_out_alike(encode):
+    kept = [[0, 5, 10], [3, 6, 15]]
+    np.testing.assert_allclose(encode(pictures(32), kept, apart=True), encode(pictures(32), kept), rtol=0, atol=1e-6)
+    assert np.abs(encode(pictures(32), kept) - encode(pictures(32))).max() > 1e-3
+
+
+@pytest.mark.parametrize(("preset", "size"), [(VIT, 16), (VIT, 40), (RESNET, 64)])
+def test_pictures_of_another_size_are_embedded_as_by_a_model_made_for_that_size(preset, size):
+    variables = variables_of(preset)
+    other = dataclasses.replace(preset, vision=dataclasses.replace(preset.vision, image_size=size))
+    images = jnp.float32(pictures(size))
+    expected = CLIP(other).apply(at_image_size(variables, preset, other), images, method="encode_image")
+    result = CLIP(preset).apply(variables, images, method="encode_image")
+    np.testing.assert_allclose(result, expected, rtol=0, atol=1e-6)

@@ -1,0 +1,101 @@
+"""However devices, processes and memory are arranged, 20 steps come to the losses and parameters of one device."""
+
+import itertools
+import os
+import pickle
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from trees import assert_trees_close
+from trial import REPOSITORY, environment
+from variants import Variant, train
+
+MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
+LAYOUTS = [(1, 8), (2, 4), (4, 2)]  # processes, and the devices of each
+SECONDS = 120  # for a variant
+ALL = [
+    Variant(*values)
+    for values in itertools.product(MESHES, ("gather", "blockwise"), (1, 2), ("none", "lite", "attention", "full"))
+]
+# Every value of every setting at least twice, and with what is drawn at random.
+FEW = [
+    Variant((8, 1), "gather", 1, "none"),
+    Variant((8, 1), "blockwise", 2, "lite"),
+    Variant((4, 2), "gather", 2, "attention"),
+    Variant((4, 2), "blockwise", 1, "full"),
+    Variant((2, 4), "blockwise", 1, "none", "sigmoid"),
+    Variant((2, 4), "gather", 2, "full", "dropout"),
+    Variant((1, 8), "gather", 1, "lite", "dropout"),
+    Variant((1, 8), "blockwise", 2, "attention", "sigmoid"),
+]
+
+
+def train_in_processes(processes: int, devices: int, variants: list[Variant], folder) -> dict[Variant, tuple]:
+    """What each variant came to, by a pod of this many processes, which is ended with the deadline at the latest."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    pod = []
+    try:
+        for index in range(processes):
+            variables = {"PYTHONPATH": path}
+            if processes > 1:
+                variables |= {
+                    "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                    "JAX_NUM_PROCESSES": str(processes),
+                    "JAX_PROCESS_ID": str(index),
+                }
+            command = [sys.executable, "tests/variants.py", str(folder), *(variant.name for variant in variants)]
+            with open(folder / f"{index}.log", "w") as log:
+                variables = environment(devices) | variables
+                pod.append(subprocess.Popen(command, cwd=REPOSITORY, env=variables, stdout=log, stderr=log))
+        for index, process in enumerate(pod):
+            assert process.wait(timeout=SECONDS * len(variants)) == 0, (folder / f"{index}.log").read_text()
+    finally:
+        for process in pod:
+            process.kill()
+            process.wait()
+    return {variant: pickle.loads((folder / f"{variant.name}.pickle").read_bytes()) for variant in variants}
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield {
+        function: train(Variant((1, 1), "gather", 1, "none", function))
+        for function in ("softmax", "sigmoid", "dropout")
+    }
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.parametrize(
+    ("processes", "devices", "variants"),
+    [
+        pytest.param(1, 8, FEW, id="1x8-few"),
+        pytest.param(2, 4, FEW[2:6:3], id="2x4-few"),
+        pytest.param(4, 2, FEW[3:8:4], id="4x2-few"),
+        *(
+            pytest.param(*layout, ALL + FEW[4:], id="{}x{}-all".format(*layout), marks=pytest.mark.slow)
+            for layout in LAYOUTS
+        ),
+    ],
+)
+def test_every_arrangement_comes_to_what_one_device_comes_to(one_device, processes, devices, variants, tmp_path):
+    for variant, (losses, params) in train_in_processes(processes, devices, variants, tmp_path).items():
+        expected_losses, expected_params = one_device[variant.function]
+        np.testing.assert_allclose(losses, expected_losses, rtol=1e-5, err_msg=variant.name)
+        # Adam makes a little of what rounding leaves of the gradient by a key's bias, which is 0.
+        assert_trees_close(params, expected_params, rtol=1e-3)
+
+
+def test_what_is_trained_does_make_a_difference(one_device):
+    softmax, sigmoid, dropout = (one_device[name][0] for name in ("softmax", "sigmoid", "dropout"))
+    assert softmax[-1] < softmax[0]
+    assert sigmoid[-1] < sigmoid[0]
+    assert np.abs(softmax - sigmoid).min() > 0.1
+    assert np.abs(softmax - dropout).max() > 1e-3
