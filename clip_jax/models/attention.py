@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from clip_jax.models.layers import Linear, shard_batch
+from clip_jax.models.layers import Linear, matrix_product, shard_batch
 
 Parts = tuple[jax.Array, ...]  # of sequences that attend to one another as if they were one
 
@@ -19,10 +19,8 @@ class QueryKeyValue(Linear):
     @nn.compact
     def __call__(self, x: jax.Array, num_heads: int, which: Sequence[int] = (0, 1, 2)) -> Parts:
         """``[B, L, W]`` to those of query (0), key (1) and value (2) that are asked for, ``[B, heads, D, L]`` each."""
-        kernel, bias = (
-            array.reshape(*array.shape[:-1], 3, num_heads, -1) for array in self.parameters(x.shape[-1])
-        )  # [W, 3, heads, D], [3, heads, D]
-        projected = (into_heads(x, kernel[:, i]) + bias[i, :, :, None] for i in which)
+        kernel, bias = self.parameters(x.shape[-1])
+        projected = into_heads(x, kernel, bias, num_heads, which)
         return tuple(checkpoint_name(shard_batch(y, self.batch_sharding), "qkv") for y in projected)
 
 
@@ -40,16 +38,20 @@ class AttentionOutput(Linear):
 # On CPU products are of plain matrices, as in ``layers.matrix_product``.
 
 
-def into_heads(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """``[B, L, W]`` times ``[W, heads, D]``, as ``[B, heads, D, L]``."""
+def into_heads(x: jax.Array, kernel: jax.Array, bias: jax.Array, num_heads: int, which: Sequence[int]) -> Parts:
+    """``[B, L, W]`` times ``[W, 3 * W]`` plus ``[3 * W]``: those thirds that are asked for, ``[B, heads, D, L]``."""
 
-    def merged(x, kernel):
-        y = x.reshape(-1, x.shape[-1]) @ kernel.reshape(x.shape[-1], -1)
-        return y.reshape(*x.shape[:2], *kernel.shape[1:]).transpose(0, 2, 3, 1)
+    def merged(x, kernel, bias):
+        # One product whatever is asked for: a third of the kernel would have to be copied out of it.
+        y = matrix_product(x, kernel) + bias
+        thirds = jnp.split(y, 3, axis=2)
+        return tuple(thirds[i].reshape(*x.shape[:2], num_heads, -1).transpose(0, 2, 3, 1) for i in which)
 
-    return jax.lax.platform_dependent(
-        x, kernel, cpu=merged, default=lambda x, kernel: jnp.einsum("blw,whd->bhdl", x, kernel)
-    )
+    def apart(x, kernel, bias):
+        kernel, bias = (array.reshape(*array.shape[:-1], 3, num_heads, -1) for array in (kernel, bias))
+        return tuple(jnp.einsum("blw,whd->bhdl", x, kernel[:, i]) + bias[i, :, :, None] for i in which)
+
+    return jax.lax.platform_dependent(x, kernel, bias, cpu=merged, default=apart)
 
 
 def out_of_heads(x: jax.Array, kernel: jax.Array) -> jax.Array:

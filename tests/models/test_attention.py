@@ -80,20 +80,32 @@ def test_matrix_product_and_its_gradients_are_those_of_a_matrix_product(leading)
     np.testing.assert_allclose(of_kernel, x.reshape(-1, 4).T @ cotangent.reshape(-1, 6), rtol=1e-5, atol=1e-5)
 
 
-def test_products_into_and_out_of_heads_and_their_gradients_are_those_of_einsum():
+@pytest.mark.parametrize("which", [(0, 1, 2), (0,), (1, 2)])
+def test_queries_keys_and_values_and_their_gradients_are_those_of_plain_products(which):
     random = np.random.default_rng(0)
-    x, kernel = (jnp.float32(random.normal(size=shape)) for shape in ((2, 5, 6), (6, 3, 4)))
-    heads, back = (jnp.float32(random.normal(size=shape)) for shape in ((2, 3, 4, 5), (3, 4, 6)))
-    for function, form, arguments in (
-        (into_heads, "blw,whd->bhdl", (x, kernel)),
-        (out_of_heads, "bhdl,hdw->blw", (heads, back)),
-    ):
-        result, backward = jax.vjp(function, *arguments)
-        expected, plain_backward = jax.vjp(lambda *both, form=form: jnp.einsum(form, *both), *arguments)
-        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
-        cotangent = jnp.float32(random.normal(size=result.shape))
-        for gradient, reference in zip(backward(cotangent), plain_backward(cotangent), strict=True):
-            np.testing.assert_allclose(gradient, reference, rtol=1e-5, atol=1e-5)
+    x, kernel, bias = (jnp.float32(random.normal(size=shape)) for shape in ((2, 5, 12), (12, 36), (36,)))
+
+    def plain(x, kernel, bias):
+        thirds = jnp.split(x @ kernel + bias, 3, axis=2)
+        return tuple(thirds[i].reshape(2, 5, 3, 4).transpose(0, 2, 3, 1) for i in which)
+
+    result, backward = jax.vjp(lambda *a: into_heads(*a, 3, which), x, kernel, bias)
+    expected, plain_backward = jax.vjp(plain, x, kernel, bias)
+    cotangent = tuple(jnp.float32(random.normal(size=part.shape)) for part in expected)
+    assert_all_close((result, backward(cotangent)), (expected, plain_backward(cotangent)))
+
+
+def test_the_way_out_of_heads_and_its_gradients_are_those_of_einsum():
+    random = np.random.default_rng(0)
+    arguments = [jnp.float32(random.normal(size=shape)) for shape in ((2, 3, 4, 5), (3, 4, 6))]
+    result, backward = jax.vjp(out_of_heads, *arguments)
+    expected, plain_backward = jax.vjp(lambda x, kernel: jnp.einsum("bhdl,hdw->blw", x, kernel), *arguments)
+    cotangent = jnp.float32(random.normal(size=result.shape))
+    assert_all_close((result, backward(cotangent)), (expected, plain_backward(cotangent)))
+
+
+def assert_all_close(result, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), result, expected)
 
 
 HEADS = (2, 3, 4)  # batch, heads, and the width of each

@@ -1,0 +1,58 @@
+"""A training whose first steps see smaller pictures: when they grow, and that it may be ended at any step."""
+
+import shutil
+
+import pytest
+from trial import SMALL, losses
+
+from clip_jax.main import main
+from clip_jax.training import loop
+
+ARGUMENTS = [
+    *SMALL,
+    "--config.steps=6",
+    "--config.checkpoint_every=1",
+    "--config.checkpoints_to_keep=9",
+    "--config.progressive_resolution.image_size=8",
+    "--config.progressive_resolution.steps=3",
+]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture
+def sizes(monkeypatch):
+    """The size of the pictures of each step that is taken from now on."""
+    seen, to_global_batch = [], loop.to_global_batch
+
+    def noting(batch, mesh):
+        seen.append(batch["image"].shape[1])
+        return to_global_batch(batch, mesh)
+
+    monkeypatch.setattr(loop, "to_global_batch", noting)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def undisturbed(quick_compilation, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    assert main([*ARGUMENTS, f"--workdir={workdir}"]) == 0
+    return workdir
+
+
+@pytest.mark.parametrize("resumed_at", [0, 2, 3, 4])
+def test_pictures_grow_after_the_first_steps_wherever_the_training_was_ended(undisturbed, tmp_path, sizes, resumed_at):
+    workdir = tmp_path / "run"
+    if resumed_at:
+        shutil.copytree(undisturbed, workdir)
+    for step in range(resumed_at + 1, 7 if resumed_at else 0):
+        shutil.rmtree(workdir / f"checkpoints/{step}")
+    assert main([*ARGUMENTS, f"--workdir={workdir}"]) == 0
+    assert sizes == [8, 8, 8, 16, 16, 16][resumed_at:]
+    assert losses(workdir) == losses(undisturbed)
+
+
+def test_a_training_at_one_size_takes_other_steps(undisturbed, tmp_path, sizes):
+    arguments = [argument for argument in ARGUMENTS if "progressive" not in argument]
+    assert main([*arguments, f"--workdir={tmp_path}"]) == 0
+    assert sizes == [16] * 6
+    assert losses(tmp_path)[1] != losses(undisturbed)[1]
