@@ -426,6 +426,12 @@ def test_the_configs_steps_are_the_run_if_it_names_them(config):
     assert any("7 steps, " in line for line in format_report(report))
 
 
+def test_steps_of_smaller_images_are_said_not_to_be_in_the_prediction(config):
+    config.progressive_resolution.update(image_size=112, steps=1_000)
+    text = "\n".join(format_report(make_report(config, parse_topology("v5e:2x2"), facts())))
+    assert "the first 1,000 steps, of smaller images, take less" in text
+
+
 def test_a_printed_report_says_what_it_stands_on(config):
     text = "\n".join(format_report(make_report(config, parse_topology("v5e:2x2"), facts(), chip_hour_price=1)))
     for part in ("It fits: 14.00 GiB of 16.00 GiB", "400,000,000 pairs, the paper's number", "prediction", "cost"):
@@ -438,12 +444,16 @@ def test_what_does_not_fit_comes_with_the_largest_things_and_what_to_change(conf
     text = "\n".join(lines)
     assert "does not fit: temporaries alone need 30.00 GiB of the 15.00 GiB" in text
     assert "f32[2,3]" in text
-    for flag in ("--config.mesh.fsdp=4", "--config.model.remat=full", "--config.global_batch_size=5460", "--topology"):
+    for flag in (
+        "--config.mesh.fsdp=4",
+        "--config.model.remat=lite or attention or full",
+        "--config.accumulation_steps=8",
+        "--config.global_batch_size=5460",
+        "--topology",
+    ):
         assert flag in text
     config.model.remat = "full"
-    assert "remat=full" not in "\n".join(
-        format_report(make_report(config, parse_topology("v5e:2x2"), too_large(False)))
-    )
+    assert "remat=" not in "\n".join(format_report(make_report(config, parse_topology("v5e:2x2"), too_large(False))))
 
 
 def test_what_the_compiler_says_when_it_gives_up():

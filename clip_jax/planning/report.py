@@ -5,7 +5,7 @@ import math
 
 import ml_collections
 
-from clip_jax.config import model_preset
+from clip_jax.config import REMAT_POLICIES, model_preset
 from clip_jax.planning.model_flops import step_flops
 from clip_jax.planning.program import PARTS
 from clip_jax.planning.topologies import GIB, Topology
@@ -36,6 +36,7 @@ def make_report(
         "chips": topology.chips,
         "mesh": facts["mesh"],
         "global_batch_size": config.global_batch_size,
+        "accumulation_steps": config.accumulation_steps,
         "pairs_per_chip": config.global_batch_size // topology.chips,
         "remat": config.model.remat,
         "dtype": config.model.dtype,
@@ -77,6 +78,7 @@ def make_report(
         "pairs_per_second": config.global_batch_size / seconds["step"],
         "pairs": None if config.steps else pairs,
         "steps": steps,
+        "smaller_steps": config.progressive_resolution.steps,
         "days": days,
     }
     if chip_hour_price is not None:
@@ -243,6 +245,8 @@ def left_out(report: dict) -> list[str]:
             sums[origin.split("/")[-1] if opcode == "fusion" else opcode] += times
         names = ", ".join(f"{name} ({times:,} times)" for name, times in sums.most_common())
         lines.append(f"operations that the compiler gives no estimate for: {names}")
+    if report["smaller_steps"]:
+        lines.append(f"that the first {report['smaller_steps']:,} steps, of smaller images, take less than the others")
     if report["unknown_loops"]:
         lines.append(f"{report['unknown_loops']} loops whose number of turns could not be read; one is counted of each")
     if not report["is_scheduled"]:
@@ -282,8 +286,9 @@ def advice(report: dict) -> list[str]:
             f"split parameters and optimizer state, {_gib(state)}, over more chips: "
             f"--config.mesh.fsdp={min(chips, fsdp * 8)}"
         )
-    if report["remat"] != "full":
-        lines.append("keep less for the backward pass: --config.model.remat=full")
+    less = REMAT_POLICIES[REMAT_POLICIES.index(report["remat"]) + 1 :]
+    if less:
+        lines.append(f"keep less for the backward pass: --config.model.remat={' or '.join(less)}")
     smaller = report["global_batch_size"]
     if out["needed_bytes"] and out["temporaries_only"]:
         smaller = round(smaller * max(available - sum(memory.values()), available / 10) / out["needed_bytes"])
@@ -291,8 +296,11 @@ def advice(report: dict) -> list[str]:
         smaller //= 2
     smaller = max(chips, smaller // chips * chips)
     if smaller < report["global_batch_size"]:
+        times = 2 ** math.ceil(math.log2(report["global_batch_size"] / smaller))
         lines.append(
-            f"a smaller batch, or as large a one accumulated in parts: about --config.global_batch_size={smaller}"
+            f"the same batch in parts, for one more forward pass: "
+            f"--config.accumulation_steps={times * report['accumulation_steps']}"
         )
+        lines.append(f"a smaller batch: about --config.global_batch_size={smaller}")
     lines.append("a slice with more chips, or chips with more memory: --topology")
     return lines

@@ -9,7 +9,7 @@ from PIL import Image
 import clip_jax
 from clip_jax.convert import main as convert
 from clip_jax.models.presets import PRESETS, CLIPPreset, ResNetPreset, TextTransformerPreset, VisionTransformerPreset
-from clip_jax.weights import Weights, openai, write_weights
+from clip_jax.weights import Weights, openai, read_weights, write_weights
 from clip_jax.weights import open_clip as open_clip_files
 from clip_jax.weights.mapping import to_variables
 
@@ -64,6 +64,20 @@ def test_open_clip_loads_a_folder(preset, picture, tmp_path):
         image_embeddings = model.eval().encode_image(transform(picture)[None])
         text_embeddings = model.encode_text(tokenize(TEXTS))
     assert_same(ours, picture, image_embeddings, text_embeddings, model.logit_scale)
+
+
+def test_open_clip_has_the_bias_of_a_sigmoid_loss(picture, tmp_path):
+    model_folder(VIT, tmp_path / "plain")
+    plain = read_weights(tmp_path / "plain")
+    params = plain.variables["params"] | {"logit_bias": np.float32(-9.5)}
+    write_weights(plain._replace(variables=plain.variables | {"params": params}), tmp_path / "ours", "clip_jax")
+    assert convert([f"{tmp_path}/ours", f"{tmp_path}/theirs", "--to=open_clip"]) == 0
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}/theirs")
+    assert model.logit_bias.item() == -9.5
+    with torch.inference_mode():
+        image_embeddings = model.eval().encode_image(transform(picture)[None])
+        text_embeddings = model.encode_text(open_clip.get_tokenizer(f"local-dir:{tmp_path}/theirs")(TEXTS))
+    assert_same(clip_jax.load(tmp_path / "ours"), picture, image_embeddings, text_embeddings, model.logit_scale)
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32-quickgelu", "RN50-quickgelu"])
@@ -123,7 +137,7 @@ def test_openais_program_loads_a_file(preset, picture, tmp_path):
 
 @pytest.mark.parametrize(("before", "after"), [((4, 3), 7), ((7, 3), 4), ((16, 2), 24), ((24, 2), 16)])
 def test_positions_are_resized_as_open_clip_resizes_them(before, after):
-    from clip_jax.weights.resizing import resize_positions
+    from clip_jax.models.positions import resize_positions
 
     side, width = before
     positions = np.random.default_rng(0).normal(size=(1 + side * side, width)).astype(np.float32)

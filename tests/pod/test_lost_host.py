@@ -129,7 +129,14 @@ def start_watched_hosts(seconds: list[float], folder: pathlib.Path) -> list[subp
 
 
 # A stopped process is as a machine that has lost its network: no connection is closed.
-@pytest.mark.parametrize(("lost", "number"), [(0, signal.SIGSTOP), (2, signal.SIGSTOP), (0, signal.SIGKILL)])
+@pytest.mark.parametrize(
+    ("lost", "number"),
+    [
+        (0, signal.SIGSTOP),
+        pytest.param(2, signal.SIGSTOP, marks=pytest.mark.slow),
+        pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+)
 def test_a_host_lost_while_others_have_finished_is_named_by_all(tmp_path, lost, number):
     hosts = start_watched_hosts([60, 0, 60], tmp_path)
     try:

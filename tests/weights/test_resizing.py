@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from goldens import MODELS, flat
 
+from clip_jax.models.positions import resize_positions
 from clip_jax.models.presets import PRESETS
 from clip_jax.weights import WeightsError, read_weights
-from clip_jax.weights.resizing import at_image_size, resize_positions
+from clip_jax.weights.resizing import at_image_size
 
 WIDTH = 5
 
