@@ -35,7 +35,7 @@ def our_step(config) -> Callable[[], float]:
     def step() -> float:
         nonlocal state
         arrays = to_global_batch(batch, mesh)
-        state, metrics = train_step(state, arrays["image"], arrays["tokens"])
+        state, metrics = train_step(state, arrays)
         return float(metrics["loss"])
 
     return step

@@ -88,7 +88,8 @@ def default_config(preset: str) -> ml_collections.ConfigDict:
 
     config.loss = ml_collections.ConfigDict()
     config.loss.kind = "softmax"  # the paper's; or "sigmoid", SigLIP's
-    config.loss.form = "auto"  # "gather", or "blockwise" for batches whose similarities do not fit; auto: by their size
+    # Of the softmax loss: "gather", or "blockwise" for batches whose similarities do not fit; auto: by their size.
+    config.loss.form = "auto"
     config.loss.block_size = 1_024  # of the blockwise form, and of the sigmoid loss
 
     config.mesh = ml_collections.ConfigDict()
@@ -344,9 +345,12 @@ def check_same_run(config: ml_collections.ConfigDict, saved: dict, where: str) -
         )
     now = flatten(ml_collections.ConfigDict(json.loads(to_json(config))))  # JSON knows no tuples
     before = flatten(ml_collections.ConfigDict(saved))
+    # What an older version of the program did not know yet was as the defaults are; what only it knew is no sign.
+    defaults = flatten(default_config(config.model.name))
+    before |= {name: defaults[name] for name in now.keys() & defaults.keys() if name not in before}
     different = [
         f"{name} was {before[name]!r} and is {now[name]!r}"
-        for name in sorted(now.keys() & before.keys())  # a key that only one version of the program knows is no sign
+        for name in sorted(now.keys() & before.keys())
         if now[name] != before[name] and name not in NOT_PART_OF_A_RUN and not name.startswith("evaluation.")
     ]
     if different:

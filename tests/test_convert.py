@@ -179,7 +179,9 @@ def test_another_loss_starts_with_the_same_towers_and_a_bias_and_temperature_of_
     after = flat(read_weights(workdir).variables)
     assert "params.logit_bias" in after
     config, _, _ = parse_arguments([*SMALL, f"--config.init_from={workdir}", f"--workdir={tmp_path}/softmax"])
-    assert_same_tensors(flat(read_initial_variables(config)), {n: a for n, a in after.items() if "logit_bias" not in n})
+    back = flat(read_initial_variables(config))
+    assert back["params.logit_scale"] == pytest.approx(np.log(1 / 0.07))
+    assert_same_tensors(back, {n: back.get(n, a) if "logit" in n else a for n, a in after.items() if "bias" not in n})
 
 
 @pytest.mark.parametrize("kind", ["run", "ours", "model.safetensors"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_jax.config import load_config_file, model_preset, to_json, validate
+from clip_jax.config import check_same_run, load_config_file, model_preset, to_json, validate
 from clip_jax.main import main, parse_arguments
 from clip_jax.models.presets import get_preset
 from clip_jax.training.loop import prepare
@@ -276,6 +276,17 @@ def test_the_folder_of_another_run_is_refused_and_left_as_it_is(capsys, tmp_path
     (pictures / "7.txt").write_text("another caption than it was trained with\n")
     assert "was trained on other data" in mistake(capsys, *arguments)
     assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*")) == before
+
+
+def test_a_run_of_an_older_version_had_what_is_now_the_default(tmp_path):
+    config, _, _ = parse_arguments([QUICKSTART])
+    saved = json.loads(to_json(config))
+    for part, key in (("loss", "kind"), ("model", "patch_dropout")):
+        del saved[part][key]
+    check_same_run(config, saved, "the folder")
+    config.model.patch_dropout = 0.5
+    with pytest.raises(ValueError, match=r"model\.patch_dropout was 0\.0 and is 0\.5"):
+        check_same_run(config, saved, "the folder")
 
 
 def test_a_resnets_run_is_known_again_though_json_has_lists_for_its_tuples(tmp_path, pictures):

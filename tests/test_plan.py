@@ -619,7 +619,7 @@ def test_a_batch_that_does_not_fit_is_cut_in_parts_that_should():
     for needed, parts in ((20, 2), (27, 4), (100, 16)):
         out = {"needed_bytes": needed * GIB, "available_bytes": 15 * GIB, "temporaries_only": False}
         facts = {"fits": False, "shard_bytes": state, "out_of_memory": out}
-        assert searching.fewest_parts(config, facts, topology) == parts
+        assert searching.guess_parts(config, facts, topology) == parts
 
 
 SMALL = [

@@ -27,12 +27,13 @@ def tiny_config() -> ml_collections.ConfigDict:
 
 
 def tiny_batch(seed: int) -> dict[str, np.ndarray]:
-    """Images uint8 ``[16, 16, 16, 3]`` and tokens int32 ``[16, 8]``."""
+    """Images uint8 ``[16, 16, 16, 3]``, tokens int32 ``[16, 8]`` and seeds uint32 ``[16]``."""
     random = np.random.default_rng(seed)
     tokens = random.integers(1, 63, (BATCH_SIZE, 8))
     tokens[:, -1] = 63
     images = random.integers(0, 256, (BATCH_SIZE, 16, 16, 3), dtype=np.uint8)
-    return {"images": images, "tokens": tokens.astype(np.int32)}
+    seeds = random.integers(2**32, size=BATCH_SIZE, dtype=np.uint32)
+    return {"image": images, "tokens": tokens.astype(np.int32), "seed": seeds}
 
 
 def losses_and_parameters(config: ml_collections.ConfigDict, mesh: Mesh, steps: int) -> tuple[np.ndarray, dict]:
@@ -44,7 +45,7 @@ def losses_and_parameters(config: ml_collections.ConfigDict, mesh: Mesh, steps: 
     for step in range(steps):
         share = slice(rows * jax.process_index(), rows * (jax.process_index() + 1))
         batch = to_global_batch({name: array[share] for name, array in tiny_batch(step).items()}, mesh)
-        state, metrics = train_step(state, batch["images"], batch["tokens"])
+        state, metrics = train_step(state, batch)
         # Virtual devices of which some run many steps ahead deadlock in their collectives.
         losses.append(float(metrics["loss"]))
     params = jax.jit(lambda params: params, out_shardings=replicated(mesh))(state.params)

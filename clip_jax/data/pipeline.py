@@ -51,6 +51,8 @@ class LoadPair:
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Returns ``image`` uint8 ``[S, S, 3]``, ``tokens`` int32 ``[L]``, ``broken`` int64: an index, or -1.
 
+        Also ``seed`` uint32, for whatever the step draws for this pair at this visit.
+
         Raises:
           UndecodableError: the record and its next hundred neighbours are all broken.
         """
@@ -65,6 +67,7 @@ class LoadPair:
                 "image": training_transform(image, self.image_size, rng, self.augmentation),
                 "tokens": tokenize(caption, self.context_length, truncate=True)[0],
                 "broken": np.int64(index if neighbour else -1),
+                "seed": rng.integers(2**32, dtype=np.uint32),  # drawn last: the others are as without it
             }
         raise UndecodableError(f"{neighbour + 1} pictures in a row cannot be decoded, from record {index} on")
 
@@ -76,7 +79,7 @@ def _end_with(parent) -> None:
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):
-    """This host's share of each global batch, forever: ``image`` ``[B, S, S, 3]``, ``tokens`` ``[B, L]``, ``broken``.
+    """This host's share of each global batch, forever: ``image`` ``[B, S, S, 3]`` and all that :class:`LoadPair` gives.
 
     ``position`` is the number of examples that all hosts have drawn so far; set it to resume.
     """

@@ -86,7 +86,7 @@ def attention(queries: Parts, keys: Parts, values: Parts, visible: jax.Array | N
         them if None.
 
     Returns:
-      For each part of the queries ``[B, heads, D, Q]`` in its dtype; scores and exponentials are float32.
+      ``[B, heads, D, Q]`` for each part of the queries, in its dtype. Scores are rounded to it; exponentials are float32.
     """
     return _attention_forward(queries, keys, values, visible)[0]
 
@@ -96,7 +96,10 @@ def _scaled(query: jax.Array) -> jax.Array:
 
 
 def _scores(query: jax.Array, key: jax.Array, visible: jax.Array | None) -> jax.Array:
-    scores = jnp.einsum("bhdk,bhdq->bhkq", key, query).astype(jnp.float32)
+    scores = jnp.einsum("bhdk,bhdq->bhkq", key, query)
+    # Said explicitly: where XLA is free to leave the rounding out, forward and backward pass would see other scores.
+    dtype = jnp.finfo(scores.dtype)
+    scores = jax.lax.reduce_precision(scores, dtype.nexp, dtype.nmant).astype(jnp.float32)
     return scores if visible is None else jnp.where(visible, scores, -jnp.inf)
 
 
@@ -143,6 +146,7 @@ def _attention_backward(saved, gradients):
     by_query = []
     by_key, by_value = ([[] for _ in keys] for _ in range(2))
     for query, result, log_sum, gradient in zip(map(_scaled, queries), results, log_sums, gradients, strict=True):
+        # What a probability's gradient loses through the denominator: D of the paper's algorithm 4.
         along = (gradient.astype(jnp.float32) * result.astype(jnp.float32)).sum(axis=2, keepdims=True)
         through_keys = []
         for part, (key, value) in enumerate(zip(keys, values, strict=True)):

@@ -44,10 +44,10 @@ def example_inputs(preset: CLIPPreset) -> tuple[jax.ShapeDtypeStruct, jax.ShapeD
 class CLIP(nn.Module):
     """Both towers; parameters float32, computation in ``dtype``.
 
-    ``remat`` is "none", "full" to recompute each layer in the backward pass, "attention" to do so but for what
-    attention gave, or "lite" to recompute only what is cheap (in a ResNet all three are "full"). ``scan_unroll`` is how
-    many layers a scan step holds (1 compiles fastest; all of them let XLA work across layers, which pays for small
-    models on CPU).
+    ``remat``, of all scanned layers but the last, is "none", "full" to recompute each in the backward pass,
+    "attention" to do so but for what attention gave, or "lite" to recompute only what is cheap (in a ResNet all three
+    are "full"). ``scan_unroll`` is how many layers a scan step holds (1 compiles fastest; all of them let XLA work
+    across layers, which pays for small models on CPU).
     Without ``scan_layers`` each layer of a transformer has parameters of its own (``unstack_layers``): a scan copies a
     layer's parameters out of the stack at each step, which costs more than it saves where nothing is trained.
     ``class_token_apart`` carries a Vision Transformer's class token beside its patches, which is the same function and

@@ -134,10 +134,13 @@ def compile_step(config_dict: dict, topology: Topology) -> dict:
     state = abstract_state(model, optimizer, mesh)
     size, length = config.model.vision.image_size, config.model.text.context_length
     sharding = batch_sharding(mesh)
-    images, tokens = (
-        jax.ShapeDtypeStruct((config.global_batch_size, *shape), dtype, sharding=sharding)
-        for shape, dtype in (((size, size, 3), np.uint8), ((length,), np.int32))
-    )
+    shapes = {"image": ((size, size, 3), np.uint8), "tokens": ((length,), np.int32)}
+    if config.model.patch_dropout:
+        shapes["seed"] = ((), np.uint32)
+    batch = {
+        name: jax.ShapeDtypeStruct((config.global_batch_size, *shape), dtype, sharding=sharding)
+        for name, (shape, dtype) in shapes.items()
+    }
     facts = {
         "chips": topology.chips,
         "mesh": {name: int(size) for name, size in mesh.shape.items()},
@@ -145,7 +148,7 @@ def compile_step(config_dict: dict, topology: Topology) -> dict:
             "parameters": shard_bytes(state.params),
             "optimizer state": shard_bytes(state.opt_state),
             "running averages": shard_bytes(state.batch_stats),
-            "batch": shard_bytes((images, tokens)),
+            "batch": shard_bytes(batch),
         },
         "num_parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
         "versions": {
@@ -161,7 +164,7 @@ def compile_step(config_dict: dict, topology: Topology) -> dict:
         # and after a failure there is no program to ask.
         options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
         try:
-            executable = step.lower(state, images, tokens).compile(compiler_options=options)
+            executable = step.lower(state, batch).compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

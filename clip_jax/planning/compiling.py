@@ -22,7 +22,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent
 SOURCES = (
     "models",
     *(f"training/{name}.py" for name in ("step", "accumulation", "loss", "optimizer", "sharding")),
-    *(f"planning/{name}.py" for name in ("hlo", "program", "compiled")),
+    *(f"planning/{name}.py" for name in ("hlo", "program", "compiled", "topologies")),
 )
 # What no compiled step depends on.
 NOT_COMPILED = ("data", "evaluation", "seed", "init_from", "epochs", "steps", "progressive_resolution")

@@ -7,7 +7,7 @@ position that the tower reads is needed, and the keys and values of all.
 """
 
 from clip_jax.models.presets import RESNET_REDUCTION, CLIPPreset, ResNetPreset, VisionTransformerPreset
-from clip_jax.models.vision_transformer import kept_patches
+from clip_jax.models.vision_transformer import num_kept_patches
 
 
 def _transformer(tokens: int, width: int, mlp_width: int, num_layers: int) -> int:
@@ -22,7 +22,7 @@ def _transformer(tokens: int, width: int, mlp_width: int, num_layers: int) -> in
 
 
 def _vision_transformer(preset: VisionTransformerPreset, embed_dim: int, patch_dropout: float) -> tuple[int, int]:
-    patches = kept_patches((preset.image_size // preset.patch_size) ** 2, patch_dropout)
+    patches = num_kept_patches((preset.image_size // preset.patch_size) ** 2, patch_dropout)
     first = 2 * patches * 3 * preset.patch_size**2 * preset.width
     layers = _transformer(patches + 1, preset.width, round(preset.width * preset.mlp_ratio), preset.num_layers)
     return first, layers + 2 * preset.width * embed_dim

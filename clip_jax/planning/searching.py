@@ -59,8 +59,8 @@ def largest_batch(config: ml_collections.ConfigDict, topology: Topology, compile
         batch = batch if too_large is None else min(batch, too_large - unit)
 
 
-def fewest_parts(config: ml_collections.ConfigDict, facts: dict, topology: Topology) -> int:
-    """In how many parts, a power of two, a batch that did not fit should fit by accumulation; a guess."""
+def guess_parts(config: ml_collections.ConfigDict, facts: dict, topology: Topology) -> int:
+    """In how many parts, a power of two, a batch that did not fit should fit by accumulation."""
     parts = config.global_batch_size / max(_next_batch(facts, config.global_batch_size, topology), 1)
     return 2 ** max(1, math.ceil(math.log2(parts)))
 

@@ -30,7 +30,7 @@ from clip_jax.data.sources import PairError, Source, open_source
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.report import write_report
 from clip_jax.evaluation.tasks import EvaluationResults, Evaluations
-from clip_jax.models.clip import SIGMOID_INITIAL_LOGIT_BIAS, SIGMOID_INITIAL_LOGIT_SCALE
+from clip_jax.models.clip import INITIAL_LOGIT_SCALE, SIGMOID_INITIAL_LOGIT_BIAS, SIGMOID_INITIAL_LOGIT_SCALE
 from clip_jax.training.checkpoint import (
     Checkpointer,
     CheckpointError,
@@ -86,6 +86,11 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
     source = open_source(config.data.source)
     check_first_pair(source, config.data.source)
     steps = config.steps or math.ceil(config.epochs * len(source) / config.global_batch_size)
+    if (smaller := config.progressive_resolution.steps) >= steps:
+        raise ValueError(
+            f"config.progressive_resolution.steps={smaller} must be below the run's {steps} steps, or it never sees "
+            "pictures of the model's size"
+        )
     fingerprint = f"{source.fingerprint()}-{len(source)}-seed{config.seed}-transform{TRANSFORM_VERSION}"
     before = saved_fingerprint(folder)
     if before is not None and saved is None:
@@ -101,6 +106,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
 def read_initial_variables(config: ml_collections.ConfigDict) -> dict:
     """What ``config.init_from`` holds, as ``params`` and ``batch_stats`` for the model of the config.
 
+    Where it was trained with another loss than ``config.loss.kind``, temperature and bias start anew.
+
     Raises:
       FileNotFoundError, ValueError: there is no model, or one that differs in more than the image size.
     """
@@ -110,9 +117,10 @@ def read_initial_variables(config: ml_collections.ConfigDict) -> dict:
     except (ValueError, OSError, CheckpointError) as error:
         raise ValueError(f"config.init_from={config.init_from}: {error}") from None
     params = dict(variables["params"])
-    if config.loss.kind == "softmax":
-        params.pop("logit_bias", None)
-    elif "logit_bias" not in params:  # and so the temperature is another loss's, too
+    # A temperature that another loss has learnt is none to start from.
+    if config.loss.kind == "softmax" and params.pop("logit_bias", None) is not None:
+        params["logit_scale"] = np.float32(INITIAL_LOGIT_SCALE)
+    if config.loss.kind == "sigmoid" and "logit_bias" not in params:
         params["logit_scale"] = np.float32(SIGMOID_INITIAL_LOGIT_SCALE)
         params["logit_bias"] = np.float32(SIGMOID_INITIAL_LOGIT_BIAS)
     return variables | {"params": params}
@@ -159,7 +167,8 @@ def check_hosts_agree(what: str) -> None:
     digest = np.frombuffer(hashlib.sha256(what.encode()).digest(), np.uint8)
     if not np.all(multihost_utils.process_allgather(digest).reshape(-1, len(digest)) == digest):
         raise ValueError(
-            "the hosts differ in config, data or the weights to start from; all need the same flags and the same files"
+            "the hosts differ in config, data, the weights to start from or a device's memory; all need the same flags "
+            "and the same files, and with unlike devices --config.mesh.fsdp"
         )
 
 
@@ -250,16 +259,18 @@ def train_steps(
     batches = make_batches(run, position, image_size)
     try:
         while step < run.steps and not stopping:
-            if first.steps and step == first.steps:
-                position = batches.position
+            if image_size != config.model.vision.image_size and step == first.steps:
+                image_size, position = config.model.vision.image_size, batches.position
                 batches.close()
-                batches = make_batches(run, position, config.model.vision.image_size)
+                batches = make_batches(run, position, image_size)
             with log.waiting_for_data():
                 batch = next(batches)
             broken = batch.pop("broken")
             log_broken_pictures(run.source, broken)
+            if not config.model.patch_dropout:
+                batch.pop("seed")  # nothing is drawn in the step
             batch = to_global_batch(batch, run.mesh)
-            state, metrics = train_step(state, batch["image"], batch["tokens"])
+            state, metrics = train_step(state, batch)
             step += 1
             log.add(step, metrics, broken_pictures=int((broken >= 0).sum()))
 

@@ -45,10 +45,13 @@ class Watch:
             thread.start()
 
     def await_verdict(self, error: BaseException | None) -> None:
-        """Waits if ``error`` may come of a collective with a host that is gone; if one is, this process ends."""
+        """Waits if ``error`` may come of a collective with a host that is gone; if one is, this process ends.
+
+        What a device or the compiler refuses has nothing to do with other hosts.
+        """
         while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
             error = error.__cause__ or error.__context__
-        if error is not None:
+        if error is not None and not str(error).startswith(("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")):
             time.sleep(SILENCE + 5 * PAUSE)
 
     def leave(self, code: int, together: bool) -> int:
@@ -86,6 +89,8 @@ class Watch:
                     before = now
                 else:
                     gone = {int(key.removeprefix(GONE)): value for key, value in client.key_value_dir_get(GONE)}
+                    if self._index in gone:  # this process was stopped for a while, and is awake again
+                        gone[self._index] = "this one, silent for too long"
                     self._silent[0] = 0
                     if gone:
                         self._end(gone)
@@ -99,8 +104,9 @@ class Watch:
                 self._silent[host] += 1
             gone = {host: self._names.get(host, "?") for host, silent in self._silent.items() if silent > SILENCE}
             if gone and self._index == 0:
-                for host, name in gone.items():
-                    global_state.client.key_value_set(f"{GONE}{host}", name, allow_overwrite=True)
+                with contextlib.suppress(jax.errors.JaxRuntimeError):  # the line must come out all the same
+                    for host, name in gone.items():
+                        global_state.client.key_value_set(f"{GONE}{host}", name, allow_overwrite=True)
                 time.sleep(2 * PAUSE)  # in which the others read it; host 0's end would be a reason of its own
             if gone:
                 self._end(gone)
@@ -118,7 +124,11 @@ class Watch:
         with self._ending:
             hosts = " and ".join(f"host {host} of {self._count} ({name})" for host, name in gone.items())
             hosts += " is gone" if len(gone) == 1 else " are gone"
-            way_on = f"the run goes on from {self._newest_checkpoint()}"
+            found = []
+            looking = threading.Thread(target=lambda: found.append(self._newest_checkpoint()), daemon=True)
+            looking.start()
+            looking.join(timeout=5)  # a shared disk may be gone with the host, and never answer
+            way_on = f"the run goes on from {found[0] if found else 'its last checkpoint'}"
             print(f"failed: {hosts}; start all hosts again with the same command, and {way_on}", file=sys.stderr)
             _exit(1)
 

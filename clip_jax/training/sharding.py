@@ -66,13 +66,16 @@ def choose_fsdp(state_bytes: float, memory_bytes: float | None, devices: Sequenc
     Args:
       state_bytes: of parameters, gradients and optimizer state.
       memory_bytes: of a device; None if it isn't known, as on CPU, where nothing is split.
-      devices: those of the mesh; the number returned divides those of a slice.
+      devices: those of the mesh; the number returned, a power of two as the parameters' sizes are divisible by,
+        divides those of a slice.
     """
     if not memory_bytes:
         return 1
     in_slice = len(devices) // len({getattr(device, "slice_index", 0) for device in devices})
-    divisors = [number for number in range(1, in_slice + 1) if in_slice % number == 0]
-    return next((n for n in divisors if state_bytes / n <= STATE_SHARE * memory_bytes), in_slice)
+    fsdp = 1
+    while state_bytes / fsdp > STATE_SHARE * memory_bytes and in_slice % (2 * fsdp) == 0:
+        fsdp *= 2
+    return fsdp
 
 
 def check_batch_divides(global_batch_size: int, mesh: Mesh, accumulation_steps: int = 1) -> None:

@@ -43,7 +43,7 @@ class TrainState(NamedTuple):
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
-TrainStep = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+TrainStep = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def configured_mesh(
@@ -156,12 +156,13 @@ def state_from_variables(
 def make_train_step(
     config: ml_collections.ConfigDict, model: CLIP, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainStep:
-    """Returns ``step(state, images, tokens) -> (state, metrics)``, jitted over the mesh; the old state is donated.
+    """Returns ``step(state, batch) -> (state, metrics)``, jitted over the mesh; the old state is donated.
 
-    ``images`` are uint8 ``[B, S, S, 3]``, ``tokens`` int32 ``[B, L]``, both split over all devices. Metrics are
-    float32 scalars: loss, both accuracies within the batch, logit_scale (as multiplied) and gradient_norm. With
-    ``config.accumulation_steps`` activations are of that part of the batch at a time
-    (:mod:`clip_jax.training.accumulation`). Whatever is drawn at random follows from seed and step.
+    A batch is split over all devices: ``image`` uint8 ``[B, S, S, 3]``, ``tokens`` int32 ``[B, L]``, and for patch
+    dropout ``seed`` uint32 ``[B]``, of which each pair's random numbers are made, wherever in the batch it stands.
+    Metrics are float32 scalars: loss, both accuracies within the batch, logit_scale (as multiplied) and
+    gradient_norm. With ``config.accumulation_steps`` activations are of that part of the batch at a time
+    (:mod:`clip_jax.training.accumulation`).
     """
     split = batch_sharding(mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
@@ -169,7 +170,7 @@ def make_train_step(
     def embed(params: dict, batch_stats: dict, batch: dict):
         (image_embeddings, text_embeddings, _), updated = model.apply(
             {"params": params, "batch_stats": batch_stats},
-            normalize_images(batch["images"]),
+            normalize_images(batch["image"]),
             batch["tokens"],
             train=True,
             kept_patches=batch.get("kept_patches"),
@@ -185,16 +186,11 @@ def make_train_step(
             form = choose_form(len(image_embeddings), mesh.size)
         return contrastive_loss(image_embeddings, text_embeddings, **logit_parameters, **shared, form=form)
 
-    def random_patches(step: jax.Array, images: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(config.seed), step)
-        patches = (images.shape[1] // config.model.vision.patch_size) ** 2
-        kept = choose_patches(key, len(images), patches, config.model.patch_dropout)
-        return jax.lax.with_sharding_constraint(kept, split)
-
-    def train_step(state: TrainState, images: jax.Array, tokens: jax.Array):
-        batch = {"images": images, "tokens": tokens}
+    def train_step(state: TrainState, batch: dict[str, jax.Array]):
         if config.model.patch_dropout:
-            batch["kept_patches"] = random_patches(state.step, images)
+            num_patches = (batch["image"].shape[1] // config.model.vision.patch_size) ** 2
+            kept = choose_patches(batch["seed"], num_patches, config.model.patch_dropout)
+            batch = batch | {"kept_patches": jax.lax.with_sharding_constraint(kept, split)}
         value, metrics, gradients, batch_stats = loss_and_gradients(
             embed, loss, state.params, state.batch_stats, batch, config.accumulation_steps, mesh
         )
@@ -212,7 +208,7 @@ def make_train_step(
 
     return jax.jit(
         train_step,
-        in_shardings=(shardings, split, split),
+        in_shardings=(shardings, split),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )

@@ -112,7 +112,8 @@ def _read_file(file: pathlib.Path, activation: str | None) -> Weights:
     if open_clip.CONFIG_FILE in metadata:
         preset = open_clip.read_config(json.loads(metadata[open_clip.CONFIG_FILE]))
         return Weights(preset, to_variables(tensors, open_clip.TABLE, preset), open_clip.TABLE.format)
-    table = huggingface.TABLE if "text_model.final_layer_norm.weight" in tensors else openai.TABLE
+    openai_names = open_clip.TABLE if "logit_bias" in tensors else openai.TABLE  # OpenAI's models have none
+    table = huggingface.TABLE if "text_model.final_layer_norm.weight" in tensors else openai_names
     preset = preset_from_shapes(tensors, table, activation or "quick_gelu")
     published = "input_resolution" in tensors  # OpenAI's archives alone have it
     note = ""

@@ -123,7 +123,8 @@ def start_watched_hosts(seconds: list[float], folder: pathlib.Path) -> list[subp
         for busy, variables in zip(seconds, pod_variables(len(seconds)), strict=True)
     ]
     deadline = time.monotonic() + 60
-    while len(list(folder.iterdir())) < len(hosts) and time.monotonic() < deadline:
+    while len(list(folder.iterdir())) < len(hosts):
+        assert time.monotonic() < deadline, "the hosts did not start"
         time.sleep(0.1)
     return hosts
 

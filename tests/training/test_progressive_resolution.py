@@ -44,11 +44,28 @@ def test_pictures_grow_after_the_first_steps_wherever_the_training_was_ended(und
     workdir = tmp_path / "run"
     if resumed_at:
         shutil.copytree(undisturbed, workdir)
-    for step in range(resumed_at + 1, 7 if resumed_at else 0):
-        shutil.rmtree(workdir / f"checkpoints/{step}")
+        for step in range(resumed_at + 1, 7):
+            shutil.rmtree(workdir / f"checkpoints/{step}")
+        (workdir / "metrics.jsonl").write_text("")
     assert main([*ARGUMENTS, f"--workdir={workdir}"]) == 0
     assert sizes == [8, 8, 8, 16, 16, 16][resumed_at:]
-    assert losses(workdir) == losses(undisturbed)
+    assert losses(workdir) == {step: loss for step, loss in losses(undisturbed).items() if step > resumed_at}
+
+
+def test_smaller_pictures_go_with_patch_dropout_and_accumulation(tmp_path, sizes):
+    more = ["--config.accumulation_steps=2", "--config.model.patch_dropout=0.5"]
+    curves = []
+    for number, arguments in enumerate((more[1:], more)):
+        assert main([*ARGUMENTS, *arguments, f"--workdir={tmp_path}/{number}"]) == 0
+        curves.append(losses(tmp_path / str(number)))
+    assert sizes == [8, 8, 8, 16, 16, 16] * 2
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+
+
+def test_a_run_that_would_never_see_the_models_size_is_refused(tmp_path, capsys):
+    assert main([*ARGUMENTS, "--config.steps=3", f"--workdir={tmp_path}/run"]) == 2
+    assert "config.progressive_resolution.steps=3 must be below the run's 3 steps" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_training_at_one_size_takes_other_steps(undisturbed, tmp_path, sizes):

@@ -50,8 +50,8 @@ def test_between_slices_only_the_data_axis_lies():
 
 
 def test_as_many_devices_share_a_copy_as_bring_it_under_a_quarter_of_their_memory():
-    devices = [SliceDevice(index, slice_index=0) for index in range(12)]
-    assert [choose_fsdp(state, 100, devices) for state in (10, 25, 26, 70, 100, 160, 10_000)] == [1, 1, 2, 3, 4, 12, 12]
+    devices = [SliceDevice(index, slice_index=0) for index in range(24)]
+    assert [choose_fsdp(state, 100, devices) for state in (10, 25, 26, 70, 100, 160, 10_000)] == [1, 1, 2, 4, 4, 8, 8]
     assert choose_fsdp(10_000, None, devices) == 1  # on CPU
     two_slices = [SliceDevice(index, slice_index=index % 2) for index in range(8)]
     assert choose_fsdp(10_000, 100, two_slices) == 4

@@ -48,7 +48,7 @@ def batch():
     random = np.random.default_rng(0)
     tokens = random.integers(1, 63, (BATCH, 8), dtype=np.int32)
     tokens[:, -1] = 63
-    return {"images": random.integers(0, 256, (BATCH, 64, 64, 3), dtype=np.uint8), "tokens": tokens}
+    return {"image": random.integers(0, 256, (BATCH, 64, 64, 3), dtype=np.uint8), "tokens": tokens}
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +81,8 @@ def stepped(quick_compilation, config, start, mesh_of):
         model = make_model(config, mesh)
         state = state_from_variables(start, model, optimizer, mesh)
         arrays = to_global_batch(batch(), mesh)
-        step = (
-            make_train_step(config, model, optimizer, mesh).lower(state, arrays["images"], arrays["tokens"]).compile()
-        )
-        state, metrics = step(state, arrays["images"], arrays["tokens"])
+        step = make_train_step(config, model, optimizer, mesh).lower(state, arrays).compile()
+        state, metrics = step(state, arrays)
         jax.block_until_ready(metrics)
         kept = {"mesh": mesh, "model": model, "optimizer": optimizer, "program": step.as_text()}
         return kept | {"state": state, "metrics": jax.device_get(metrics)}
@@ -134,7 +132,7 @@ def test_the_configs_batch_norm_is_what_a_step_normalises_by(config, start, step
     def forward(variables, images):
         return model.apply(variables, images, train=True, mutable=["batch_stats"], method="encode_image")[1]
 
-    updated = jax.jit(forward)(start, normalize_images(arrays["images"]))["batch_stats"]["vision"]
+    updated = jax.jit(forward)(start, normalize_images(arrays["image"]))["batch_stats"]["vision"]
     stepped_to = stepped((8, 1))["state"].batch_stats["vision"]
     # The first norm sees the same input either way: the means of the parts have the batch's mean, their variances less.
     np.testing.assert_allclose(updated["bn1"]["mean"], stepped_to["bn1"]["mean"], rtol=1e-4, atol=1e-5)

@@ -177,6 +177,8 @@ def test_the_bias_of_a_sigmoid_loss_goes_where_there_is_a_place_for_it(goldens, 
     assert json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["init_logit_bias"] == -10
     assert tensors_in(folder)["logit_bias"] == np.float32(-9.5)
     assert_same_weights(read_weights(folder), biased)
+    save_file(tensors_in(folder), tmp_path / "bare.safetensors")
+    assert_same_weights(read_weights(tmp_path / "bare.safetensors", biased.preset.text.activation), biased)
     write_weights(biased, tmp_path / "ours", "clip_jax")
     assert_same_weights(read_weights(tmp_path / "ours"), biased)
     for name, path in (("huggingface", tmp_path / "refused"), ("openai", tmp_path / "refused.pt")):
