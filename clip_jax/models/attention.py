@@ -86,7 +86,7 @@ def attention(queries: Parts, keys: Parts, values: Parts, visible: jax.Array | N
         them if None.
 
     Returns:
-      ``[B, heads, D, Q]`` for each part of the queries, in its dtype. Scores are rounded to it; exponentials are float32.
+      ``[B, heads, D, Q]`` for each part of the queries, in its dtype. Scores are rounded to it, exponentials float32.
     """
     return _attention_forward(queries, keys, values, visible)[0]
 
