@@ -133,9 +133,9 @@ def start_watched_hosts(seconds: list[float], folder: pathlib.Path) -> list[subp
 @pytest.mark.parametrize(
     ("lost", "number"),
     [
-        (0, signal.SIGSTOP),
+        pytest.param(0, signal.SIGSTOP, marks=pytest.mark.slow),
         pytest.param(2, signal.SIGSTOP, marks=pytest.mark.slow),
-        pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow),
+        (0, signal.SIGKILL),
     ],
 )
 def test_a_host_lost_while_others_have_finished_is_named_by_all(tmp_path, lost, number):
