@@ -39,7 +39,9 @@ def undisturbed(quick_compilation, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("resumed_at", [0, 2, 3, 4])
+@pytest.mark.parametrize(
+    "resumed_at", [pytest.param(0, marks=pytest.mark.slow), 2, 3, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_pictures_grow_after_the_first_steps_wherever_the_training_was_ended(undisturbed, tmp_path, sizes, resumed_at):
     workdir = tmp_path / "run"
     if resumed_at:
@@ -52,6 +54,7 @@ def test_pictures_grow_after_the_first_steps_wherever_the_training_was_ended(und
     assert losses(workdir) == {step: loss for step, loss in losses(undisturbed).items() if step > resumed_at}
 
 
+@pytest.mark.slow
 def test_smaller_pictures_go_with_patch_dropout_and_accumulation(tmp_path, sizes):
     more = ["--config.accumulation_steps=2", "--config.model.patch_dropout=0.5"]
     curves = []
