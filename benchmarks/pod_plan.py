@@ -44,19 +44,22 @@ def row(model: str, topology_name: str, known_only: bool) -> str:
     changes: dict = {}
     facts = facts_of(changes)
     for remat in REMATS[REMATS.index(config.model.remat) + 1 :]:
-        if facts and not facts["fits"]:
+        if _too_large(facts):
             changes = {"model__remat": remat}
             facts = facts_of(changes)
-    parts = min(guess_parts(config, facts, topology), MOST_PARTS) if facts and not facts["fits"] else 1
-    while facts and not facts["fits"]:
+    while _too_large(facts):
+        parts = 2 * changes.get("accumulation_steps", 0) or min(guess_parts(config, facts, topology), MOST_PARTS)
         if parts > MOST_PARTS:
             return f"| {model} | {topology_name} | does not fit in {MOST_PARTS} parts |" + " |" * 8
         changes |= {"accumulation_steps": parts}
         facts = facts_of(changes)
-        parts *= 2
     if facts is None:
         return f"| {model} | {topology_name} | not computed |" + " |" * 8
     return format_row(model, topology_name, changes, make_report(with_values(config, **changes), topology, facts))
+
+
+def _too_large(facts: dict | None) -> bool:
+    return facts is not None and not facts["fits"]
 
 
 def _words(changes: dict) -> str:

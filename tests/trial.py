@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -41,6 +42,15 @@ def environment(devices: int = 1) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": str(REPOSITORY),
     }
+
+
+def pod_variables(processes: int) -> list[dict[str, str]]:
+    """What makes each process one of a pod."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+    return [shared | {"JAX_PROCESS_ID": str(index)} for index in range(processes)]
 
 
 def start(*arguments: str, devices: int = 1, **variables: str) -> subprocess.Popen:

@@ -3,7 +3,6 @@
 import itertools
 import os
 import pickle
-import socket
 import subprocess
 import sys
 
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from trees import assert_trees_close
-from trial import REPOSITORY, environment
+from trial import REPOSITORY, environment, pod_variables
 from variants import Variant, train
 
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
@@ -36,23 +35,13 @@ FEW = [
 
 def train_in_processes(processes: int, devices: int, variants: list[Variant], folder) -> dict[Variant, tuple]:
     """What each variant came to, by a pod of this many processes, which is ended with the deadline at the latest."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    path = {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])}
+    command = [sys.executable, "tests/variants.py", str(folder), *(variant.name for variant in variants)]
     pod = []
     try:
-        for index in range(processes):
-            variables = {"PYTHONPATH": path}
-            if processes > 1:
-                variables |= {
-                    "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-                    "JAX_NUM_PROCESSES": str(processes),
-                    "JAX_PROCESS_ID": str(index),
-                }
-            command = [sys.executable, "tests/variants.py", str(folder), *(variant.name for variant in variants)]
+        for index, place in enumerate(pod_variables(processes) if processes > 1 else [{}]):
+            variables = environment(devices) | path | place
             with open(folder / f"{index}.log", "w") as log:
-                variables = environment(devices) | variables
                 pod.append(subprocess.Popen(command, cwd=REPOSITORY, env=variables, stdout=log, stderr=log))
         for index, process in enumerate(pod):
             assert process.wait(timeout=SECONDS * len(variants)) == 0, (folder / f"{index}.log").read_text()

@@ -12,19 +12,10 @@ import time
 
 import numpy as np
 import pytest
-from trial import REPOSITORY, SMALL, environment, finish, kill, losses, run, start, wait_for_step
+from trial import REPOSITORY, SMALL, environment, finish, kill, losses, pod_variables, run, start, wait_for_step
 
 STEPS = "--config.steps=40"
 OFTEN = "--config.checkpoint_every=10"
-
-
-def pod_variables(processes: int) -> list[dict[str, str]]:
-    """What makes each process one of a pod."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{listener.getsockname()[1]}"
-    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
-    return [shared | {"JAX_PROCESS_ID": str(index)} for index in range(processes)]
 
 
 def start_hosts(processes: int, workdir: pathlib.Path) -> list[subprocess.Popen]:
