@@ -1,5 +1,7 @@
 """Where arrays come to lie, on eight virtual devices."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -113,3 +115,27 @@ def test_the_embed_axis_is_split_over_fsdp_where_that_divides_it(mesh_of, shape,
 def test_what_names_no_axes_is_whole_on_every_device(mesh_of):
     sharding = state_sharding({"step": jax.ShapeDtypeStruct((), jnp.int32)}, mesh_of((2, 4)))["step"]
     assert sharding.is_fully_replicated
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What JAX knows of a chip of v6e's that is not here."""
+
+    id: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v6 lite"
+    core_on_chip: int = 0
+    slice_index: int = 0
+    process_index: int = 0
+
+
+@pytest.mark.parametrize("fsdp", [1, 2, 4, 8, 16, 32])
+def test_any_power_of_two_of_chips_shares_a_copy_and_they_are_neighbours(fsdp):
+    chips = [Chip(16 * y + x, (x, y, 0)) for y in range(16) for x in range(16)]
+    mesh = make_mesh(fsdp, chips)
+    assert dict(mesh.shape) == {"data": 256 // fsdp, "fsdp": fsdp}
+    assert set(mesh.devices.flat) == set(chips)
+    for row in mesh.devices:
+        width, height = (len({chip.coords[axis] for chip in row}) for axis in (0, 1))
+        assert width * height == fsdp
