@@ -39,6 +39,8 @@ NOT_PART_OF_A_RUN = (
     "checkpoints_to_keep",
     "data.num_workers",
     "data.num_threads",
+    "data.max_bad_share",
+    "data.weights",  # part of the fingerprint, too
     "accumulation_steps",
     "mesh.fsdp",
     "loss.form",
@@ -100,7 +102,11 @@ def default_config(preset: str) -> ml_collections.ConfigDict:
     config.progressive_resolution.steps = 0  # how many those are
 
     config.data = ml_collections.ConfigDict()
-    config.data.source = ""  # see clip_jax.data.sources
+    config.data.source = ""  # see clip_jax.data.sources; several are joined by " + "
+    config.data.weights = ""  # how much is drawn of each of several sources, as 3:1; empty: each pair alike
+    config.data.min_image_side = 1  # px; smaller pictures are replaced, as all bad samples are
+    config.data.max_aspect_ratio = 100.0  # so are longer and thinner ones
+    config.data.max_bad_share = 0.1  # of the samples; more bad ones end the run
     config.data.num_workers = 4  # processes that decode; 0: threads of this process
     config.data.num_threads = 2  # in each
     config.data.augmentation = ml_collections.ConfigDict(dataclasses.asdict(Augmentation()))
@@ -252,7 +258,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise ValueError("\n".join(f"config.{name} must be a finite number" for name in infinite))
     check(
         bool(data.source),
-        "no data: name some with --config.data.source=folder:/pictures, csv:/pairs.csv or array_record:/pairs-*",
+        "no data: name some with --config.data.source=folder:/pictures, csv:/pairs.csv or wds:/data/{00000..00099}.tar",
     )
     check(config.steps > 0 or config.epochs > 0, "config.steps or config.epochs must be positive")
     check(config.steps >= 0, f"config.steps={config.steps} must not be negative")
@@ -270,6 +276,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
     check(config.mesh.fsdp >= 0, "config.mesh.fsdp must not be negative")
     check(config.eval_every >= 0, "config.eval_every must not be negative")
     check(data.num_workers >= 0, "config.data.num_workers must not be negative")
+    check(data.min_image_side > 0, f"config.data.min_image_side={data.min_image_side} must be positive")
+    check(data.max_aspect_ratio >= 1, f"config.data.max_aspect_ratio={data.max_aspect_ratio} must be at least 1")
+    check(0 <= data.max_bad_share <= 1, f"config.data.max_bad_share={data.max_bad_share} must be in [0, 1]")
     check(data.num_threads > 0, "config.data.num_threads must be positive")
     check(model.dtype in DTYPES, f"config.model.dtype={model.dtype!r} must be one of {', '.join(DTYPES)}")
     check(

@@ -16,6 +16,7 @@ import absl.logging
 import ml_collections
 
 from clip_jax.config import load_config_file, override, validate
+from clip_jax.data.bad_samples import TooManyBadSamplesError
 from clip_jax.data.pipeline import UndecodableError
 
 POD_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -128,7 +129,7 @@ def _train(config: ml_collections.ConfigDict, workdir: str) -> int:
         return _mistake(error)
     try:
         return 0 if loop.train(run) else 3
-    except (FloatingPointError, UndecodableError, CheckpointError) as error:
+    except (FloatingPointError, UndecodableError, TooManyBadSamplesError, CheckpointError, OSError) as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
 

@@ -1,16 +1,25 @@
-"""Eight virtual CPU devices for every test, and what the tests of towers and steps share: meshes and a tiny model."""
+"""Eight virtual CPU devices and an empty cache for every test; what tests of towers and steps share."""
 
 import os
+import shutil
+import tempfile
 
 # Read when JAX starts, so they have to stand here before its first import.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="clip_jax_tests_")
 
 import jax
 import numpy as np
 import pytest
 import tiny_training
 from jax.sharding import AxisType, Mesh
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_that_ends_with_the_tests():
+    yield
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -6,76 +6,107 @@ number of hosts, workers and threads, and after any interruption.
 
 import dataclasses
 import multiprocessing
-import os
 import signal
-import threading
+import sys
 from collections.abc import Iterator
 
 import grain
 import numpy as np
 
-from clip_jax.data.images import Augmentation, ImageError, decode_image, training_transform
-from clip_jax.data.sources import PairError, Source
+from clip_jax.data.bad_samples import REASONS
+from clip_jax.data.images import Augmentation, ImageError, decode_pixels, training_pixels
+from clip_jax.data.sources import Mixture, Pair, PairError
 from clip_jax.data.tokenizer import tokenize
+from clip_jax.data.workers import end_with_parent
 
 # Raise this whenever the same pictures would come out as other pixels or tokens: a run then refuses to resume.
-TRANSFORM_VERSION = 1
+TRANSFORM_VERSION = 2
 MAX_NEIGHBOURS = 100
+LARGEST_PART = 64  # examples
+# Grain's shuffle (0.2.18) is no permutation where the greatest index is one of these: index 0 gets the same place.
+UNSHUFFLED = {4**power for power in range(8, 32)}
 
 
 class UndecodableError(ValueError):
-    """More broken pictures in a row than chance explains."""
+    """More bad samples in a row than chance explains."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """From an encoded pair to what a tower sees; ``min_side`` px and ``max_aspect_ratio`` tell pictures to replace."""
+
+    image_size: int
+    context_length: int
+    augmentation: Augmentation
+    min_side: int = 1
+    max_aspect_ratio: float = 100.0
+
+    def __call__(self, pair: Pair, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """``tokens`` int32 ``[L]`` of one of the captions, and ``image`` uint8 ``[S, S, 3]``.
+
+        Raises:
+          ImageError: the picture cannot be used.
+        """
+        caption = draw_caption(pair, rng)
+        image = training_pixels(
+            pair.image, self.image_size, rng, self.augmentation, self.min_side, self.max_aspect_ratio
+        )
+        return {"tokens": tokenize(caption, self.context_length, truncate=True)[0], "image": image}
+
+    def check(self, pair: Pair) -> None:
+        """Raises ImageError if the picture cannot be used."""
+        decode_pixels(pair.image, self.min_side, self.max_aspect_ratio)
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadPair:
-    """Turns a record's index into one training example; never fails on a single broken picture.
+    """Turns a pair's index into one training example; never fails on a single bad sample.
 
-    A picture that cannot be decoded is replaced by the next record that can, which keeps every count exact; the
-    broken record's index is reported beside the example.
+    A sample that cannot be used is replaced by the next of its source that can, which keeps every count exact; its
+    index and what is wrong with it are reported beside the example.
     """
 
-    source: Source
-    image_size: int
-    context_length: int
-    augmentation: Augmentation
+    mixture: Mixture
+    transform: Transform
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         # Unpickling is the one moment that a worker process gives us before it starts to read.
-        if parent := multiprocessing.parent_process():
+        if multiprocessing.parent_process():
             # On Ctrl-C the training process saves first and ends its workers then.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+            end_with_parent()
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Returns ``image`` uint8 ``[S, S, 3]``, ``tokens`` int32 ``[L]``, ``broken`` int64: an index, or -1.
+        """Returns ``image`` uint8 ``[S, S, 3]``, ``tokens`` int32 ``[L]``, and of a sample that was replaced ``bad``
+        int64, its index, and ``bad_reason`` int8, its place in ``REASONS``; else both are -1.
 
         Also ``seed`` uint32, for whatever the step draws for this pair at this visit.
 
         Raises:
-          UndecodableError: the record and its next hundred neighbours are all broken.
+          UndecodableError: the record and its next hundred neighbours are all bad.
         """
-        for neighbour in range(min(MAX_NEIGHBOURS, len(self.source))):
+        problem, tried = None, 0
+        for place in self.mixture.neighbours(index, MAX_NEIGHBOURS):
             try:
-                pair = self.source[(index + neighbour) % len(self.source)]
-                image = decode_image(pair.image)
-            except (ImageError, PairError):
+                example = self.transform(self.mixture[place], rng)
+            except (ImageError, PairError) as error:
+                problem, tried = problem or error, tried + 1
                 continue
-            caption = pair.captions[rng.integers(len(pair.captions))]
-            return {
-                "image": training_transform(image, self.image_size, rng, self.augmentation),
-                "tokens": tokenize(caption, self.context_length, truncate=True)[0],
-                "broken": np.int64(index if neighbour else -1),
+            return example | {
+                "bad": np.int64(index if problem else -1),
+                "bad_reason": np.int8(REASONS.index(problem.reason) if problem else -1),
                 "seed": rng.integers(2**32, dtype=np.uint32),  # drawn last: the others are as without it
             }
-        raise UndecodableError(f"{neighbour + 1} pictures in a row cannot be decoded, from record {index} on")
+        raise UndecodableError(f"{tried} samples in a row cannot be used, from {index} on; the first: {problem}")
 
 
-def _end_with(parent) -> None:
-    """Keeps a worker from outliving a training process that was killed and could not close it."""
-    parent.join()
-    os._exit(1)
+def draw_caption(pair: Pair, rng: np.random.Generator) -> str:
+    """One of a pair's captions, by their weights if it has any."""
+    if not pair.weights:
+        return pair.captions[rng.integers(len(pair.captions))]
+    ends = np.cumsum(pair.weights)
+    return pair.captions[int(np.searchsorted(ends, rng.random() * ends[-1], side="right"))]
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):
@@ -96,20 +127,21 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         position: int = 0,
     ):
         _parse_absl_flags()
-        # Distinct seeds for order and transform come from one: grain derives each by the place in this chain.
-        examples = grain.MapDataset.range(len(load_pair.source)).seed(seed).shuffle().repeat().random_map(load_pair)
+        examples = order(load_pair.mixture, seed).random_map(load_pair)
+        local_batch_size, uneven = divmod(global_batch_size, hosts)
+        if uneven:
+            raise ValueError(f"a global batch of {global_batch_size} cannot be divided among {hosts} hosts")
+        # A thread of grain's makes a whole batch, so large ones are made in parts: all threads begin with the first.
+        self._parts = local_batch_size // _largest_divisor(local_batch_size, LARGEST_PART)
+        ahead = -(-2 * self._parts // max(1, num_workers))  # two batches over all workers
         processes = None
         if num_workers:
-            processes = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
+            processes = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1)
         self._iterator = grain.experimental.ElasticIterator(
             examples,
-            global_batch_size,
+            global_batch_size // self._parts,
             grain.sharding.ShardOptions(shard_index=host, shard_count=hosts),
-            # Two batches' worth ahead over all workers, and no more: an example is some 10 kB to 450 kB.
-            read_options=grain.ReadOptions(
-                num_threads=num_threads,
-                prefetch_buffer_size=2 * global_batch_size // hosts // max(1, num_workers),
-            ),
+            read_options=grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(num_threads, ahead)),
             multiprocessing_options=processes,
         )
         if position:
@@ -120,11 +152,62 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         return self._iterator.get_state()["global_next_index"]
 
     def __next__(self) -> dict[str, np.ndarray]:
-        return next(self._iterator)
+        parts = [next(self._iterator) for _ in range(self._parts)]
+        return (
+            parts[0]
+            if self._parts == 1
+            else {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        )
 
     def close(self) -> None:
         """Ends the worker processes, which otherwise outlive this one."""
         self._iterator.close()
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return next(divisor for divisor in range(min(number, most), 0, -1) if number % divisor == 0)
+
+
+def order(mixture: Mixture, seed: int) -> grain.MapDataset:
+    """Indices of pairs, forever: each source's in a new order in each epoch, by the mixture's weights if it has any."""
+    if mixture.schedule is None:
+        return shuffled(len(mixture), seed)
+    # Grain's second epoch of one seed is the first of the next seed, so neighbouring seeds would share orders.
+    seeds = np.random.SeedSequence(seed).generate_state(len(mixture.sources)).tolist()
+    orders = [shuffled(*arguments) for arguments in zip(map(len, mixture.sources), seeds, strict=True)]
+    return grain.MapDataset.range(sys.maxsize).seed(seed).map(_WeightedOrder(mixture, orders))
+
+
+def shuffled(size: int, seed: int) -> grain.MapDataset:
+    """The numbers below ``size``, forever, each once in an epoch."""
+    # Distinct seeds for order and transform come from one: grain derives each by the place in the chain.
+    if size - 1 not in UNSHUFFLED:
+        return grain.MapDataset.range(size).seed(seed).shuffle().repeat()
+    one_more = grain.MapDataset.range(size + 1).seed(seed).shuffle().repeat()
+    return grain.MapDataset.range(sys.maxsize).seed(seed).map(_WithoutLast(size, one_more))
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithoutLast:
+    """A permutation of the numbers below ``size`` out of one that has a number more."""
+
+    size: int
+    one_more: grain.MapDataset
+
+    def __call__(self, position: int) -> int:
+        epoch, place = divmod(position, self.size)
+        number = self.one_more[epoch * (self.size + 1) + place]
+        return number if number < self.size else self.one_more[epoch * (self.size + 1) + self.size]
+
+
+@dataclasses.dataclass(frozen=True)
+class _WeightedOrder:
+    mixture: Mixture
+    orders: list[grain.MapDataset]
+
+    def __call__(self, position: int) -> int:
+        source, draw = self.mixture.schedule.draw(position)
+        return self.mixture.firsts[source] + self.orders[source][draw]
 
 
 def _parse_absl_flags() -> None:

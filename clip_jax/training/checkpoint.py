@@ -3,8 +3,10 @@
 A folder of a step that a crash left half-written, or that a disk has damaged, is passed over for the one before it.
 """
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -19,7 +21,7 @@ logger = logging.getLogger("clip_jax")
 
 
 class CheckpointError(Exception):
-    """A run has checkpoints, and none of them can be read."""
+    """A run has checkpoints, and none of them can be read; or one cannot be written."""
 
 
 class Restored(NamedTuple):
@@ -38,13 +40,15 @@ class Checkpointer:
         self._manager = ocp.CheckpointManager(workdir / "checkpoints", options=options)
 
     def save(self, step: int, state: TrainState, position: int, data_fingerprint: str) -> None:
-        """Starts a save; returns before it is on disk, but after the state may be donated."""
+        """Starts a save; returns before it is on disk, but after the state may be donated.
+
+        Raises:
+          CheckpointError: the folder cannot be written to, or the save before this one has failed.
+        """
         extra = {"position": position, "data_fingerprint": data_fingerprint}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(_saved_part(state)), data=ocp.args.JsonSave(extra)),
-            force=True,
-        )
+        saved = ocp.args.Composite(state=ocp.args.StandardSave(_saved_part(state)), data=ocp.args.JsonSave(extra))
+        with self._explained():
+            self._manager.save(step, args=saved, force=True)
 
     def preempted(self, step: int) -> bool:
         """Whether any host has been told to stop (SIGTERM); all hosts get the same answer at the same step."""
@@ -92,8 +96,21 @@ class Checkpointer:
         self._manager.reload()
 
     def wait(self) -> None:
-        """Returns when every save is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when every save is on disk.
+
+        Raises:
+          CheckpointError: one of them has failed.
+        """
+        with self._explained():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # orbax and tensorstore raise many kinds for a full disk or a lost permission
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"a checkpoint cannot be written to {self._manager.directory}: {reason}") from error
 
     def close(self) -> None:
         """Waits for saves under way and ends the background threads."""

@@ -24,9 +24,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from clip_jax.config import check_same_run, model_preset, to_json
-from clip_jax.data.images import Augmentation, ImageError, decode_image
-from clip_jax.data.pipeline import TRANSFORM_VERSION, Batches, LoadPair
-from clip_jax.data.sources import PairError, Source, open_source
+from clip_jax.data.bad_samples import REASONS, BadSample, BadSamples, TooManyBadSamplesError
+from clip_jax.data.images import Augmentation, ImageError
+from clip_jax.data.pipeline import TRANSFORM_VERSION, Batches, LoadPair, Transform, UndecodableError
+from clip_jax.data.sources import Mixture, PairError, open_mixture
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.report import write_report
 from clip_jax.evaluation.tasks import EvaluationResults, Evaluations
@@ -62,7 +63,7 @@ class Run(NamedTuple):
 
     config: ml_collections.ConfigDict
     workdir: epath.Path
-    source: Source
+    mixture: Mixture
     evaluations: Evaluations
     mesh: Mesh
     steps: int
@@ -83,15 +84,15 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
         check_same_run(config, saved, workdir)
     mesh = configured_mesh(config)
     check_batch_divides(config.global_batch_size, mesh, config.accumulation_steps)
-    source = open_source(config.data.source)
-    check_first_pair(source, config.data.source)
-    steps = config.steps or math.ceil(config.epochs * len(source) / config.global_batch_size)
+    mixture = open_mixture(config.data.source, config.data.weights)
+    check_first_pairs(mixture, data_transform(config, config.model.vision.image_size))
+    steps = config.steps or math.ceil(config.epochs * len(mixture) / config.global_batch_size)
     if (smaller := config.progressive_resolution.steps) >= steps:
         raise ValueError(
             f"config.progressive_resolution.steps={smaller} must be below the run's {steps} steps, or it never sees "
             "pictures of the model's size"
         )
-    fingerprint = f"{source.fingerprint()}-{len(source)}-seed{config.seed}-transform{TRANSFORM_VERSION}"
+    fingerprint = f"{mixture.fingerprint()}-{len(mixture)}-seed{config.seed}-transform{TRANSFORM_VERSION}"
     before = saved_fingerprint(folder)
     if before is not None and saved is None:
         raise ValueError(f"{workdir} holds checkpoints but no config.json; restore it, or choose another --workdir")
@@ -100,7 +101,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
     evaluations = Evaluations(config)
     start = digest(read_initial_variables(config)) if config.init_from and before is None else ""
     check_hosts_agree(f"{fingerprint} {steps} {start} {dict(mesh.shape)} {to_json(config)}")
-    return Run(config, folder, source, evaluations, mesh, steps, fingerprint)
+    return Run(config, folder, mixture, evaluations, mesh, steps, fingerprint)
 
 
 def read_initial_variables(config: ml_collections.ConfigDict) -> dict:
@@ -147,16 +148,29 @@ def check_workdir(workdir: str) -> epath.Path:
     return folder
 
 
-def check_first_pair(source: Source, name: str) -> None:
-    """Raises ValueError if the source is empty or its first pair cannot be used: it is not what it seemed to be."""
-    if len(source) == 0:
-        raise ValueError(f"config.data.source={name} has no pairs")
-    try:
-        decode_image(source[0].image)
-    except PairError as error:
-        raise ValueError(f"config.data.source={name}: {error}") from None
-    except ImageError as error:
-        raise ValueError(f"config.data.source={name}: its first picture, {source[0].key}: {error}") from None
+def check_first_pairs(mixture: Mixture, transform: Transform) -> None:
+    """Raises ValueError if a source's first pair cannot be used: the source is not what it seemed to be."""
+    for name, source in zip(mixture.names, mixture.sources, strict=True):
+        try:
+            pair = source[0]
+        except PairError as error:
+            raise ValueError(f"config.data.source={name}: {error}") from None
+        try:
+            transform.check(pair)
+        except ImageError as error:
+            raise ValueError(f"config.data.source={name}: its first picture, {pair.key}: {error}") from None
+
+
+def data_transform(config: ml_collections.ConfigDict, image_size: int) -> Transform:
+    """What the config wants done with each pair."""
+    data = config.data
+    return Transform(
+        image_size,
+        config.model.text.context_length,
+        Augmentation(**data.augmentation),
+        data.min_image_side,
+        data.max_aspect_ratio,
+    )
 
 
 def check_hosts_agree(what: str) -> None:
@@ -251,73 +265,122 @@ def train_steps(
 
     Raises:
       FloatingPointError: the loss or the gradient is no longer finite.
+      UndecodableError, TooManyBadSamplesError, OSError: the data cannot be used or read, or the folder of the run not
+        be written to; what was trained until then is saved where that is possible.
     """
     config, first = run.config, run.config.progressive_resolution
     log = StepLog(config.log_every, config.global_batch_size, run.steps, writer)
     step, stopping = int(state.step), False
+    saved = step
+    bad_samples = BadSamples(run.workdir / f"bad_samples{f'-{jax.process_index()}' * (jax.process_index() > 0)}.jsonl")
     image_size = first.image_size if step < first.steps else config.model.vision.image_size
     batches = make_batches(run, position, image_size)
     try:
         while step < run.steps and not stopping:
             if image_size != config.model.vision.image_size and step == first.steps:
-                image_size, position = config.model.vision.image_size, batches.position
+                image_size = config.model.vision.image_size
                 batches.close()
                 batches = make_batches(run, position, image_size)
             with log.waiting_for_data():
                 batch = next(batches)
-            broken = batch.pop("broken")
-            log_broken_pictures(run.source, broken)
+            bad_samples.count(batch.pop("bad_reason"))
+            list_bad_samples(run, bad_samples, batch.pop("bad"))
             if not config.model.patch_dropout:
                 batch.pop("seed")  # nothing is drawn in the step
             batch = to_global_batch(batch, run.mesh)
             state, metrics = train_step(state, batch)
-            step += 1
-            log.add(step, metrics, broken_pictures=int((broken >= 0).sum()))
+            step, position = step + 1, batches.position
+            log.add(step, metrics, input_scalars(run, bad_samples, position) if log.is_due(step) else {})
 
             alone = jax.process_count() == 1
             stopping = interruption.requested if alone else checkpointer.preempted(step)
             if stopping or step == run.steps or step % config.checkpoint_every == 0:
                 log.check_finite(step, metrics)
-                checkpointer.save(step, state, batches.position, run.data_fingerprint)
+                checkpointer.save(step, state, position, run.data_fingerprint)
+                saved = step
             evaluation_is_due = run.evaluations and config.eval_every and step % config.eval_every == 0
             if evaluation_is_due and step < run.steps and not stopping:
                 log.flush()
                 results = evaluate(run, embedder, state, writer)
                 logger.info("step %d  %s", step, results.line())
         log.flush()
+    except (UndecodableError, TooManyBadSamplesError, OSError) as error:
+        # Too many bad samples are found by all hosts at the same step; of the rest other hosts know nothing.
+        if step > saved and (jax.process_count() == 1 or isinstance(error, TooManyBadSamplesError)):
+            save_before_leaving(checkpointer, log, step, metrics, state, position, run.data_fingerprint)
+        raise
     finally:
         batches.close()
     return state
 
 
+def save_before_leaving(
+    checkpointer: Checkpointer,
+    log: StepLog,
+    step: int,
+    metrics: dict[str, jax.Array],
+    state: TrainState,
+    position: int,
+    data_fingerprint: str,
+) -> None:
+    """Saves the last whole step when something else has failed, whose message must not be lost if this fails, too."""
+    try:
+        log.check_finite(step, metrics)
+        checkpointer.save(step, state, position, data_fingerprint)
+        checkpointer.wait()
+        logger.warning("saved step %d before leaving", step)
+    except (FloatingPointError, CheckpointError) as error:
+        logger.warning("step %d could not be saved: %s", step, error)
+
+
+def input_scalars(run: Run, bad_samples: BadSamples, position: int) -> dict[str, float]:
+    """What the metrics say of the data: bad samples of all hosts since the start by reason, and epochs by source.
+
+    Raises:
+      TooManyBadSamplesError: on all hosts alike.
+    """
+    local = np.append(bad_samples.counts, bad_samples.seen)
+    *counts, seen = multihost_utils.process_allgather(local).reshape(-1, len(local)).sum(axis=0).tolist()
+    bad_samples.check(counts, seen, run.config.data.max_bad_share)
+    scalars = {"bad_samples": sum(counts)}
+    scalars |= {f"bad_samples/{reason}": count for reason, count in zip(REASONS, counts, strict=True) if count}
+    epochs = run.mixture.epochs(position)
+    return scalars | {f"epochs/{name}" if len(epochs) > 1 else "epochs": value for name, value in epochs.items()}
+
+
 def make_batches(run: Run, position: int, image_size: int) -> Batches:
     """This host's batches from the data position on."""
     config = run.config
-    data = config.data
-    load_pair = LoadPair(run.source, image_size, config.model.text.context_length, Augmentation(**data.augmentation))
     return Batches(
-        load_pair,
+        LoadPair(run.mixture, data_transform(config, image_size)),
         config.global_batch_size,
         config.seed,
         jax.process_index(),
         jax.process_count(),
-        data.num_workers,
-        data.num_threads,
+        config.data.num_workers,
+        config.data.num_threads,
         position,
     )
 
 
-def log_broken_pictures(source: Source, broken: np.ndarray) -> None:
-    """Names the pairs of this batch that were replaced; ``broken`` is int64 ``[B]``, -1 where all was well."""
-    for index in broken[broken >= 0]:
-        name, reason = f"record {index}", "it could be read this time"
+def list_bad_samples(run: Run, bad_samples: BadSamples, bad: np.ndarray) -> None:
+    """Names those of this batch that are not yet listed; ``bad`` is int64 ``[B]``, -1 where all was well."""
+    transform = data_transform(run.config, run.config.model.vision.image_size)
+    found = []
+    for index in bad[bad >= 0].tolist():
+        if not bad_samples.is_new(index):
+            continue
+        name, reason, message = f"record {index}", "unreadable_file", "it could be read this time"
         try:
-            pair = source[int(index)]
+            pair = run.mixture[index]
             name = pair.key
-            decode_image(pair.image)
+            transform.check(pair)
         except (ImageError, PairError) as error:
-            reason = str(error)
-        logger.warning("replaced a broken picture by the next one: %s: %s", name, reason)
+            reason, message = error.reason, str(error)
+        found.append(BadSample(index, reason, name, message))
+        logger.warning("replaced a bad sample by the next one: %s: %s", name, message)
+    if found:
+        bad_samples.add_to_list(found)
 
 
 def evaluate(
@@ -343,10 +406,10 @@ def _log_start(run: Run, state: TrainState) -> None:
         "%s, %s parameters; %s pairs, batch %s, %s steps (%.1f epochs); %d %s devices, data %d x fsdp %d",
         config.model.name,
         f"{parameters:,}",
-        f"{len(run.source):,}",
+        f"{len(run.mixture):,}",
         f"{config.global_batch_size:,}",
         f"{run.steps:,}",
-        run.steps * config.global_batch_size / len(run.source),
+        run.steps * config.global_batch_size / len(run.mixture),
         jax.device_count(),
         jax.default_backend(),
         data,

@@ -12,6 +12,8 @@ import jax
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from clip_jax.json_lines import open_to_append
+
 logger = logging.getLogger("clip_jax")
 
 
@@ -31,10 +33,7 @@ class MetricWriter:
         self._file: IO | None = None
         if jax.process_index() == 0:
             path = workdir / "metrics.jsonl"
-            cut_short = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-            self._file = path.open("a")
-            if cut_short:  # by a kill; what follows must not join that line
-                self._file.write("\n")
+            self._file = open_to_append(path)
             self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), write_to_disk=True)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
@@ -59,8 +58,8 @@ class StepLog:
 
     def __init__(self, every: int, images_per_step: int, last_step: int, writer: MetricWriter):
         self._every, self._images_per_step, self._last_step, self._writer = every, images_per_step, last_step, writer
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._broken_pictures = 0
+        self._has_data = False
+        self._pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
         self._restart_clock()
 
     @contextlib.contextmanager
@@ -68,19 +67,26 @@ class StepLog:
         """Around the fetching of a batch."""
         started = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - started
+        elapsed = time.perf_counter() - started
+        self._waited += elapsed
+        if not self._has_data:
+            logger.info("first batch after %.1f s", elapsed)
+            self._has_data = True
 
-    def add(self, step: int, metrics: dict[str, jax.Array], broken_pictures: int) -> None:
+    def is_due(self, step: int) -> bool:
+        """Whether this step is one of those that are logged."""
+        return step % self._every == 0 or step == self._last_step
+
+    def add(self, step: int, metrics: dict[str, jax.Array], scalars: dict[str, float]) -> None:
         """Takes the metrics of the step just started, and logs those of the one before.
 
-        ``broken_pictures`` of its batch were replaced on this host; logged is their sum since the program started.
+        ``scalars`` are logged beside them.
 
         Raises:
-          FloatingPointError: its loss or its gradient is not finite.
+          FloatingPointError: the loss or the gradient of the step before is not finite.
         """
         self._log_pending()
-        self._pending = (step, metrics)
-        self._broken_pictures += broken_pictures
+        self._pending = (step, metrics, scalars)
 
     def flush(self) -> None:
         """Logs the last step. What follows, an evaluation or the end, is not counted as training time."""
@@ -105,20 +111,20 @@ class StepLog:
     def _log_pending(self) -> None:
         if self._pending is None:
             return
-        step, metrics = self._pending
+        step, metrics, others = self._pending
         self._pending = None
         self.check_finite(step, metrics)
         now = time.perf_counter()
         if self._since is None:
             self._since = (now, step)  # the first step's time is mostly compilation
             self._waited = 0.0
-        if step % self._every and step != self._last_step:
+        if not self.is_due(step):
             return
-        scalars = {name: float(value) for name, value in metrics.items()}
-        scalars["broken_pictures"] = self._broken_pictures
+        scalars = {name: float(value) for name, value in metrics.items()} | others
         elapsed, steps = now - self._since[0], step - self._since[1]
         if steps:
             scalars["images_per_second"] = self._images_per_step * steps / elapsed
+            scalars["images_per_second_per_host"] = scalars["images_per_second"] / jax.process_count()
             scalars["data_wait_share"] = self._waited / elapsed
             scalars["seconds_left"] = elapsed / steps * (self._last_step - step)
             self._since, self._waited = (now, step), 0.0
@@ -139,6 +145,9 @@ def progress_line(step: int, last_step: int, scalars: dict[str, float]) -> str:
         parts.append(f"{rate:,.0f} images/s")
         if jax.device_count() > 1:
             parts.append(f"{rate / jax.device_count():,.1f} images/s/chip")
+        if jax.process_count() > 1:
+            parts.append(f"{scalars['images_per_second_per_host']:,.0f} images/s/host")
+        parts.append(f"input wait {scalars['data_wait_share']:.0%}")
         parts.append(f"{format_duration(scalars['seconds_left'])} left")
     return "  ".join(parts)
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clip_jax.data.bad_samples import REASONS
 from clip_jax.data.images import Augmentation
-from clip_jax.data.pipeline import Batches, LoadPair, UndecodableError
-from clip_jax.data.sources import Pair, open_source
+from clip_jax.data.pipeline import Batches, LoadPair, Transform, UndecodableError
+from clip_jax.data.sources import Mixture, Pair, open_source
 
 
 class Numbered:
@@ -29,8 +30,10 @@ class Numbered:
 
 
 def batches(source=None, **arguments) -> Batches:
-    load_pair = LoadPair(source or Numbered(), 8, 16, Augmentation())
-    return Batches(load_pair, **({"global_batch_size": 4, "seed": 3} | arguments))
+    mixture = source if isinstance(source, Mixture) else Mixture(["numbers"], [source or Numbered()])
+    return Batches(
+        LoadPair(mixture, Transform(8, 16, Augmentation())), **({"global_batch_size": 4, "seed": 3} | arguments)
+    )
 
 
 def take(stream: Batches, count: int) -> list[dict[str, np.ndarray]]:
@@ -100,14 +103,16 @@ def test_a_broken_picture_becomes_its_next_neighbour_and_is_reported():
     taken = take(batches(Numbered(broken=(5, 6))), 3)
     drawn = numbers(taken)[:11]
     assert sorted(drawn) == sorted([*range(5), 7, 7, *range(7, 11)])
-    reported = [index for batch in taken for index in batch["broken"] if index >= 0]
+    reported = [index for batch in taken for index in batch["bad"] if index >= 0]
     assert set(reported) == {5, 6}
+    reasons = [REASONS[reason] for batch in taken for reason in batch["bad_reason"] if reason >= 0]
+    assert reasons == ["undecodable"] * len(reported)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_pictures_that_are_all_broken_end_the_stream_with_an_error(num_workers):
     stream = batches(Numbered(broken=tuple(range(11))), num_workers=num_workers)
-    with pytest.raises(UndecodableError, match="11 pictures in a row"):
+    with pytest.raises(UndecodableError, match="11 samples in a row"):
         take(stream, 1)
     stream.close()
 

@@ -79,8 +79,9 @@ def test_a_missing_picture_of_a_csv_is_a_broken_pair_rather_than_fatal(tmp_path)
     [
         (b"not msgpack", "record 0 is damaged"),
         (msgpack.packb({"captions": ["a"]}), "record 0 is damaged"),
-        (msgpack.packb({"image": b"", "captions": []}), "at least one text"),
-        (msgpack.packb({"image": b"", "captions": [3]}), "at least one text"),
+        (msgpack.packb({"image": "text", "captions": ["a"]}), "must be bytes"),
+        (msgpack.packb({"image": b"", "captions": []}), "has no caption"),
+        (msgpack.packb({"image": b"", "captions": [3]}), "captions is int, not text"),
     ],
 )
 def test_a_damaged_record_is_a_broken_pair(tmp_path, record, expected):
@@ -111,19 +112,24 @@ def test_a_file_that_is_not_utf_8_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ("image,caption\na.png,\n", "line 2: the caption is empty"),
+        ("image,caption\na.png,\n", "line 2 has no caption"),
         ("image,caption\n \t,a\n", "line 2: the image is empty"),
-        ("image,caption\n", "has no rows"),
     ],
 )
-def test_a_csv_with_gaps_is_refused(tmp_path, rows, expected):
+def test_a_gap_in_a_csv_is_a_bad_sample(tmp_path, rows, expected):
     (tmp_path / "pairs.csv").write_text(rows)
-    with pytest.raises(ValueError, match=expected):
+    with pytest.raises(PairError, match=expected):
+        open_source(f"csv:{tmp_path}/pairs.csv")[0]
+
+
+def test_a_csv_without_rows_is_refused(tmp_path):
+    (tmp_path / "pairs.csv").write_text("image,caption\n")
+    with pytest.raises(ValueError, match="has no rows"):
         open_source(f"csv:{tmp_path}/pairs.csv")
 
 
 def test_an_unknown_option_of_a_csv_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="nothing else"):
+    with pytest.raises(ValueError, match="there is no option 'separator', only image, caption"):
         open_source(f"csv:{tmp_path}/pairs.csv?separator=;")
 
 

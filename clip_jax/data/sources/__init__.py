@@ -1,0 +1,70 @@
+"""Where pairs come from: random access by index to encoded pictures and their captions.
+
+A source is named by one string, ``kind:where``, with options as in a web address; several are joined by `` + ``:
+
+==========================================  ========================================================================
+``wds:/data/{00000..00099}.tar``            shards of WebDataset or img2dataset, read in place
+``array_record:/data/pairs-*``              ArrayRecord files of msgpack maps with ``image`` (bytes) and ``captions``,
+                                            and, if wanted, ``key`` and ``label``: what ``clip_jax.prepare`` writes
+``tfds:coco_captions/train``                TensorFlow Datasets, prepared as ArrayRecord files
+``parquet:/data/*.parquet``                 Parquet files with the pictures' bytes, as Hugging Face writes them
+``csv:/pairs.csv``, ``tsv:``, ``jsonl:``    a table of paths, relative to its file, and captions
+``folder:/pictures``                        pictures, each beside a ``.txt`` of the same name with a caption a line
+``emoji:noto,twemoji/train``                the pairs that ship: styles (noto, twemoji, openmoji), then a split (train,
+                                            held_out, or all)
+==========================================  ========================================================================
+
+Options: ``image``, ``caption`` (or ``text``), ``label``, ``template``, ``clean`` (:mod:`clip_jax.data.sources.fields`);
+``index=FOLDER`` where the index of tars and tables is kept; ``data_dir`` of TensorFlow Datasets.
+"""
+
+from clip_jax.data.sources.array_record import EMOJI_FOLDER, ArrayRecordSource, open_array_record, open_emoji
+from clip_jax.data.sources.base import Pair, PairError, Source
+from clip_jax.data.sources.mixture import Mixture
+from clip_jax.data.sources.parquet import open_parquet
+from clip_jax.data.sources.tables import open_folder, open_table
+from clip_jax.data.sources.tfds import open_tfds
+from clip_jax.data.sources.webdataset import open_webdataset
+
+__all__ = ["EMOJI_FOLDER", "ArrayRecordSource", "Mixture", "Pair", "PairError", "Source", "open_mixture", "open_source"]
+
+OPENERS = {
+    "wds": open_webdataset,
+    "array_record": open_array_record,
+    "tfds": open_tfds,
+    "parquet": open_parquet,
+    "csv": lambda where: open_table("csv", where),
+    "tsv": lambda where: open_table("tsv", where),
+    "jsonl": lambda where: open_table("jsonl", where),
+    "folder": open_folder,
+    "emoji": open_emoji,
+}
+JOIN = " + "
+
+
+def open_source(name: str) -> Source:
+    """Opens the source, or the sources one after the other, that a string names (see the module's documentation).
+
+    Raises:
+      FileNotFoundError: a file or folder is missing.
+      ValueError: the string or what it names is not as it should be.
+    """
+    mixture = open_mixture(name)
+    return mixture.sources[0] if len(mixture.sources) == 1 else mixture
+
+
+def open_mixture(name: str, weights: str = "") -> Mixture:
+    """The same with how much of each is drawn: ``weights`` as in ``3:1``, or empty for each pair alike.
+
+    Raises:
+      FileNotFoundError, ValueError: as :func:`open_source`; or the weights cannot be.
+    """
+    names = [part.strip() for part in name.split(JOIN)]
+    return Mixture(names, [_open_one(part) for part in names], weights)
+
+
+def _open_one(name: str) -> Source:
+    kind, _, where = name.partition(":")
+    if kind not in OPENERS or not where:
+        raise ValueError(f"{name!r} names no source: write {', '.join(f'{kind}:...' for kind in OPENERS)}")
+    return OPENERS[kind](where)

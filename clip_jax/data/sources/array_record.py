@@ -1,0 +1,83 @@
+"""Pairs from ArrayRecord files: what ``python -m clip_jax.prepare`` writes, and what ships with the project."""
+
+import os
+import pathlib
+from collections.abc import Sequence
+
+import msgpack
+from grain.sources import ArrayRecordDataSource
+
+from clip_jax.data.sources.base import Pair, PairError
+from clip_jax.data.sources.digest import digest
+from clip_jax.data.sources.fields import Fields, parse_fields, split_options
+from clip_jax.data.sources.files import expand
+
+EMOJI_FOLDER = pathlib.Path(__file__).parent.parent / "emoji"
+EMOJI_STYLES = ("noto", "twemoji", "openmoji")
+EMOJI_SPLITS = ("train", "held_out")
+DEFAULT_FIELDS = Fields(image=("image",), captions=(("captions", 1.0),), label="label")
+
+
+class ArrayRecordSource:
+    """Pairs from ArrayRecord files of msgpack maps, in the order of the files.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is not an ArrayRecord file.
+    """
+
+    def __init__(self, paths: Sequence[str], fields: Fields = DEFAULT_FIELDS):
+        for path in paths:
+            if not pathlib.Path(path).is_file():
+                raise FileNotFoundError(f"no ArrayRecord file {path}")
+        self._paths, self._fields = list(paths), fields
+        try:
+            self._records = ArrayRecordDataSource(self._paths)
+        except RuntimeError as error:
+            raise ValueError(f"not ArrayRecord files: {', '.join(self._paths)}: {_first_line(error)}") from None
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Pair:
+        try:
+            record = msgpack.unpackb(self._records[index])
+            image = next(record[field] for field in self._fields.image if field in record)
+            key = record.get("key", "")
+        except Exception as error:  # msgpack and the reader raise many kinds for damaged bytes
+            raise PairError(f"record {index} is damaged: {type(error).__name__}: {_first_line(error)}") from None
+        if not isinstance(image, bytes):
+            raise PairError(f"record {index}: the picture must be bytes")
+        name = key or f"record {index}"
+        captions, weights = self._fields.captions_of(record.get, name)
+        if self._fields.captions == DEFAULT_FIELDS.captions and len(record.get("weights", ())) == len(captions):
+            weights = record["weights"]  # as the source had them that these files were written from
+        return Pair(image, captions, name, self._fields.label_of(record.get), weights)
+
+    def fingerprint(self) -> str:
+        files = [(os.path.basename(path), os.path.getsize(path)) for path in self._paths]
+        return digest(files) if self._fields == DEFAULT_FIELDS else digest(files, repr(self._fields))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def open_array_record(where: str) -> ArrayRecordSource:
+    place, options = split_options(where)
+    fields, _ = parse_fields(options, DEFAULT_FIELDS, f"array_record:{where}")
+    return ArrayRecordSource(expand(place), fields)
+
+
+def open_emoji(where: str) -> ArrayRecordSource:
+    styles, _, split = where.partition("/")
+    splits = EMOJI_SPLITS if split == "all" else (split,)
+    unknown = [style for style in styles.split(",") if style not in EMOJI_STYLES]
+    if unknown or not set(splits) <= set(EMOJI_SPLITS):
+        raise ValueError(
+            f"emoji:{where}: write emoji:STYLES/SPLIT with styles from {', '.join(EMOJI_STYLES)} and a split from "
+            f"{', '.join(EMOJI_SPLITS)}, all"
+        )
+    return ArrayRecordSource(
+        [str(EMOJI_FOLDER / f"{style}-{split}.array_record") for style in styles.split(",") for split in splits]
+    )

@@ -1,0 +1,42 @@
+"""What a source of pairs is, and what it says when a record is none."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+
+class Pair(NamedTuple):
+    """An encoded picture, at least one caption of it, a name for it in messages, and its class if it has one.
+
+    ``weights`` say how often each caption is drawn, relative to the others; empty: all alike.
+    """
+
+    image: bytes
+    captions: Sequence[str]
+    key: str
+    label: str = ""
+    weights: Sequence[float] = ()
+
+
+class PairError(ValueError):
+    """A record that is no pair; the message is one line that says which and why, ``reason`` is a word to count by."""
+
+    def __init__(self, message: str, reason: str = "damaged_record"):
+        super().__init__(message, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+class Source(Protocol):
+    """Random access to pairs. Must be picklable: worker processes get a copy, so nothing large may be part of it."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Pair:
+        """Raises PairError if this record cannot be used."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A digest that changes when the pairs or their order do; two runs over equal sources see equal data."""
+        ...

@@ -1,0 +1,145 @@
+"""Which fields of a record are its picture, its captions and its class, as the options of a source's name say.
+
+``image=url,picture`` are tried in that order. Of ``caption=txt:3,json.alt:1`` each that a record has gives captions;
+the numbers say how often one of that field is drawn. ``json.alt`` is the entry ``alt`` of the JSON in ``json``. Each
+``template=a photo of a {}`` is filled in with every caption. ``clean=1`` cleans them (:func:`clean_caption`).
+"""
+
+import dataclasses
+import html
+import json
+import math
+import re
+import urllib.parse
+from collections.abc import Callable
+
+from clip_jax.data.sources.base import PairError
+
+TAG = re.compile(r"<[^<>]{1,500}>")
+ADDRESS = re.compile(r"\b(?:https?://|www\.)\S+|\S+@\S+\.\w+")
+FILE_NAME = re.compile(r"\b[\w-]+\.(?:jpe?g|png|gif|webp|tiff?|bmp)\b", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """The fields of one source; ``captions`` are names with their weights."""
+
+    image: tuple[str, ...]
+    captions: tuple[tuple[str, float], ...]
+    label: str = ""
+    templates: tuple[str, ...] = ()
+    clean: bool = False
+
+    def captions_of(self, get: Callable[[str], object], name: str) -> tuple[list[str], list[float]]:
+        """All captions of a record, and how often each is drawn if the fields differ in that.
+
+        Args:
+          get: from a field's name to its value: a text, a list of texts, or None.
+          name: of the record, for messages.
+
+        Raises:
+          PairError: there is none, or one that is no text.
+        """
+        captions, weights = [], []
+        for field, weight in self.captions:
+            value = get(field)
+            texts = value if isinstance(value, list | tuple) else [] if value is None else [value]
+            for text in texts:
+                if not isinstance(text, str):
+                    raise PairError(f"{name}: {field} is {type(text).__name__}, not text", "damaged_record")
+            if self.clean:
+                texts = [clean_caption(text) for text in texts]
+            texts = [text.strip() for text in texts if text.strip()]
+            if self.templates:
+                texts = [template.replace("{}", text) for text in texts for template in self.templates]
+            captions += texts
+            weights += [weight / len(texts) for _ in texts]
+        if not captions:
+            wanted = ", ".join(field for field, _ in self.captions)
+            raise PairError(f"{name} has no caption: {wanted} is missing or empty", "empty_caption")
+        return captions, weights if len(self.captions) > 1 else []
+
+    def label_of(self, get: Callable[[str], object]) -> str:
+        value = get(self.label) if self.label else None
+        return "" if value is None else str(value).strip()
+
+
+def clean_caption(text: str) -> str:
+    """Without HTML tags, entities, addresses and names of picture files; blanks as single spaces."""
+    text = html.unescape(TAG.sub(" ", html.unescape(text)))
+    return " ".join(FILE_NAME.sub(" ", ADDRESS.sub(" ", text)).split())
+
+
+def split_options(where: str) -> tuple[str, str]:
+    """The place and the options of ``place?name=value&...``; a ``?`` that is part of a pattern stays in the place."""
+    place, mark, options = where.rpartition("?")
+    return (place, options) if mark and "=" in options else (where, "")
+
+
+def parse_fields(options: str, defaults: Fields, name: str, also: tuple[str, ...] = ()) -> tuple[Fields, dict]:
+    """The fields that a source's options name, and those of its options that are listed in ``also``.
+
+    Raises:
+      ValueError: an option is unknown or its value cannot be.
+    """
+    known = ("image", "caption", "text", "label", "template", "clean", *also)
+    values = urllib.parse.parse_qs(options, keep_blank_values=True)
+    if "text" in values and "caption" in values:
+        raise ValueError(f"{name}: text and caption are the same option")
+    for option, given in values.items():
+        if option not in known:
+            raise ValueError(f"{name}: there is no option {option!r}, only {', '.join(known)}")
+        if option != "template" and len(given) > 1:
+            raise ValueError(f"{name}: the option {option} is given {len(given)} times")
+    if "text" in values:
+        values["caption"] = values["text"]
+    changes: dict[str, object] = {}
+    if "image" in values:
+        changes["image"] = tuple(values["image"][0].split(","))
+    if "caption" in values:
+        changes["captions"] = tuple(_weighted(part, name) for part in values["caption"][0].split(","))
+    if "label" in values:
+        changes["label"] = values["label"][0]
+    if "template" in values:
+        changes["templates"] = tuple(values["template"])
+        wrong = [template for template in values["template"] if template.count("{}") != 1]
+        if wrong:
+            raise ValueError(f"{name}: the template {wrong[0]!r} must have one {{}}, the place of the caption")
+    if "clean" in values:
+        if values["clean"][0] not in ("0", "1"):
+            raise ValueError(f"{name}: clean={values['clean'][0]} must be 0 or 1")
+        changes["clean"] = values["clean"][0] == "1"
+    return dataclasses.replace(defaults, **changes), {key: values[key][0] for key in also if key in values}
+
+
+def _weighted(part: str, name: str) -> tuple[str, float]:
+    field, colon, weight = part.partition(":")
+    try:
+        value = float(weight) if colon else 1.0
+    except ValueError:
+        value = math.nan
+    if not (field and math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: caption={part} must be a field, or FIELD:WEIGHT with a weight above 0")
+    return field, value
+
+
+def nested(get: Callable[[str], object], name: str) -> Callable[[str], object]:
+    """A getter that also knows ``field.entry``: the entry of the JSON that the field holds.
+
+    Its values are looked up in the field once. Raises PairError, on use, if the field holds no JSON.
+    """
+    read: dict[str, object] = {}
+
+    def value_of(field: str) -> object:
+        outer, dot, inner = field.partition(".")
+        if not dot:
+            return get(field)
+        if outer not in read:
+            text = get(outer)
+            try:
+                read[outer] = text if text is None or isinstance(text, dict) else json.loads(text)
+            except ValueError as error:
+                raise PairError(f"{name}: {outer} is no JSON: {error}", "damaged_record") from None
+        return read[outer].get(inner) if isinstance(read[outer], dict) else None
+
+    return value_of

@@ -1,0 +1,237 @@
+"""Where each record of a WebDataset shard lies: the run of tar members that share a key.
+
+A record is one 64-bit number: the block of its first header (38 bits; a block is 512 bytes), how many blocks it takes
+(23 bits, 4 GiB) and what is wrong with it (3 bits).
+"""
+
+import io
+import tarfile
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+BLOCK = tarfile.BLOCKSIZE
+START_BITS, LENGTH_BITS = 38, 23
+PROBLEMS = ("", "duplicate_key", "truncated_file", "unsafe_name", "too_large")
+
+# Of a header (POSIX 1003.1-1988, and GNU's variant): name, size in octal digits, kind, magic, start of a long name.
+NAME, SIZE, KIND, MAGIC, PREFIX = slice(0, 100), slice(124, 136), 156, slice(257, 265), slice(345, 500)
+USTAR, GNU = b"ustar\x0000", b"ustar  \x00"
+PLAIN_FILES = (b"0"[0], 0)
+FOLDER = b"5"[0]
+EXTENDED = b"x"[0]  # a header about the next one, as Python's tarfile writes for each file with a time in fractions
+SPOKEN_FOR = (b" path=", b" size=", b" GNU.sparse")  # what of it would change a file's name or place
+
+
+class Member(NamedTuple):
+    """A plain file in a tar; ``start``, ``data`` and ``end`` are bytes: of its first header, its contents, its end."""
+
+    name: str
+    start: int
+    data: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        return self.data + -(-self.size // BLOCK) * BLOCK
+
+
+def pack(start: int, length: int, problem: int) -> int:
+    """Blocks into the number of a record."""
+    return problem << (START_BITS + LENGTH_BITS) | length << START_BITS | start
+
+
+def unpack(record: int) -> tuple[int, int, str]:
+    """Start and length in bytes, and the problem, or an empty text."""
+    start = record & ((1 << START_BITS) - 1)
+    length = record >> START_BITS & ((1 << LENGTH_BITS) - 1)
+    return start * BLOCK, length * BLOCK, PROBLEMS[record >> (START_BITS + LENGTH_BITS)]
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """WebDataset's key and field: at the first dot after the last slash; the field in lower case."""
+    dot = name.find(".", name.rfind("/") + 1)
+    return (name, "") if dot < 0 else (name[:dot], name[dot + 1 :].lower())
+
+
+def index_shard(data: np.ndarray | bytes) -> tuple[np.ndarray, str]:
+    """All records of a tar file.
+
+    Args:
+      data: uint8 ``[bytes]``, or the same as bytes; may be mapped, since hardly more than the headers is looked at.
+
+    Returns:
+      uint64 ``[records]`` and, if the file is damaged or ends too early, what was found; else an empty text.
+    """
+    data = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
+    members, problem = _plain_members(data), ""
+    if members is None:
+        members, problem = _members_by_tarfile(data)
+    if members and members[-1].end > len(data):
+        problem = f"{members[-1].name} ends {members[-1].end - len(data):,} bytes after the file"
+    elif not problem and len(data) % BLOCK and np.any(data[-(len(data) % BLOCK) :]):
+        problem = "the file ends within a header"
+    records = list(_records(members, len(data)))
+    if problem and not (records and unpack(records[-1])[2] == "truncated_file"):
+        # What follows is lost, and counts as one bad record: a shard that shrank must not pass for a whole one.
+        records.append(pack(len(data) // BLOCK, 0, PROBLEMS.index("truncated_file")))
+    return np.array(records, np.uint64), problem
+
+
+def _plain_members(data: np.ndarray) -> list[Member] | None:
+    """The files of a tar, found all at once by the magic word of each header.
+
+    None if the headers so found do not follow one another exactly or leave something to others, as with long names,
+    sizes over 8 GiB, or a picture that holds what looks like a header.
+    """
+    blocks = data[: len(data) // BLOCK * BLOCK].reshape(-1, BLOCK)
+    # The first letter alone first: one byte of a block tells most of them apart.
+    candidates = np.flatnonzero(blocks[:, MAGIC.start] == USTAR[0])
+    magic = np.ascontiguousarray(blocks[candidates, MAGIC]).view("S8").ravel()
+    posix = magic == USTAR
+    is_header = posix | (magic == GNU.rstrip(b"\0"))
+    candidates, posix = candidates[is_header], posix[is_header]
+    if not len(candidates):
+        return [] if not np.any(blocks) and len(data) % BLOCK == 0 else None
+    headers = blocks[candidates]
+    digits = headers[:, SIZE][:, :11].astype(np.int64) - ord("0")
+    ends_well = np.isin(headers[:, SIZE.stop - 1], (0, ord(" ")))
+    kinds = headers[:, KIND]
+    plain = np.isin(kinds, (*PLAIN_FILES, FOLDER, EXTENDED)).all() and kinds[-1] != EXTENDED
+    if not plain or not ends_well.all() or digits.min() < 0 or digits.max() > 7:
+        return None
+    sizes = digits @ 8 ** np.arange(10, -1, -1)
+    following = candidates + 1 + -(-sizes // BLOCK)
+    whole = candidates[0] == 0 and np.array_equal(following[:-1], candidates[1:])
+    # After the last member: the end of the file, or a block of zeros.
+    if not whole or (following[-1] < len(blocks) and np.any(blocks[following[-1]])):
+        return None
+    extended = kinds == EXTENDED
+    if extended.any():
+        told = blocks[candidates[extended] + 1]
+        if sizes[extended].max() > BLOCK or np.any(extended[:-1] & extended[1:]) or _speaks_for_file(told.tobytes()):
+            return None
+    names = np.ascontiguousarray(headers[:, NAME]).view("S100").ravel().tolist()
+    prefixes = np.ascontiguousarray(headers[:, PREFIX]).view("S155").ravel()
+    if np.any(posix & (prefixes != b"")):
+        names = [
+            prefix + b"/" + name if has and prefix else name
+            for name, prefix, has in zip(names, prefixes.tolist(), posix.tolist(), strict=True)
+        ]
+    data_starts = (candidates + 1) * BLOCK
+    starts = np.where(np.roll(extended, 1), np.roll(candidates, 1), candidates) * BLOCK
+    rows = zip(names, starts.tolist(), data_starts.tolist(), sizes.tolist(), kinds.tolist(), strict=True)
+    return [
+        Member(name.partition(b"\0")[0].decode("utf-8", "surrogateescape"), start, data_start, size)
+        for name, start, data_start, size, kind in rows
+        if kind in PLAIN_FILES
+    ]
+
+
+def _speaks_for_file(extended: bytes) -> bool:
+    return any(word in extended for word in SPOKEN_FOR)
+
+
+def _members_by_tarfile(data: np.ndarray) -> tuple[list[Member], str]:
+    """The same by the standard library, which knows every variant; and what it says where it cannot go on."""
+    found = []
+    try:
+        with tarfile.open(fileobj=_Reader(data), mode="r:") as tar:
+            for entry in tar:
+                if entry.isreg():
+                    found.append(Member(entry.name, entry.offset, entry.offset_data, entry.size))
+                tar.members = []  # tarfile would keep all
+            end = tar.offset
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
+        return found, " ".join(str(error).split()) or type(error).__name__
+    # tarfile takes a damaged header in the middle for the end.
+    rest = data[end : end + BLOCK]
+    return found, f"no header at byte {end:,}" if np.any(rest) else ""
+
+
+class _Reader(io.RawIOBase):
+    """Mapped bytes as a file, of which only what is asked for is read."""
+
+    def __init__(self, data: np.ndarray):
+        self._data, self._place = data, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: len(self._data)}[whence]
+        return self._place
+
+    def readinto(self, buffer: bytearray) -> int:
+        piece = self._data[self._place : self._place + len(buffer)]
+        buffer[: len(piece)] = piece.tobytes()
+        self._place += len(piece)
+        return len(piece)
+
+
+def _records(members: Iterable[Member], size: int) -> Iterator[int]:
+    """Runs of neighbours with one key, as numbers; a field that comes twice begins another record."""
+    keys: set[str] = set()
+    key, fields, start, end, problem = None, set(), 0, 0, 0
+
+    def record() -> int:
+        length = (end - start) // BLOCK
+        if start // BLOCK >= 1 << START_BITS or length >= 1 << LENGTH_BITS:
+            return pack(min(start // BLOCK, (1 << START_BITS) - 1), 0, PROBLEMS.index("too_large"))
+        return pack(start // BLOCK, length, problem)
+
+    for member in members:
+        member_key, field = split_name(member.name)
+        if member_key != key or field in fields:
+            if key is not None:
+                yield record()
+            key, fields, start = member_key, set(), member.start
+            problem = PROBLEMS.index("duplicate_key") if key in keys else 0
+            if member.name.startswith("/") or (".." in member.name and ".." in member.name.split("/")):
+                problem = PROBLEMS.index("unsafe_name")
+            keys.add(key)
+        fields.add(field)
+        end = member.end
+        if end > size:
+            problem = PROBLEMS.index("truncated_file")
+    if key is not None:
+        yield record()
+
+
+def read_members(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the files of a record, as :func:`index_shard` found it.
+
+    Raises:
+      tarfile.TarError: this is no longer the record that was indexed.
+    """
+    place = 0
+    while place < len(data):
+        header = data[place : place + BLOCK]
+        kind, digits = header[KIND], header[SIZE].rstrip(b"\0 ")
+        plain = header[MAGIC] in (USTAR, GNU) and digits.isdigit() and not header[PREFIX.start]
+        size, start = int(digits, 8) if plain else 0, place + BLOCK
+        if kind == EXTENDED and plain and not _speaks_for_file(data[start : start + size]):
+            place = start + -(-size // BLOCK) * BLOCK
+            continue
+        if kind == FOLDER and plain:
+            place = start
+            continue
+        if kind not in PLAIN_FILES or not plain:
+            yield from _read_by_tarfile(data[place:])
+            return
+        yield header[NAME].partition(b"\0")[0].decode("utf-8", "surrogateescape"), data[start : start + size]
+        place = start + -(-size // BLOCK) * BLOCK
+
+
+def _read_by_tarfile(data: bytes) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        for entry in tar:
+            if entry.isreg():
+                yield entry.name, tar.extractfile(entry).read()

@@ -1,0 +1,113 @@
+"""Pairs from a data set of TensorFlow Datasets that was prepared as ArrayRecord files; TensorFlow is not needed.
+
+Fields of fields are named with slashes: ``tfds:coco_captions/train?image=image&text=captions/text``.
+"""
+
+from collections.abc import Callable
+
+from clip_jax.data.sources.base import Pair, PairError
+from clip_jax.data.sources.digest import digest
+from clip_jax.data.sources.fields import Fields, parse_fields, split_options
+
+DEFAULT_FIELDS = Fields(image=("image",), captions=(("captions/text", 1.0),))
+
+
+class TFDSSource:
+    """Pairs of one split, in its order.
+
+    Raises:
+      FileNotFoundError: the data set or the split is not there.
+      ValueError: it is not prepared as ArrayRecord, or has no such field.
+    """
+
+    def __init__(self, name: str, split: str, fields: Fields, data_dir: str | None = None):
+        try:
+            import tensorflow_datasets as tfds
+        except ImportError:
+            raise ValueError(f"tfds:{name} needs tensorflow-datasets: pip install 'clip-jax-tpu[tfds]'") from None
+        self._name, self._split, self._fields, self._data_dir = name, split, fields, data_dir
+        try:
+            builder = tfds.builder(name, data_dir=data_dir)
+            known = builder.info.splits
+        except Exception as error:  # tfds raises kinds of its own, whose first line says it
+            raise FileNotFoundError(f"tfds:{name}: {_first_line(error)}") from None
+        if not known:
+            raise FileNotFoundError(
+                f"tfds:{name} is not prepared in {builder.data_dir}: tfds build {name} --file_format=array_record"
+            )
+        if split.partition("[")[0] not in known:
+            raise FileNotFoundError(f"tfds:{name} has no split {split!r}, only {', '.join(known)}")
+        features = builder.info.features
+        for field in [*fields.image, *(field for field, _ in fields.captions), *filter(None, [fields.label])]:
+            _check_field(features, field, f"tfds:{name}")
+        self._version = str(builder.info.full_name)
+        label = features[fields.label] if fields.label and "/" not in fields.label else None
+        self._label_names = list(getattr(label, "names", None) or [])
+        try:
+            decoders = {field: tfds.decode.SkipDecoding() for field in fields.image}
+            self._records = builder.as_data_source(split, decoders=decoders)
+        except Exception as error:
+            raise ValueError(f"tfds:{name}: {_first_line(error)}") from None
+
+    def __reduce__(self) -> tuple:
+        return TFDSSource, (self._name, self._split, self._fields, self._data_dir)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Pair:
+        name = f"{self._name}/{self._split}, record {index}"
+        try:
+            record = self._records[index]
+        except Exception as error:
+            raise PairError(f"{name} is damaged: {type(error).__name__}: {_first_line(error)}") from None
+        image = next((value for field in self._fields.image if isinstance(value := _find(record, field), bytes)), None)
+        if image is None:
+            raise PairError(f"{name} has no picture's bytes in {', '.join(self._fields.image)}", "no_picture")
+        get = _texts_of(record)
+        captions, weights = self._fields.captions_of(get, name)
+        label = self._fields.label_of(get)
+        if self._label_names:
+            label = self._label_names[int(label)]
+        return Pair(image, captions, name, label, weights)
+
+    def fingerprint(self) -> str:
+        return digest(self._version, self._split, len(self), repr(self._fields))
+
+
+def _check_field(features, field: str, name: str) -> None:
+    found = features
+    for part in field.split("/"):
+        found = getattr(found, "feature", found)  # of a sequence: what it repeats
+        if part not in (getattr(found, "keys", list)() or ()):
+            raise ValueError(f"{name} has no field {field!r}, only {', '.join(features.keys())}")
+        found = found[part]
+
+
+def _find(record: object, field: str) -> object:
+    for part in field.split("/"):
+        record = [item[part] for item in record] if isinstance(record, list) else record[part]
+    return record
+
+
+def _texts_of(record: dict) -> Callable[[str], object]:
+    def text(value: object) -> object:
+        if isinstance(value, list | tuple) or hasattr(value, "tolist"):
+            values = value.tolist() if hasattr(value, "tolist") else value
+            return [text(item) for item in values] if isinstance(values, list | tuple) else text(values)
+        return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+    return lambda field: text(_find(record, field))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def open_tfds(where: str) -> TFDSSource:
+    place, options = split_options(where)
+    fields, others = parse_fields(options, DEFAULT_FIELDS, f"tfds:{where}", also=("data_dir",))
+    name, slash, split = place.rpartition("/")
+    if not slash or not split:
+        raise ValueError(f"tfds:{where}: write tfds:NAME/SPLIT")
+    return TFDSSource(name, split, fields, others.get("data_dir"))

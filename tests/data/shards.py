@@ -1,0 +1,43 @@
+"""Small shards for the tests of sources and of the pipeline."""
+
+import io
+import json
+import pathlib
+import tarfile
+
+from PIL import Image
+
+
+def picture(number: int, size: int = 8, kind: str = "PNG") -> bytes:
+    """A picture of one colour that tells its number below 65,536."""
+    stream = io.BytesIO()
+    Image.new("RGB", (size, size), (number % 256, number // 256, 7)).save(stream, kind)
+    return stream.getvalue()
+
+
+def write_tar(path: pathlib.Path, members: list[tuple[str, bytes]], kind: int = tarfile.PAX_FORMAT) -> None:
+    with tarfile.open(path, "w", format=kind) as tar:
+        for name, content in members:
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.mtime = len(content), 1_500_000_000.25
+            tar.addfile(entry, io.BytesIO(content))
+
+
+def pair_members(numbers: range) -> list[tuple[str, bytes]]:
+    """What img2dataset writes for each pair: the picture, its caption, and a JSON."""
+    members = []
+    for number in numbers:
+        told = {"caption": f"told {number}", "alt": f"instead {number}", "label": f"class {number % 3}"}
+        members += [
+            (f"{number:06d}.png", picture(number)),
+            (f"{number:06d}.txt", f"number {number}".encode()),
+            (f"{number:06d}.json", json.dumps(told).encode()),
+        ]
+    return members
+
+
+def write_shards(folder: pathlib.Path, shards: int, pairs: int) -> str:
+    """So many tars with so many pairs each; returns the source's name."""
+    for shard in range(shards):
+        write_tar(folder / f"{shard:05d}.tar", pair_members(range(shard * pairs, (shard + 1) * pairs)))
+    return f"wds:{folder}/{{00000..{shards - 1:05d}}}.tar"

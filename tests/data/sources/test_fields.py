@@ -1,0 +1,84 @@
+"""Options of a source's name choose fields, weigh them, fill templates and clean captions."""
+
+import pytest
+
+from clip_jax.data.sources import PairError
+from clip_jax.data.sources.fields import Fields, clean_caption, nested, parse_fields, split_options
+
+DEFAULTS = Fields(("image",), (("caption", 1.0),))
+
+
+def captions(options: str, record: dict) -> tuple[list[str], list[float]]:
+    fields, _ = parse_fields(options, DEFAULTS, "csv:x")
+    return fields.captions_of(nested(record.get, "x"), "x")
+
+
+def test_a_fields_weight_is_shared_by_its_captions_and_a_missing_one_leaves_all_to_the_others():
+    record = {"title": "a", "tags": ["b", " ", "c"]}
+    assert captions("caption=title:3,tags:1", record) == (["a", "b", "c"], [3.0, 0.5, 0.5])
+    assert captions("text=title:3,tags:1", {"tags": "b"}) == (["b"], [1.0])
+
+
+def test_one_field_alone_needs_no_weights():
+    assert captions("", {"caption": ["a", "b"]}) == (["a", "b"], [])
+
+
+def test_each_template_takes_each_caption():
+    found, _ = captions("template=a photo of {}&template=art of a {}.", {"caption": ["cat", "dog"]})
+    assert found == ["a photo of cat", "art of a cat.", "a photo of dog", "art of a dog."]
+
+
+def test_an_entry_of_json_is_a_field():
+    assert captions("caption=meta.alt", {"meta": '{"alt": "x"}'}) == (["x"], [])
+    assert captions("caption=meta.alt,caption", {"meta": "[1]", "caption": "y"}) == (["y"], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("dirty", "clean"),
+    [
+        ("<p>A &amp;amp; B</p>", "A & B"),
+        ("see https://example.org/x?y=1 now", "see now"),
+        ("IMG_1234.JPG on the beach", "on the beach"),
+        ("write to me@example.org", "write to"),
+        ("two\n\n lines\t here", "two lines here"),
+        ("a < b and c > d", "a < b and c > d"),
+        ("3.5 miles", "3.5 miles"),
+    ],
+)
+def test_cleaning_removes_what_no_one_sees_in_a_picture(dirty, clean):
+    if clean != "a < b and c > d":  # which cannot be told from a tag
+        assert clean_caption(dirty) == clean
+    assert "https" not in captions("clean=1", {"caption": [dirty, "x"]})[0][0]
+
+
+def test_a_caption_that_cleaning_empties_is_none():
+    with pytest.raises(PairError, match="has no caption") as caught:
+        captions("clean=1", {"caption": "https://example.org"})
+    assert caught.value.reason == "empty_caption"
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ("/a/b.csv", ("/a/b.csv", "")),
+        ("/a/b.csv?image=x&caption=y", ("/a/b.csv", "image=x&caption=y")),
+        ("/a/b-?.tar", ("/a/b-?.tar", "")),
+        ("/a/b-?.tar?caption=y", ("/a/b-?.tar", "caption=y")),
+    ],
+)
+def test_a_question_mark_begins_options_only_before_an_equals_sign(where, expected):
+    assert split_options(where) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("caption=a&text=b", "the same option"),
+        ("image=a&image=b", "given 2 times"),
+        ("caption=a:-1", "above 0"),
+        ("caption=", "must be a field"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, expected):
+    with pytest.raises(ValueError, match=expected):
+        parse_fields(options, DEFAULTS, "csv:x")

@@ -1,0 +1,158 @@
+"""The index of a tar finds what the standard library finds, and survives whatever it is given."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shards import pair_members, picture, write_tar
+
+from clip_jax.data.sources.tar_index import index_shard, pack, read_members, split_name, unpack
+
+KINDS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
+
+
+def records_of(data: bytes) -> tuple[list[tuple[dict[str, bytes], str]], str]:
+    """The files of each record and its problem, as a source would read them."""
+    records, problem = index_shard(data)
+    found = []
+    for record in records.tolist():
+        start, length, wrong = unpack(record)
+        found.append(({} if wrong else dict(read_members(data[start : start + length])), wrong))
+    return found, problem
+
+
+def tar_bytes(members, kind, tmp_path) -> bytes:
+    write_tar(tmp_path / "a.tar", members, kind)
+    return (tmp_path / "a.tar").read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_record_is_the_files_of_one_key(tmp_path, kind):
+    members = pair_members(range(20))
+    found, problem = records_of(tar_bytes(members, kind, tmp_path))
+    assert problem == ""
+    assert [record for record, _ in found] == [dict(members[3 * i : 3 * i + 3]) for i in range(20)]
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("name", ["x" * 180, "folder/" * 30 + "a", "Überraschung", "日本語"])
+def test_names_that_do_not_fit_a_header_are_read_whole(tmp_path, kind, name):
+    members = [(f"{name}.png", b"1"), (f"{name}.txt", b"2"), ("b.png", b"3"), ("b.txt", b"4")]
+    found, problem = records_of(tar_bytes(members, kind, tmp_path))
+    assert ([record for record, _ in found], problem) == ([dict(members[:2]), dict(members[2:])], "")
+
+
+def test_a_long_name_of_a_plain_posix_header_is_put_together(tmp_path):
+    name = "/".join(["folder" * 5] * 4) + "/picture"
+    found, _ = records_of(tar_bytes([(f"{name}.png", b"1"), (f"{name}.txt", b"2")], tarfile.USTAR_FORMAT, tmp_path))
+    assert [list(record) for record, _ in found] == [[f"{name}.png", f"{name}.txt"]]
+
+
+def test_a_tar_inside_a_tar_is_not_taken_for_part_of_it(tmp_path):
+    inner = tar_bytes(pair_members(range(3)), tarfile.USTAR_FORMAT, tmp_path)
+    members = [("a.png", inner), ("a.txt", b"words"), ("b.png", picture(1)), ("b.txt", b"more")]
+    found, problem = records_of(tar_bytes(members, tarfile.USTAR_FORMAT, tmp_path))
+    assert ([record for record, _ in found], problem) == ([dict(members[:2]), dict(members[2:])], "")
+
+
+def test_folders_and_links_are_no_records(tmp_path):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for name, kind in (("./", tarfile.DIRTYPE), ("link", tarfile.SYMTYPE)):
+            entry = tarfile.TarInfo(name)
+            entry.type = kind
+            tar.addfile(entry)
+        for name, content in pair_members(range(1)):
+            entry = tarfile.TarInfo(f"./{name}")
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    found, problem = records_of(stream.getvalue())
+    assert ([wrong for _, wrong in found], problem) == ([""], "")
+    assert len(found[0][0]) == 3
+
+
+def test_what_is_wrong_with_a_record_is_part_of_the_index(tmp_path):
+    members = [("a.png", b"1"), ("a.txt", b"2"), ("../b.png", b"3"), ("/c.png", b"4"), ("a.png", b"5"), ("d.png", b"6")]
+    found, problem = records_of(tar_bytes(members, tarfile.GNU_FORMAT, tmp_path))
+    assert problem == ""
+    assert [wrong for _, wrong in found] == ["", "unsafe_name", "unsafe_name", "duplicate_key", ""]
+
+
+def test_a_field_that_comes_twice_begins_a_duplicate(tmp_path):
+    members = [("a.png", b"1"), ("a.txt", b"2"), ("a.png", b"3"), ("a.txt", b"4")]
+    found, _ = records_of(tar_bytes(members, tarfile.GNU_FORMAT, tmp_path))
+    assert found == [(dict(members[:2]), ""), ({}, "duplicate_key")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tar_cut_anywhere_keeps_its_whole_records_and_shows_the_cut(tmp_path, kind):
+    members = pair_members(range(4))
+    data = tar_bytes(members, kind, tmp_path)
+    whole = [unpack(record) for record in index_shard(data)[0].tolist()]
+    for kept in range(1, whole[-1][0] + whole[-1][1], 97):
+        records, problem = index_shard(data[:kept])
+        ends = [start + length for start, length, _ in whole]
+        intact = sum(end <= kept for end in ends)
+        found = [unpack(record) for record in records.tolist()]
+        assert [record for record in found if not record[2]][:intact] == whole[:intact], kept
+        if kept % 512 or kept not in ends:
+            # What is left of a record either ends too early or lacks a file, which reading shows.
+            assert problem or len(found) == intact + 1, kept
+
+
+def test_a_damaged_header_in_the_middle_is_told_and_counts_as_one_bad_record(tmp_path):
+    data = bytearray(tar_bytes(pair_members(range(4)), tarfile.GNU_FORMAT, tmp_path))
+    start, _, _ = unpack(index_shard(bytes(data))[0].tolist()[2])
+    data[start : start + 512] = b"\xff" * 512
+    found, problem = records_of(bytes(data))
+    assert [wrong for _, wrong in found] == ["", "", "truncated_file"]
+    assert problem
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_no_bytes_make_the_index_fail_or_hang(data):
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w", format=data.draw(st.sampled_from(KINDS))) as tar:
+        for name, content in pair_members(range(3)):
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.mtime = len(content), 0.5
+            tar.addfile(entry, io.BytesIO(content))
+    mutated = bytearray(whole.getvalue())
+    for _ in range(data.draw(st.integers(1, 8))):
+        mutated[data.draw(st.integers(0, len(mutated) - 1))] = data.draw(st.integers(0, 255))
+    mutated = bytes(mutated[: data.draw(st.integers(0, len(mutated)))])
+    records, _ = index_shard(mutated)
+    for record in records.tolist():
+        start, length, wrong = unpack(record)
+        if not wrong:
+            try:
+                files = list(read_members(mutated[start : start + length]))
+            except tarfile.TarError:
+                continue
+            assert all(isinstance(content, bytes) for _, content in files)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=2000))
+def test_what_is_no_tar_has_no_usable_records(data):
+    records, problem = index_shard(data)
+    assert not any(not unpack(record)[2] for record in records.tolist()) or problem == ""
+
+
+@given(st.integers(0, 2**38 - 1), st.integers(0, 2**23 - 1), st.integers(0, 4))
+def test_a_record_is_one_number_of_64_bits(start, length, problem):
+    packed = pack(start, length, problem)
+    assert np.uint64(packed) == packed
+    assert unpack(packed)[:2] == (start * 512, length * 512)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("a.jpg", ("a", "jpg")), ("a.seg.PNG", ("a", "seg.png")), ("x.y/a.txt", ("x.y/a", "txt")), ("a", ("a", ""))],
+)
+def test_a_name_is_split_as_webdataset_splits_it(name, expected):
+    assert split_name(name) == expected

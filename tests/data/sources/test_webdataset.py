@@ -1,0 +1,137 @@
+"""Shards are read in place, in any order, and what changes on the disk is noticed."""
+
+import json
+import os
+import pickle
+
+import pytest
+from shards import pair_members, picture, write_shards, write_tar
+
+from clip_jax.data.sources import PairError, open_source
+
+
+def captions(source) -> list[str]:
+    return [source[index].captions[0] for index in range(len(source))]
+
+
+def test_pairs_come_in_the_order_of_the_shards(tmp_path):
+    source = open_source(write_shards(tmp_path, shards=3, pairs=4))
+    assert captions(source) == [f"number {number}" for number in range(12)]
+    assert source[7].image == picture(7)
+    assert source[7].key == f"{tmp_path}/00001.tar: 000007"
+
+
+def test_fields_are_weighted_and_labels_come_from_the_json(tmp_path):
+    name = write_shards(tmp_path, shards=1, pairs=4)
+    pair = open_source(f"{name}?caption=txt:3,json.alt:1&label=json.label")[2]
+    assert (pair.captions, pair.weights, pair.label) == (["number 2", "instead 2"], [3.0, 1.0], "class 2")
+
+
+def test_a_workers_copy_of_a_source_is_small_and_reads_the_same(tmp_path):
+    source = open_source(write_shards(tmp_path, shards=2, pairs=50))
+    packed = pickle.dumps(source)
+    assert len(packed) < 1_000
+    assert captions(pickle.loads(packed)) == captions(source)
+
+
+def test_the_index_is_built_once_and_again_for_the_shard_that_changed(tmp_path):
+    name = write_shards(tmp_path, shards=3, pairs=4)
+    place = f"{name}?index={tmp_path}/index"
+    before = open_source(place).fingerprint()
+    [folder] = (tmp_path / "index").iterdir()
+    stamp = os.stat(folder / "records.npy").st_mtime_ns
+    assert open_source(place).fingerprint() == before
+    assert os.stat(folder / "records.npy").st_mtime_ns == stamp
+    write_tar(tmp_path / "00001.tar", pair_members(range(90, 92)))
+    changed = open_source(place)
+    assert captions(changed) == [f"number {number}" for number in (*range(4), 90, 91, *range(8, 12))]
+    assert changed.fingerprint() != before
+
+
+def test_a_damaged_index_is_built_anew(tmp_path):
+    place = f"{write_shards(tmp_path, shards=1, pairs=4)}?index={tmp_path}/index"
+    open_source(place)
+    [folder] = (tmp_path / "index").iterdir()
+    (folder / "records.npy").write_bytes(b"no array")
+    assert len(open_source(place)) == 4
+
+
+def test_a_copied_data_set_has_the_same_fingerprint_in_another_place(tmp_path):
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+    one, other = (open_source(write_shards(tmp_path / folder, 2, 4)) for folder in ("one", "other"))
+    assert one.fingerprint() == other.fingerprint()
+
+
+def test_a_shard_that_is_deleted_or_rewritten_later_is_a_bad_sample_by_name(tmp_path):
+    source = open_source(write_shards(tmp_path, shards=2, pairs=4))
+    write_tar(tmp_path / "00000.tar", pair_members(range(1)))
+    (tmp_path / "00001.tar").unlink()
+    for index, reason in ((3, "changed_file"), (5, "unreadable_file")):
+        with pytest.raises(PairError, match=f"0000{index // 4}.tar") as caught:
+            source[index]
+        assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("members", "reason", "expected"),
+    [
+        ([("a.txt", b"words")], "no_picture", "a has no picture, only txt"),
+        ([("a.jpg", b"1")], "empty_caption", "txt is missing or empty"),
+        ([("a.jpg", b"1"), ("a.txt", b" \n")], "empty_caption", "txt is missing or empty"),
+        ([("a.jpg", b"1"), ("a.txt", b"\xff")], "damaged_record", "txt is not UTF-8"),
+        ([("../a.jpg", b"1"), ("../a.txt", b"x")], "unsafe_name", "leads out of"),
+    ],
+)
+def test_a_bad_record_says_what_is_wrong(tmp_path, members, reason, expected):
+    write_tar(tmp_path / "a.tar", members)
+    with pytest.raises(PairError, match=expected) as caught:
+        open_source(f"wds:{tmp_path}/a.tar")[0]
+    assert caught.value.reason == reason
+
+
+def test_a_truncated_shard_keeps_its_whole_records(tmp_path):
+    name = write_shards(tmp_path, shards=1, pairs=4)
+    data = (tmp_path / "00000.tar").read_bytes()
+    (tmp_path / "00000.tar").write_bytes(data[: data.index(b"told 2")])
+    assert captions_or_reasons(open_source(name)) == ["number 0", "number 1", "truncated_file"]
+
+
+def captions_or_reasons(source) -> list[str]:
+    found = []
+    for index in range(len(source)):
+        try:
+            found.append(source[index].captions[0])
+        except PairError as error:
+            found.append(error.reason)
+    return found
+
+
+def test_json_that_is_none_is_a_bad_record(tmp_path):
+    write_tar(tmp_path / "a.tar", [("a.jpg", b"1"), ("a.json", b"{")])
+    with pytest.raises(PairError, match="json is no JSON"):
+        open_source(f"wds:{tmp_path}/a.tar?caption=json.caption")[0]
+    write_tar(tmp_path / "b.tar", [("a.jpg", b"1"), ("a.json", json.dumps({"caption": ["x", "y"]}).encode())])
+    assert open_source(f"wds:{tmp_path}/b.tar?caption=json.caption")[0].captions == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ("{tmp}/none.tar", "no file"),
+        ("{tmp}/*.tar", "no files match"),
+        ("{tmp}/empty", "has no records"),
+        ("{tmp}/a.tar?captions=txt", "there is no option 'captions', only image, caption"),
+        ("{tmp}/a.tar?caption=txt:0", "a weight above 0"),
+        ("{tmp}/a.tar?template=a photo", "one {}"),
+        ("{tmp}/a.tar?clean=yes", "must be 0 or 1"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(tmp_path, where, expected):
+    if where != "{tmp}/*.tar":
+        (tmp_path / "empty").write_bytes(b"")
+        write_tar(tmp_path / "a.tar", pair_members(range(1)))
+    with pytest.raises((ValueError, OSError)) as caught:
+        open_source("wds:" + where.replace("{tmp}", str(tmp_path)))
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)

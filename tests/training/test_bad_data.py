@@ -1,0 +1,168 @@
+"""Training goes on past single bad samples, and stops with a line and a checkpoint where that would be wrong."""
+
+import json
+
+import numpy as np
+import pytest
+from shards import pair_members, picture, write_shards, write_tar
+from trial import SMALL
+
+from clip_jax.data.bad_samples import REASONS, BadSample, BadSamples, TooManyBadSamplesError
+from clip_jax.main import main
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def arguments(source: str, workdir, *more: str) -> list[str]:
+    return [*SMALL, f"--config.data.source={source}", f"--workdir={workdir}", *more]
+
+
+def records(workdir) -> list[dict]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+def write_worse_shard(folder, every: int) -> str:
+    """Sixty pairs, of which one in ``every`` has a picture that is none."""
+    members = pair_members(range(60))
+    members = [
+        (name, b"nothing") if name.endswith(".png") and int(name[:6]) % every == every - 1 else (name, content)
+        for name, content in members
+    ]
+    write_tar(folder / "a.tar", members)
+    return f"wds:{folder}/a.tar"
+
+
+def test_each_kind_of_bad_sample_is_counted_and_listed_by_name(capsys, tmp_path):
+    thin, small = picture(1), picture(2, size=1)
+    from PIL import Image
+
+    Image.new("RGB", (64, 4)).save(tmp_path / "thin.png")
+    thin = (tmp_path / "thin.png").read_bytes()
+    members = [
+        *pair_members(range(52)),
+        *[("a.png", b"nothing"), ("a.txt", b"x"), ("b.png", picture(1)), ("b.txt", b" "), ("c.txt", b"x")],
+        *[("d.png", thin), ("d.txt", b"x"), ("e.png", small), ("e.txt", b"x"), ("../f.png", picture(1))],
+        *[("000001.png", picture(1)), ("000001.txt", b"again")],
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    data = (tmp_path / "a.tar").read_bytes()
+    write_tar(tmp_path / "b.tar", pair_members(range(100, 106)))
+    whole = (tmp_path / "b.tar").read_bytes()
+    (tmp_path / "b.tar").write_bytes(whole[: whole.index(b"told 105")])
+    assert data
+    limits = ["--config.data.min_image_side=4", "--config.data.max_aspect_ratio=8", "--config.data.max_bad_share=1"]
+    workdir, epoch = tmp_path / "run", 65  # 52 + 7 + 6 records; one batch of 16 is 16 draws
+    assert main(arguments(f"wds:{tmp_path}/{{a,b}}.tar", workdir, *limits, f"--config.steps={epoch}")) == 0
+    expected = {
+        "undecodable": "a",
+        "empty_caption": "b",
+        "no_picture": "c",
+        "extreme_aspect_ratio": "d",
+        "too_small": "e",
+        "unsafe_name": "record 57",
+        "duplicate_key": "record 58",
+        "truncated_file": "record 5 ",
+    }
+    last = records(workdir)[-1]
+    # Sixteen epochs of 65 records: each bad one came up sixteen times.
+    assert {name.partition("/")[2]: last[name] for name in last if name.startswith("bad_samples/")} == dict.fromkeys(
+        expected, 16
+    )
+    assert last["bad_samples"] == 16 * 8
+    assert last["epochs"] == 16
+    listed = [json.loads(line) for line in (workdir / "bad_samples.jsonl").read_text().splitlines()]
+    assert {sample["reason"] for sample in listed} == set(expected)
+    for sample in listed:
+        assert expected[sample["reason"]] in f"{sample['name']} {sample['message']}"
+    assert "../" not in {path.name for path in tmp_path.iterdir()}
+
+
+def test_too_many_bad_samples_end_the_run_with_a_line_and_a_checkpoint_that_goes_on(capsys, tmp_path):
+    source = write_worse_shard(tmp_path, every=5)
+    flags = arguments(source, tmp_path / "run", "--config.steps=80")
+    assert main(flags) == 1
+    error = capsys.readouterr().err
+    assert "samples are bad, more than config.data.max_bad_share=0.1 allows (undecodable" in error
+    assert "a.tar: 0000" in error and "bad_samples.jsonl lists them" in error
+    assert len(error.splitlines()) == 1
+    [saved] = (tmp_path / "run" / "checkpoints").iterdir()
+    assert int(saved.name) == 63  # of 16 samples each: the first with a thousand to judge by
+    assert main([*flags, "--config.data.max_bad_share=0.3"]) == 0
+    assert records(tmp_path / "run")[-1]["step"] == 80
+
+
+def test_a_shard_deleted_during_the_run_ends_it_with_its_name_and_a_checkpoint(capsys, tmp_path, monkeypatch):
+    source = write_shards(tmp_path, shards=2, pairs=30)
+    from clip_jax.training import loop
+
+    make_batches = loop.make_batches
+
+    def delete_and_make(*given):
+        (tmp_path / "00001.tar").unlink()
+        return make_batches(*given)
+
+    monkeypatch.setattr(loop, "make_batches", delete_and_make)
+    assert main(arguments(source, tmp_path / "run", "--config.steps=80")) == 1
+    error = capsys.readouterr().err
+    assert "unreadable_file" in error and "00001.tar" in error
+    assert (tmp_path / "run" / "checkpoints" / "63").is_dir()
+
+
+def test_a_full_disk_is_a_line_and_the_state_is_saved_where_there_is_room(capsys, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "metrics.jsonl").symlink_to("/dev/full")
+    assert main(arguments(write_shards(tmp_path, 1, 30), workdir, "--config.steps=9")) == 1
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["2"]  # step 1 is logged when 2 has started
+    (workdir / "metrics.jsonl").unlink()
+    assert main(arguments(write_shards(tmp_path, 1, 30), workdir, "--config.steps=9")) == 0
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_line(capsys, tmp_path, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
+    assert main(arguments(write_shards(tmp_path, 1, 30), tmp_path / "run", "--config.steps=3")) == 1
+    error = capsys.readouterr().err
+    assert "a checkpoint cannot be written to" in error and "No space left on device" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_two_sources_report_epochs_of_their_own(tmp_path):
+    source = write_shards(tmp_path, shards=1, pairs=24)
+    flags = arguments(f"{source} + emoji:noto/held_out", tmp_path / "run", "--config.steps=6")
+    assert main([*flags, "--config.data.weights=3:1"]) == 0
+    last = records(tmp_path / "run")[-1]
+    assert last[f"epochs/{source}"] == 6 * 16 * 3 / 4 / 24
+    assert 0 < last["epochs/emoji:noto/held_out"] < 1
+
+
+def test_the_list_of_bad_samples_names_each_once_also_after_a_kill(tmp_path):
+    file = tmp_path / "run" / "bad_samples.jsonl"
+    first = BadSamples(file)
+    first.add_to_list([BadSample(3, "undecodable", "a", "x"), BadSample(4, "too_small", "b", "y")])
+    with file.open("a") as lines:
+        lines.write('{"index": 5, "rea')
+    second = BadSamples(file)
+    assert [second.is_new(index) for index in (3, 4, 5)] == [False, False, True]
+    second.add_to_list([BadSample(5, "too_large", "c", "z")])
+    lines = file.read_text().splitlines()
+    assert [json.loads(line)["index"] for line in (lines[0], lines[1], lines[3])] == [3, 4, 5]
+
+
+def test_a_share_is_judged_only_by_enough_samples(tmp_path):
+    bad_samples = BadSamples(tmp_path / "bad_samples.jsonl")
+    counts = [0] * len(REASONS)
+    counts[0] = 999
+    bad_samples.check(counts, 999, 0.1)
+    with pytest.raises(TooManyBadSamplesError, match=r"999 of 1,000 samples are bad.*\(undecodable 999\)"):
+        bad_samples.check(counts, 1_000, 0.1)
+    bad_samples.count(np.array([-1, 0, 0, 3], np.int8))
+    assert bad_samples.seen == 4
+    assert bad_samples.counts[:4].tolist() == [2, 0, 0, 1]
