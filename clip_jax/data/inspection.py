@@ -1,0 +1,262 @@
+"""A look at a source before training on it: what it holds, how it looks, and how fast this host can feed it."""
+
+import base64
+import dataclasses
+import html
+import io
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import resource
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from PIL import Image
+
+from clip_jax.data.images import ImageError, decode_image
+from clip_jax.data.sources import PairError, Source
+from clip_jax.data.tokenizer import tokenize
+
+CONTEXT_LENGTH = 77  # of every model that OpenAI published
+LONGEST_CAPTION = 4_096  # tokens; longer ones count as so long
+SHEET_PICTURES = 120
+SHEET_SIDE = 256  # px of the long side of a picture on the sheet
+PRINTED_SAMPLES = 10
+QUANTILES = (0, 5, 50, 95, 100)  # per cent
+WARM_UP, MEASURED = 3.0, 10.0  # seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A pair that was looked at, with its picture scaled down for the sheet (RGB)."""
+
+    record: int
+    key: str
+    label: str
+    captions: Sequence[str]
+    size: tuple[int, int]  # px
+    format: str
+    thumbnail: Image.Image
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What :func:`inspect_source` found in the records that it looked at; arrays have an entry a picture or caption."""
+
+    records: int  # of the source
+    looked_at: int
+    bad: Counter  # reason: records
+    formats: Counter  # Pillow's name: pictures
+    labels: int  # that are different
+    short_sides: np.ndarray  # px
+    long_sides: np.ndarray  # px
+    image_bytes: np.ndarray
+    captions: np.ndarray  # of a picture
+    characters: np.ndarray  # of a caption
+    tokens: np.ndarray  # of a caption, with both markers
+    samples: list[Sample]  # drawn from all that were looked at, without the bad ones
+
+
+def inspect_source(source: Source, samples: int) -> Facts:
+    """Looks at a source's records, all of them or ``samples`` that are drawn with a fixed seed.
+
+    Raises:
+      ValueError: the source is empty.
+    """
+    if not len(source):
+        raise ValueError("the source holds no pairs")
+    looked_at = min(samples, len(source))
+    drawn = np.random.default_rng(0).choice(len(source), looked_at, replace=False).tolist()
+    shown = set(drawn[:SHEET_PICTURES])
+    bad, formats, labels = Counter(), Counter(), set()
+    sides, image_bytes, captions, characters, tokens, found = [], [], [], [], [], []
+    for record in sorted(drawn):
+        try:
+            pair = source[record]
+            image = decode_image(pair.image)
+        except (PairError, ImageError) as error:
+            bad[error.reason] += 1
+            continue
+        image_format = Image.open(io.BytesIO(pair.image)).format or "unknown"
+        formats[image_format] += 1
+        labels.add(pair.label)
+        sides.append(sorted(image.size))
+        image_bytes.append(len(pair.image))
+        captions.append(len(pair.captions))
+        characters += map(len, pair.captions)
+        tokens += _token_counts(pair.captions)
+        if record in shown:
+            size = image.size
+            image.thumbnail((SHEET_SIDE, SHEET_SIDE))
+            found.append(Sample(record, pair.key, pair.label, pair.captions, size, image_format, image))
+    short_sides, long_sides = np.array(sides, int).reshape(-1, 2).T
+    arrays = map(np.array, (image_bytes, captions, characters, tokens))
+    return Facts(
+        len(source), looked_at, bad, formats, len(labels - {""}), short_sides, long_sides, *arrays, samples=found
+    )
+
+
+def _token_counts(captions: Sequence[str]) -> list[int]:
+    # The last token is end-of-text; "!" has the id 0, like the padding behind it.
+    rows = tokenize(list(captions), LONGEST_CAPTION, truncate=True)
+    return [int(np.flatnonzero(row)[-1]) + 1 for row in rows]
+
+
+def format_facts(facts: Facts) -> list[str]:
+    """The facts as lines of text."""
+    share = "all of them" if facts.looked_at == facts.records else f"{facts.looked_at:,} of them, drawn with seed 0,"
+    lines = [f"{facts.records:,} records; {share} were looked at"]
+    bad = sum(facts.bad.values())
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in facts.bad.most_common())
+    lines.append(f"bad               {bad / facts.looked_at:.2%}" + (f": {reasons}" if bad else ""))
+    good = facts.looked_at - bad
+    if not good:
+        return lines
+    formats = ", ".join(f"{name} {count / good:.1%}" for name, count in facts.formats.most_common())
+    truncated = (facts.tokens > CONTEXT_LENGTH).mean()
+    lines += [
+        f"formats           {formats}",
+        f"labels            {facts.labels:,} different",
+        f"truncated at {CONTEXT_LENGTH}   {truncated:.2%} of the captions",
+        "",
+        f"{'':<18}{'least':>11}{'5 %':>11}{'median':>11}{'95 %':>11}{'most':>11}",
+    ]
+    rows = {
+        "short side, px": facts.short_sides,
+        "long side, px": facts.long_sides,
+        "picture, bytes": facts.image_bytes,
+        "captions a pair": facts.captions,
+        "characters": facts.characters,
+        "tokens": facts.tokens,
+    }
+    for name, values in rows.items():
+        quantiles = np.percentile(values, QUANTILES, method="nearest")
+        lines.append(f"{name:<18}" + "".join(f"{int(value):>11,}" for value in quantiles))
+    lines += ["", "samples"]
+    for sample in facts.samples[:: max(1, len(facts.samples) // PRINTED_SAMPLES)][:PRINTED_SAMPLES]:
+        width, height = sample.size
+        more = f" and {len(sample.captions) - 1} more" if len(sample.captions) > 1 else ""
+        lines.append(
+            f"  {sample.record}  {_quoted(sample.key)}  {width} x {height} {sample.format}  "
+            f"{_quoted(sample.captions[0])}{more}"
+        )
+    return lines
+
+
+def _quoted(text: str, length: int = 80) -> str:
+    """On one line and without what would steer a terminal."""
+    shown = text if len(text) <= length else f"{text[: length - 1]}…"
+    return json.dumps("".join(c if c.isprintable() or c in "\n\t" else "�" for c in shown), ensure_ascii=False)
+
+
+def contact_sheet(title: str, facts: Facts) -> str:
+    """One self-contained HTML page: the facts, and the samples with their captions."""
+    figures = []
+    for sample in facts.samples:
+        stream = io.BytesIO()
+        sample.thumbnail.save(stream, "JPEG", quality=85)
+        encoded = base64.b64encode(stream.getvalue()).decode()
+        width, height = sample.thumbnail.size
+        captions = "".join(f"<li>{_escaped(caption)}</li>" for caption in sample.captions)
+        figures.append(
+            f'<figure><img alt="{_escaped(sample.captions[0])}" width="{width}" height="{height}" '
+            f'src="data:image/jpeg;base64,{encoded}">'
+            f"<figcaption><ul>{captions}</ul><p>{_escaped(sample.label)}</p>"
+            f"<p>{sample.record}: {_escaped(sample.key)}, {sample.size[0]} x {sample.size[1]} {sample.format}</p>"
+            "</figcaption></figure>"
+        )
+    lines = format_facts(facts)
+    table = "\n".join(lines[: lines.index("samples") - 1] if facts.samples else lines)
+    return _PAGE.format(title=_escaped(title), table=_escaped(table), figures="\n".join(figures))
+
+
+def _escaped(text: str) -> str:
+    return html.escape(text).encode("utf-8", "replace").decode()  # half a character would not be written
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; --quiet: #57606a; --card: #f6f8fa }}
+@media (prefers-color-scheme: dark) {{ :root {{ --quiet: #9aa4af; --card: #20262d }} }}
+body {{ font: 15px/1.4 system-ui, sans-serif; max-width: 86rem; margin: 1.5rem auto; padding: 0 1rem }}
+h1 {{ font-size: 1.3rem; overflow-wrap: anywhere }}
+pre {{ background: var(--card); padding: 1rem; border-radius: 6px; overflow-x: auto; font-size: 13px }}
+main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 10.5rem), 1fr)); gap: 1rem }}
+figure {{ margin: 0; padding: 0.6rem; border-radius: 6px; background: var(--card) }}
+img {{ display: block; max-width: 100%; height: auto; margin: 0 auto; background: #fff; border-radius: 4px }}
+ul {{ margin: 0.6rem 0 0; padding-left: 1.1rem; max-height: 9rem; overflow-y: auto; overflow-wrap: anywhere }}
+p {{ margin: 0.3rem 0 0; color: var(--quiet); font-size: 13px; overflow-wrap: anywhere }}
+</style>
+<h1>{title}</h1>
+<pre>{table}</pre>
+<main>
+{figures}
+</main>
+</html>
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """How fast the input pipeline of this host gives images."""
+
+    images_per_second: float
+    images_per_cpu_second: float | None  # None where the system does not tell the workers' CPU time
+    cores: int
+
+    def hosts_for(self, pairs_per_second: float) -> int:
+        """How many hosts like this one give so many pairs a second."""
+        return max(1, math.ceil(pairs_per_second / self.images_per_second))
+
+
+def measure_feed(
+    batches: Iterator[dict[str, np.ndarray]], warm_up: float = WARM_UP, measured: float = MEASURED
+) -> Feed:
+    """Draws batches, as :class:`clip_jax.data.pipeline.Batches` gives them, and throws them away.
+
+    Args:
+      batches: what to draw from; each has an ``image`` of shape ``[B, ...]``.
+      warm_up, measured: seconds; at least one batch is drawn in each.
+    """
+    _draw(batches, warm_up)
+    cpu, start = _cpu_seconds(), time.perf_counter()
+    images = _draw(batches, measured)
+    seconds = time.perf_counter() - start
+    cpu_after = _cpu_seconds()
+    known = cpu is not None and cpu_after is not None and cpu_after > cpu
+    return Feed(images / seconds, images / (cpu_after - cpu) if known else None, cores())
+
+
+def _draw(batches: Iterator[dict[str, np.ndarray]], seconds: float) -> int:
+    """Draws one batch, and more until the time is over; returns the number of images."""
+    images, end = 0, time.perf_counter() + seconds
+    while not images or time.perf_counter() < end:
+        images += len(next(batches)["image"])
+    return images
+
+
+def _cpu_seconds() -> float | None:
+    """CPU time of this process and of those that it started and that still run."""
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    total = own.ru_utime + own.ru_stime
+    for child in multiprocessing.active_children():
+        try:
+            fields = pathlib.Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return None
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime and stime of proc(5)
+    return total
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,156 @@
+"""Drawings get their captions from the metadata of the SVGs; those that have none to speak of are left out."""
+
+import io
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from clip_jax.data.openclipart import LICENCE, Metadata, OpenClipart, captions_of, name_of, read_metadata
+from clip_jax.data.sources import PairError
+
+PUBLIC_DOMAIN = "http://web.resource.org/cc/PublicDomain"
+SVG = """<?xml version="1.0"?>
+<svg xmlns="http://www.w3.org/2000/svg"><title>not this one</title><metadata>
+<rdf:RDF xmlns:cc="http://web.resource.org/cc/" xmlns:dc="http://purl.org/dc/elements/1.1/"
+ xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><cc:Work rdf:about="">
+<dc:title>{title}</dc:title><dc:subject><rdf:Bag>{keywords}</rdf:Bag></dc:subject>
+<dc:creator><cc:Agent><dc:title>Ann Other</dc:title></cc:Agent></dc:creator>
+<cc:license rdf:resource="{licence}"/></cc:Work></rdf:RDF></metadata></svg>"""
+
+
+class Library:
+    """A small one in two folders; each drawing has its own colour."""
+
+    def __init__(self, root):
+        self.png, self.svg, self._count = root / "png", root / "svg", 0
+
+    def add(self, path, title, keywords=(), licence=PUBLIC_DOMAIN, color=None):
+        self._count += 1
+        for folder, suffix in ((self.png, "png"), (self.svg, "svg")):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            file = folder / f"{path}.{suffix}"
+            if suffix == "svg":
+                items = "".join(f"<rdf:li>{keyword}</rdf:li>" for keyword in keywords)
+                file.write_text(SVG.format(title=title, keywords=items, licence=licence))
+            else:
+                Image.new("RGBA", (3, 3), (color or self._count, self._count // 256, 0, 128)).save(file)
+
+    def open(self):
+        return OpenClipart(self.png, self.svg)
+
+
+@pytest.fixture
+def library(tmp_path):
+    return Library(tmp_path)
+
+
+def reasons(source):
+    found = Counter()
+    for index in range(len(source)):
+        try:
+            found[source[index].key] += 1
+        except PairError as error:
+            found[error.reason] += 1
+    return found
+
+
+def test_a_drawing_has_captions_from_title_keywords_and_category_and_keeps_its_transparency(library):
+    library.add(
+        "signs_and_symbols/arki_01", "Red\n Arrow", ["", "arrow", "hash", "north", "map_symbol", "north", "Ann Other"]
+    )
+    pair = library.open()[0]
+    assert pair.key == "signs_and_symbols/arki_01"
+    assert pair.label == "signs and symbols"
+    assert pair.captions == [
+        "Red Arrow",
+        "clip art of Red Arrow",
+        "a drawing of Red Arrow",
+        "Red Arrow, north",
+        "Red Arrow, map symbol",
+        "Red Arrow. Keywords: north, map symbol",
+        "Red Arrow (signs and symbols)",
+    ]
+    assert Image.open(io.BytesIO(pair.image)).mode == "RGBA"
+
+
+def test_what_cannot_be_used_says_why(library):
+    library.add("animals/cat_v0.1", "Cat")
+    library.add("animals/dog", "Dog", licence="http://creativecommons.org/licenses/GPL/2.0/")
+    library.add("animals/emu", "")
+    library.add("animals/fox", "Fox", color=7)
+    library.add("animals/fox_again", "Fox", color=7)
+    (library.png / "animals/fox_again.png").write_bytes((library.png / "animals/fox.png").read_bytes())
+    library.add("animals/gnu", "Gnu")
+    (library.svg / "animals/gnu.svg").write_text("<svg")
+    library.add("animals/hen", "Hen")
+    (library.svg / "animals/hen.svg").unlink()
+    for number in range(22):
+        library.add(f"animals/ibis_{number}", "Ibis")
+    assert reasons(library.open()) == {
+        "animals/cat_v0.1": 1,
+        "not_public_domain": 1,
+        "no_title": 1,
+        "animals/fox": 1,
+        "duplicate_picture": 1,
+        "damaged_record": 2,
+        "too_many_alike": 2,
+    } | {f"animals/ibis_{number}": 1 for number in sorted(range(22), key=str)[:20]}
+
+
+@pytest.mark.parametrize(
+    ("title", "file_name", "shared", "name"),
+    [
+        ("Bengal Tiger", "tigre_01", False, "Bengal Tiger"),
+        ("AK47", "ak47_01", False, "AK47"),
+        ("Clipart by Nicu Buculei - bee", "bee1", False, "bee"),
+        ("Lemon SVG theme", "file_broken", True, "file broken"),
+        ("advertising", "RadiationsIonisantes", True, "radiations ionisantes"),
+        ("Bullet Hole", "bullet_hole_ann_other_z", True, "bullet hole"),
+        ("stick man", "sm_013", True, "stick man"),
+        ("Clipart by Nicu Buculei - fc23", "fc28", True, ""),
+        ("", "hummer_02", True, "hummer"),
+        ("", "hummer_02", False, ""),
+    ],
+)
+def test_a_title_that_many_share_gives_way_to_the_name_of_the_file(title, file_name, shared, name):
+    assert name_of(Metadata(title, [], "Ann Other", PUBLIC_DOMAIN), file_name, shared) == name
+
+
+@given(
+    st.text(min_size=1), st.lists(st.text(min_size=1)), st.sampled_from(["animals", "unsorted", "signs_and_symbols"])
+)
+def test_captions_are_all_different_and_have_the_name(name, keywords, category):
+    captions = captions_of(name, keywords, category)
+    assert captions[0] == name
+    assert all(name in caption for caption in captions)
+    assert len(set(captions)) == len(captions) <= 9
+
+
+def test_the_fingerprint_follows_pictures_and_words(library):
+    library.add("animals/cat", "Cat", color=1)
+    fingerprints = {library.open().fingerprint(), library.open().fingerprint()}
+    assert len(fingerprints) == 1
+    library.add("animals/cat", "Cat", color=2)
+    fingerprints.add(library.open().fingerprint())
+    library.add("animals/cat", "Cat", ["pet"], color=2)
+    fingerprints.add(library.open().fingerprint())
+    assert len(fingerprints) == 3
+
+
+def test_metadata_may_be_missing_altogether(tmp_path):
+    (tmp_path / "plain.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
+    assert read_metadata(tmp_path / "plain.svg") == Metadata("", [], "", "")
+
+
+def test_missing_folders_are_named(tmp_path, library):
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        OpenClipart(tmp_path / "nowhere", tmp_path)
+    with pytest.raises(ValueError, match=r"no \.png below"):
+        OpenClipart(tmp_path, tmp_path)
+
+
+def test_the_licence_is_the_public_domain():
+    assert "public domain" in LICENCE
