@@ -17,7 +17,7 @@ import ml_collections
 
 from clip_jax.config import load_config_file, override, validate
 from clip_jax.data.bad_samples import TooManyBadSamplesError
-from clip_jax.data.pipeline import UndecodableError
+from clip_jax.data.pipeline import InputError
 
 POD_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -129,7 +129,7 @@ def _train(config: ml_collections.ConfigDict, workdir: str) -> int:
         return _mistake(error)
     try:
         return 0 if loop.train(run) else 3
-    except (FloatingPointError, UndecodableError, TooManyBadSamplesError, CheckpointError, OSError) as error:
+    except (FloatingPointError, InputError, TooManyBadSamplesError, CheckpointError, OSError) as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
 
@@ -149,7 +149,8 @@ def _log_to_console() -> None:
     logger = logging.getLogger("clip_jax")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)
-    absl.logging.set_verbosity(absl.logging.ERROR)  # orbax warns of every option that follows from another
+    # orbax warns of every option that follows from another, and prints the traceback of whatever it also raises.
+    absl.logging.set_verbosity(absl.logging.FATAL)
 
 
 if __name__ == "__main__":

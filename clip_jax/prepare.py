@@ -16,7 +16,7 @@ import sys
 import time
 
 from clip_jax.data import inspection, openclipart
-from clip_jax.data.pipeline import Batches, LoadPair, UndecodableError
+from clip_jax.data.pipeline import Batches, InputError, LoadPair
 from clip_jax.data.records import Settings, WriteError, write_records
 from clip_jax.data.sources import Source, open_mixture, open_source
 
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments, rest = parse_arguments(sys.argv[1:] if argv is None else argv)
         arguments.run(arguments, rest)
-    except (WriteError, UndecodableError) as error:
+    except (WriteError, InputError) as error:
         return _say("failed", str(error), 1)
     except OSError as error:
         line = str(error)

@@ -22,7 +22,6 @@ REASONS = (
     "truncated_file",
     "damaged_record",
     "unreadable_file",
-    "changed_file",
 )
 MOST_LISTED = 10_000
 FEWEST_SAMPLES = 1_000  # to judge by

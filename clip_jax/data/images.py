@@ -217,8 +217,7 @@ def training_pixels(
     """:func:`decode_pixels` and then :func:`training_transform`, at less cost for a large JPEG.
 
     A JPEG is decoded at half its resolution or less where each crop of it stays 2.5 times as large as S. On photographs
-    that changes the result by at most 1 level in the mean, and single pixels at hard edges by up to 20. Nothing is
-    drawn from ``rng`` when the picture cannot be used.
+    that changes the result by at most 1 level in the mean, and single pixels at hard edges by up to 20.
 
     Returns:
       uint8 ``[S, S, 3]``.

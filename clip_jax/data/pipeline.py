@@ -15,7 +15,7 @@ import numpy as np
 
 from clip_jax.data.bad_samples import REASONS
 from clip_jax.data.images import Augmentation, ImageError, decode_pixels, training_pixels
-from clip_jax.data.sources import Mixture, Pair, PairError
+from clip_jax.data.sources import Mixture, Pair, PairError, ShardError
 from clip_jax.data.tokenizer import tokenize
 from clip_jax.data.workers import end_with_parent
 
@@ -27,8 +27,8 @@ LARGEST_PART = 64  # examples
 UNSHUFFLED = {4**power for power in range(8, 32)}
 
 
-class UndecodableError(ValueError):
-    """More bad samples in a row than chance explains."""
+class InputError(ValueError):
+    """The input cannot go on: a shard is lost, a worker has died, or too many samples in a row are bad."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,21 +84,29 @@ class LoadPair:
         Also ``seed`` uint32, for whatever the step draws for this pair at this visit.
 
         Raises:
-          UndecodableError: the record and its next hundred neighbours are all bad.
+          InputError: the record and its next hundred neighbours are all bad.
+          ShardError: the file that holds it is lost.
         """
         problem, tried = None, 0
         for place in self.mixture.neighbours(index, MAX_NEIGHBOURS):
             try:
                 example = self.transform(self.mixture[place], rng)
-            except (ImageError, PairError) as error:
+            except ShardError:
+                raise
+            except Exception as error:  # a source and its pictures are whatever somebody has put on the web
                 problem, tried = problem or error, tried + 1
                 continue
             return example | {
                 "bad": np.int64(index if problem else -1),
-                "bad_reason": np.int8(REASONS.index(problem.reason) if problem else -1),
+                "bad_reason": np.int8(REASONS.index(reason_of(problem)) if problem else -1),
                 "seed": rng.integers(2**32, dtype=np.uint32),  # drawn last: the others are as without it
             }
-        raise UndecodableError(f"{tried} samples in a row cannot be used, from {index} on; the first: {problem}")
+        raise InputError(f"{tried} samples in a row cannot be used, from {index} on; the first: {problem}")
+
+
+def reason_of(problem: Exception) -> str:
+    """The one of ``REASONS`` that a bad sample's error counts as."""
+    return problem.reason if isinstance(problem, ImageError | PairError) else "damaged_record"
 
 
 def draw_caption(pair: Pair, rng: np.random.Generator) -> str:
@@ -152,7 +160,14 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         return self._iterator.get_state()["global_next_index"]
 
     def __next__(self) -> dict[str, np.ndarray]:
-        parts = [next(self._iterator) for _ in range(self._parts)]
+        try:
+            parts = [next(self._iterator) for _ in range(self._parts)]
+        except InputError:
+            raise
+        except Exception as error:  # of a worker that was killed, or has failed: grain's own kinds
+            reason = " ".join(str(error).split())[:500]
+            kind = "" if isinstance(error, ShardError) else f"{type(error).__name__}: "
+            raise InputError(kind + reason) from error
         return (
             parts[0]
             if self._parts == 1

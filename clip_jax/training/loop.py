@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from clip_jax.config import check_same_run, model_preset, to_json
 from clip_jax.data.bad_samples import REASONS, BadSample, BadSamples, TooManyBadSamplesError
 from clip_jax.data.images import Augmentation, ImageError
-from clip_jax.data.pipeline import TRANSFORM_VERSION, Batches, LoadPair, Transform, UndecodableError
+from clip_jax.data.pipeline import TRANSFORM_VERSION, Batches, InputError, LoadPair, Transform
 from clip_jax.data.sources import Mixture, PairError, open_mixture
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.report import write_report
@@ -265,7 +265,7 @@ def train_steps(
 
     Raises:
       FloatingPointError: the loss or the gradient is no longer finite.
-      UndecodableError, TooManyBadSamplesError, OSError: the data cannot be used or read, or the folder of the run not
+      InputError, TooManyBadSamplesError, OSError: the data cannot be used or read, or the folder of the run not
         be written to; what was trained until then is saved where that is possible.
     """
     config, first = run.config, run.config.progressive_resolution
@@ -283,8 +283,9 @@ def train_steps(
                 batches = make_batches(run, position, image_size)
             with log.waiting_for_data():
                 batch = next(batches)
-            bad_samples.count(batch.pop("bad_reason"))
-            list_bad_samples(run, bad_samples, batch.pop("bad"))
+            reasons = batch.pop("bad_reason")
+            bad_samples.count(reasons)
+            list_bad_samples(run, bad_samples, batch.pop("bad"), reasons)
             if not config.model.patch_dropout:
                 batch.pop("seed")  # nothing is drawn in the step
             batch = to_global_batch(batch, run.mesh)
@@ -304,7 +305,7 @@ def train_steps(
                 results = evaluate(run, embedder, state, writer)
                 logger.info("step %d  %s", step, results.line())
         log.flush()
-    except (UndecodableError, TooManyBadSamplesError, OSError) as error:
+    except (InputError, TooManyBadSamplesError, OSError) as error:
         # Too many bad samples are found by all hosts at the same step; of the rest other hosts know nothing.
         if step > saved and (jax.process_count() == 1 or isinstance(error, TooManyBadSamplesError)):
             save_before_leaving(checkpointer, log, step, metrics, state, position, run.data_fingerprint)
@@ -340,7 +341,9 @@ def input_scalars(run: Run, bad_samples: BadSamples, position: int) -> dict[str,
       TooManyBadSamplesError: on all hosts alike.
     """
     local = np.append(bad_samples.counts, bad_samples.seen)
-    *counts, seen = multihost_utils.process_allgather(local).reshape(-1, len(local)).sum(axis=0).tolist()
+    halves = np.stack(np.divmod(local, 2**30)).astype(np.int32)  # JAX would cut off what is above 32 bits
+    high, low = multihost_utils.process_allgather(halves).reshape(-1, *halves.shape).astype(np.int64).sum(axis=0)
+    *counts, seen = (high * 2**30 + low).tolist()
     bad_samples.check(counts, seen, run.config.data.max_bad_share)
     scalars = {"bad_samples": sum(counts)}
     scalars |= {f"bad_samples/{reason}": count for reason, count in zip(REASONS, counts, strict=True) if count}
@@ -363,21 +366,26 @@ def make_batches(run: Run, position: int, image_size: int) -> Batches:
     )
 
 
-def list_bad_samples(run: Run, bad_samples: BadSamples, bad: np.ndarray) -> None:
-    """Names those of this batch that are not yet listed; ``bad`` is int64 ``[B]``, -1 where all was well."""
+def list_bad_samples(run: Run, bad_samples: BadSamples, bad: np.ndarray, reasons: np.ndarray) -> None:
+    """Names those of this batch that are not yet listed.
+
+    Args:
+      bad: int64 ``[B]``, the samples' indices, -1 where all was well.
+      reasons: int8 ``[B]``, their places in ``REASONS``.
+    """
     transform = data_transform(run.config, run.config.model.vision.image_size)
     found = []
-    for index in bad[bad >= 0].tolist():
+    for index, reason in zip(bad[bad >= 0].tolist(), reasons[bad >= 0].tolist(), strict=True):
         if not bad_samples.is_new(index):
             continue
-        name, reason, message = f"record {index}", "unreadable_file", "it could be read this time"
+        name, message = f"record {index}", "it could be read when looked at again"
         try:
             pair = run.mixture[index]
             name = pair.key
             transform.check(pair)
-        except (ImageError, PairError) as error:
-            reason, message = error.reason, str(error)
-        found.append(BadSample(index, reason, name, message))
+        except Exception as error:  # as many kinds as made the pipeline replace it
+            message = " ".join(str(error).split()) or type(error).__name__
+        found.append(BadSample(index, REASONS[reason], name, message))
         logger.warning("replaced a bad sample by the next one: %s: %s", name, message)
     if found:
         bad_samples.add_to_list(found)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from clip_jax.data.bad_samples import REASONS
 from clip_jax.data.images import Augmentation
-from clip_jax.data.pipeline import Batches, LoadPair, Transform, UndecodableError
+from clip_jax.data.pipeline import Batches, InputError, LoadPair, Transform
 from clip_jax.data.sources import Mixture, Pair, open_source
 
 
@@ -112,7 +112,7 @@ def test_a_broken_picture_becomes_its_next_neighbour_and_is_reported():
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_pictures_that_are_all_broken_end_the_stream_with_an_error(num_workers):
     stream = batches(Numbered(broken=tuple(range(11))), num_workers=num_workers)
-    with pytest.raises(UndecodableError, match="11 samples in a row"):
+    with pytest.raises(InputError, match="11 samples in a row"):
         take(stream, 1)
     stream.close()
 

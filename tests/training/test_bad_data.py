@@ -1,11 +1,16 @@
 """Training goes on past single bad samples, and stops with a line and a checkpoint where that would be wrong."""
 
 import json
+import os
+import pathlib
+import re
+import signal
 
 import numpy as np
 import pytest
+from PIL import Image
 from shards import pair_members, picture, write_shards, write_tar
-from trial import SMALL
+from trial import SMALL, finish, kill, start, wait_for_step
 
 from clip_jax.data.bad_samples import REASONS, BadSample, BadSamples, TooManyBadSamplesError
 from clip_jax.main import main
@@ -34,9 +39,7 @@ def write_worse_shard(folder, every: int) -> str:
 
 
 def test_each_kind_of_bad_sample_is_counted_and_listed_by_name(capsys, tmp_path):
-    thin, small = picture(1), picture(2, size=1)
-    from PIL import Image
-
+    small = picture(2, size=1)
     Image.new("RGB", (64, 4)).save(tmp_path / "thin.png")
     thin = (tmp_path / "thin.png").read_bytes()
     members = [
@@ -46,11 +49,9 @@ def test_each_kind_of_bad_sample_is_counted_and_listed_by_name(capsys, tmp_path)
         *[("000001.png", picture(1)), ("000001.txt", b"again")],
     ]
     write_tar(tmp_path / "a.tar", members)
-    data = (tmp_path / "a.tar").read_bytes()
     write_tar(tmp_path / "b.tar", pair_members(range(100, 106)))
     whole = (tmp_path / "b.tar").read_bytes()
     (tmp_path / "b.tar").write_bytes(whole[: whole.index(b"told 105")])
-    assert data
     limits = ["--config.data.min_image_side=4", "--config.data.max_aspect_ratio=8", "--config.data.max_bad_share=1"]
     workdir, epoch = tmp_path / "run", 65  # 52 + 7 + 6 records; one batch of 16 is 16 draws
     assert main(arguments(f"wds:{tmp_path}/{{a,b}}.tar", workdir, *limits, f"--config.steps={epoch}")) == 0
@@ -93,20 +94,38 @@ def test_too_many_bad_samples_end_the_run_with_a_line_and_a_checkpoint_that_goes
 
 
 def test_a_shard_deleted_during_the_run_ends_it_with_its_name_and_a_checkpoint(capsys, tmp_path, monkeypatch):
-    source = write_shards(tmp_path, shards=2, pairs=30)
-    from clip_jax.training import loop
+    source = write_shards(tmp_path, shards=20, pairs=30)  # a twentieth of the data, so no matter of shares
+    count = BadSamples.count
 
-    make_batches = loop.make_batches
+    def count_and_delete(self, reasons):
+        count(self, reasons)
+        if self.seen == 10 * 16:
+            (tmp_path / "00007.tar").unlink()
 
-    def delete_and_make(*given):
-        (tmp_path / "00001.tar").unlink()
-        return make_batches(*given)
-
-    monkeypatch.setattr(loop, "make_batches", delete_and_make)
-    assert main(arguments(source, tmp_path / "run", "--config.steps=80")) == 1
+    monkeypatch.setattr(BadSamples, "count", count_and_delete)
+    assert main(arguments(source, tmp_path / "run", "--config.steps=200")) == 1
     error = capsys.readouterr().err
-    assert "unreadable_file" in error and "00001.tar" in error
-    assert (tmp_path / "run" / "checkpoints" / "63").is_dir()
+    assert re.fullmatch(r"failed: \S+/00007\.tar: No such file or directory\n", error)
+    [saved] = (tmp_path / "run" / "checkpoints").iterdir()
+    assert int(saved.name) >= 10
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_a_line_and_a_checkpoint(tmp_path):
+    source = write_shards(tmp_path, shards=2, pairs=30)
+    flags = arguments(source, tmp_path / "run", "--config.steps=100000")
+    process = start(*[flag for flag in flags if "num_workers" not in flag], "--config.data.num_workers=2")
+    try:
+        wait_for_step(process, 5)
+        threads = pathlib.Path(f"/proc/{process.pid}/task").iterdir()
+        children = [pid for thread in threads for pid in (thread / "children").read_text().split()]
+        workers = [pid for pid in children if b"spawn_main" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(int(workers[0]), signal.SIGKILL)
+        output = finish(process)
+    finally:
+        kill(process)
+    assert process.returncode == 1
+    assert "failed: " in output and "Traceback" not in output, output
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_a_full_disk_is_a_line_and_the_state_is_saved_where_there_is_room(capsys, tmp_path):

@@ -19,14 +19,24 @@ Options: ``image``, ``caption`` (or ``text``), ``label``, ``template``, ``clean`
 """
 
 from clip_jax.data.sources.array_record import EMOJI_FOLDER, ArrayRecordSource, open_array_record, open_emoji
-from clip_jax.data.sources.base import Pair, PairError, Source
+from clip_jax.data.sources.base import Pair, PairError, ShardError, Source
 from clip_jax.data.sources.mixture import Mixture
 from clip_jax.data.sources.parquet import open_parquet
 from clip_jax.data.sources.tables import open_folder, open_table
 from clip_jax.data.sources.tfds import open_tfds
 from clip_jax.data.sources.webdataset import open_webdataset
 
-__all__ = ["EMOJI_FOLDER", "ArrayRecordSource", "Mixture", "Pair", "PairError", "Source", "open_mixture", "open_source"]
+__all__ = [
+    "EMOJI_FOLDER",
+    "ArrayRecordSource",
+    "Mixture",
+    "Pair",
+    "PairError",
+    "ShardError",
+    "Source",
+    "open_mixture",
+    "open_source",
+]
 
 OPENERS = {
     "wds": open_webdataset,

@@ -10,7 +10,7 @@ from grain.sources import ArrayRecordDataSource
 from clip_jax.data.sources.base import Pair, PairError
 from clip_jax.data.sources.digest import digest
 from clip_jax.data.sources.fields import Fields, parse_fields, split_options
-from clip_jax.data.sources.files import expand
+from clip_jax.data.sources.files import ends_digest, expand
 
 EMOJI_FOLDER = pathlib.Path(__file__).parent.parent / "emoji"
 EMOJI_STYLES = ("noto", "twemoji", "openmoji")
@@ -43,20 +43,27 @@ class ArrayRecordSource:
         try:
             record = msgpack.unpackb(self._records[index])
             image = next(record[field] for field in self._fields.image if field in record)
-            key = record.get("key", "")
+            key = str(record.get("key", ""))
         except Exception as error:  # msgpack and the reader raise many kinds for damaged bytes
             raise PairError(f"record {index} is damaged: {type(error).__name__}: {_first_line(error)}") from None
         if not isinstance(image, bytes):
             raise PairError(f"record {index}: the picture must be bytes")
         name = key or f"record {index}"
         captions, weights = self._fields.captions_of(record.get, name)
-        if self._fields.captions == DEFAULT_FIELDS.captions and len(record.get("weights", ())) == len(captions):
-            weights = record["weights"]  # as the source had them that these files were written from
+        given = record.get("weights")  # as the source had them that these files were written from
+        if self._fields.captions == DEFAULT_FIELDS.captions and _are_weights(given, len(captions)):
+            weights = given
         return Pair(image, captions, name, self._fields.label_of(record.get), weights)
 
     def fingerprint(self) -> str:
-        files = [(os.path.basename(path), os.path.getsize(path)) for path in self._paths]
-        return digest(files) if self._fields == DEFAULT_FIELDS else digest(files, repr(self._fields))
+        files = [(os.path.basename(path), os.path.getsize(path), ends_digest(path)) for path in self._paths]
+        return digest(files, repr(self._fields))
+
+
+def _are_weights(given: object, captions: int) -> bool:
+    if not isinstance(given, list) or len(given) != captions:
+        return False
+    return all(isinstance(weight, int | float) and 0 < weight < 1e9 for weight in given)
 
 
 def _first_line(error: Exception) -> str:

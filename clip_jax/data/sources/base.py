@@ -28,13 +28,17 @@ class PairError(ValueError):
         return self.args[0]
 
 
+class ShardError(OSError):
+    """A file of many pairs is gone or has changed, which no replacement of samples can mend; one line."""
+
+
 class Source(Protocol):
     """Random access to pairs. Must be picklable: worker processes get a copy, so nothing large may be part of it."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Pair:
-        """Raises PairError if this record cannot be used."""
+        """Raises PairError if this record cannot be used, ShardError if the file that held it is lost."""
         ...
 
     def fingerprint(self) -> str:

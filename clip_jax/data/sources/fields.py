@@ -16,8 +16,8 @@ from collections.abc import Callable
 from clip_jax.data.sources.base import PairError
 
 TAG = re.compile(r"<[^<>]{1,500}>")
-ADDRESS = re.compile(r"\b(?:https?://|www\.)\S+|\S+@\S+\.\w+")
-FILE_NAME = re.compile(r"\b[\w-]+\.(?:jpe?g|png|gif|webp|tiff?|bmp)\b", re.IGNORECASE)
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".tif", ".tiff", ".bmp")
+LONGEST_CAPTION = 16_384  # characters: far more than any context length, and little enough for whatever reads it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Fields:
             for text in texts:
                 if not isinstance(text, str):
                     raise PairError(f"{name}: {field} is {type(text).__name__}, not text", "damaged_record")
+            texts = [text[:LONGEST_CAPTION] for text in texts]
             if self.clean:
                 texts = [clean_caption(text) for text in texts]
             texts = [text.strip() for text in texts if text.strip()]
@@ -66,8 +67,13 @@ class Fields:
 
 def clean_caption(text: str) -> str:
     """Without HTML tags, entities, addresses and names of picture files; blanks as single spaces."""
-    text = html.unescape(TAG.sub(" ", html.unescape(text)))
-    return " ".join(FILE_NAME.sub(" ", ADDRESS.sub(" ", text)).split())
+    words = html.unescape(TAG.sub(" ", html.unescape(text))).split()
+    return " ".join(word for word in words if not _is_address(word.lower().strip("()[]<>\"',;:!?")))
+
+
+def _is_address(word: str) -> bool:
+    mail = "@" in word[1:] and "." in word.partition("@")[2]
+    return mail or "://" in word or word.startswith("www.") or word.rstrip(".").endswith(PICTURE_SUFFIXES)
 
 
 def split_options(where: str) -> tuple[str, str]:
@@ -138,7 +144,7 @@ def nested(get: Callable[[str], object], name: str) -> Callable[[str], object]:
             text = get(outer)
             try:
                 read[outer] = text if text is None or isinstance(text, dict) else json.loads(text)
-            except ValueError as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 raise PairError(f"{name}: {outer} is no JSON: {error}", "damaged_record") from None
         return read[outer].get(inner) if isinstance(read[outer], dict) else None
 

@@ -1,14 +1,19 @@
 """Names, sizes and bytes of files, on a disk or wherever fsspec reaches (``gs://``, ``s3://``)."""
 
+import contextlib
 import functools
 import glob
+import hashlib
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import braceexpand
 import fsspec
 
-from clip_jax.data.sources.base import PairError
+from clip_jax.data.sources.base import PairError, ShardError
+
+ENDS = 1 << 16  # bytes
 
 
 class Stamp(NamedTuple):
@@ -85,30 +90,58 @@ def stamp(path: str) -> Stamp:
     return Stamp(details["size"], str(time))
 
 
-def read_range(path: str, start: int, length: int, size: int) -> bytes:
-    """``length`` bytes from ``start`` of a file that had ``size`` bytes when it was looked at first.
+def read_range(path: str, start: int, length: int, at_start: Stamp) -> bytes:
+    """``length`` bytes from ``start`` of a shard that had this stamp when it was opened.
 
     Raises:
-      PairError: the file is gone, cannot be read, or has another size now.
+      ShardError: the shard is gone, or has been written anew.
+      PairError: a bucket does not give these bytes now.
     """
-    try:
-        if is_remote(path):
+    if is_remote(path):
+        try:
             data = _remote(path).cat_file(path, start=start, end=start + length)
-        else:
-            # Opened for each record: a shard that is deleted or written anew is noticed, and no limit is reached.
-            file = os.open(path, os.O_RDONLY)
-            try:
-                now = os.fstat(file).st_size
-                if now != size:
-                    raise PairError(f"{path} has {now:,} bytes and had {size:,} when it was opened", "changed_file")
-                data = os.pread(file, length, start)
-            finally:
-                os.close(file)
-    except OSError as error:
-        raise PairError(f"{path}: {error.strerror or error}", "unreadable_file") from None
+        except FileNotFoundError:
+            raise ShardError(f"{path} is gone") from None
+        except Exception as error:  # each kind of bucket raises its own
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise PairError(f"{path}: {reason}", "unreadable_file") from None
+    else:
+        # Opened for each record: a shard that is deleted or written anew is noticed, and no limit is reached.
+        with _local(path) as file:
+            check_unchanged(path, file, at_start)
+            data = os.pread(file, length, start)
     if len(data) != length:
-        raise PairError(f"{path} ends {length - len(data):,} bytes too early", "unreadable_file")
+        raise ShardError(f"{path} ends {length - len(data):,} bytes too early")
     return data
+
+
+@contextlib.contextmanager
+def _local(path: str) -> Iterator[int]:
+    try:
+        file = os.open(path, os.O_RDONLY)
+        try:
+            yield file
+        finally:
+            os.close(file)
+    except ShardError:
+        raise
+    except OSError as error:
+        raise ShardError(f"{path}: {error.strerror or error}") from None
+
+
+def check_unchanged(path: str, file: int | str, at_start: Stamp) -> None:
+    """Raises ShardError if a local file, or its descriptor, no longer has this stamp."""
+    now = os.stat(file)
+    if (now.st_size, str(now.st_mtime_ns)) != tuple(at_start):
+        raise ShardError(f"{path} has been written anew: it had {at_start.size:,} bytes and has {now.st_size:,}")
+
+
+def ends_digest(path: str) -> str:
+    """A digest of a file's first and last 64 kB, where most formats keep what tells one file from another."""
+    with open(path, "rb") as file:
+        head = file.read(ENDS)
+        file.seek(max(0, os.fstat(file.fileno()).st_size - ENDS))
+        return hashlib.sha256(head + file.read(ENDS)).hexdigest()[:16]
 
 
 def read_whole(path: str) -> bytes:

@@ -4,6 +4,7 @@ Each is a folder of ``.npy`` arrays with a ``meta.json``, below ``$XDG_CACHE_HOM
 named. All processes of a machine that map it share its pages.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -27,74 +28,80 @@ def default_folder() -> pathlib.Path:
 
 
 class MappedIndex:
-    """Arrays of a folder as attributes of ``arrays``, mapped; pickled as the folder's path alone.
+    """Arrays of a folder, mapped, as ``arrays`` by name; pickled as the folder's path alone.
 
     Raises:
-      ValueError: the folder holds no tables.
+      ValueError: the folder does not hold what it should.
     """
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
         try:
             self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            self.arrays = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
-        except (OSError, ValueError, EOFError) as error:
+            self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in self.meta["arrays"]}
+        except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
             raise ValueError(f"{folder} holds no index: {error}") from None
 
     def __reduce__(self) -> tuple:
         return MappedIndex, (self.folder,)
 
 
-def open_or_build(
-    name: str, folder: str, is_fresh: Callable[[dict], bool], build: Callable[[MappedIndex | None], Tables]
-) -> MappedIndex:
-    """The tables of this name if they are fresh, or else new ones.
+def open_or_build(kind: str, name: str, content: str, folder: str, build: Callable[[MappedIndex | None], Tables]):
+    """The tables of this content: those that are there, or new ones. What a folder holds never changes.
 
     Args:
-      name: of the folder inside ``folder``: a digest of what the tables depend on.
+      kind: what the tables are about, for the folder's name.
+      name: a digest of what they are made of, whatever it may hold now.
+      content: a digest of all that they depend on.
       folder: where tables are kept; empty for the default.
-      is_fresh: whether tables with this ``meta`` can be taken as they are.
-      build: makes new ones out of the old, if there are any that can be read.
+      build: makes them, and may take over parts of the newest of the same name, if there are any.
+
+    Returns:
+      The :class:`MappedIndex`.
 
     Raises:
-      OSError: the folder cannot be written to.
+      ValueError: the folder cannot be written to.
     """
-    place = pathlib.Path(folder or default_folder()) / name
-    old = None
-    if place.is_dir():
-        try:
-            old = MappedIndex(place)
-        except ValueError:
-            old = None  # damaged: built anew
-    if old is not None and is_fresh(old.meta):
-        return old
-    meta, arrays = build(old)
-    unfinished = place.with_name(f"{name}.{uuid.uuid4().hex}")
-    unfinished.mkdir(parents=True)
+    parent = pathlib.Path(folder or default_folder())
+    place = parent / f"{kind}-{name}-{content}"
     try:
+        return MappedIndex(place)
+    except ValueError:
+        pass  # not there, or damaged
+    meta, arrays = build(_newest(parent, f"{kind}-{name}-"))
+    unfinished = place.with_name(f"unfinished-{uuid.uuid4().hex}")
+    try:
+        unfinished.mkdir(parents=True)
         for key, array in arrays.items():
             np.save(unfinished / f"{key}.npy", array)
-        (unfinished / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        (unfinished / "meta.json").write_text(json.dumps(meta | {"arrays": list(arrays)}), encoding="utf-8")
         _put_in_place(unfinished, place)
+        return MappedIndex(place)
+    except OSError as error:
+        raise ValueError(
+            f"an index cannot be written to {parent}: {error.strerror or error}; name another folder with "
+            "?index=FOLDER or XDG_CACHE_HOME"
+        ) from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return MappedIndex(place)
+
+
+def _newest(parent: pathlib.Path, prefix: str) -> MappedIndex | None:
+    for place in sorted(parent.glob(f"{prefix}*"), key=lambda place: place.stat().st_mtime, reverse=True):
+        with contextlib.suppress(ValueError):
+            return MappedIndex(place)
+    return None
 
 
 def _put_in_place(new: pathlib.Path, place: pathlib.Path) -> None:
-    """A folder can only be renamed onto an empty one; who has mapped the old files keeps them."""
-    for _ in range(10):
+    """A folder cannot be renamed onto one that holds files: if another process was first, its tables are the same."""
+    try:
+        new.rename(place)
+    except OSError:
+        if not place.is_dir():
+            raise
         try:
+            MappedIndex(place)
+        except ValueError:  # damaged, so of no use to anyone
+            place.rename(place.with_name(f"unfinished-{uuid.uuid4().hex}"))
             new.rename(place)
-            return
-        except OSError:
-            if not place.is_dir():
-                raise
-        # Another process may do the same at this moment: whichever is last stays, and both are right.
-        aside = place.with_name(f"{place.name}.{uuid.uuid4().hex}")
-        try:
-            place.rename(aside)
-        except FileNotFoundError:
-            continue
-        shutil.rmtree(aside, ignore_errors=True)
-    raise OSError(f"{place} is being written by too many processes at once")

@@ -85,6 +85,8 @@ class Mixture:
                 self.schedule = Schedule([fractions.Fraction(part) for part in parts])
             except (ValueError, ZeroDivisionError) as error:
                 raise ValueError(f"weights {weights}: {error}") from None
+        if len(sources) == 1:
+            self.schedule = None  # all of one source, whatever its weight
 
     def __len__(self) -> int:
         return self.firsts[-1]

@@ -9,10 +9,10 @@ import os
 
 import numpy as np
 
-from clip_jax.data.sources.base import Pair, PairError
+from clip_jax.data.sources.base import Pair, PairError, ShardError
 from clip_jax.data.sources.digest import digest
 from clip_jax.data.sources.fields import Fields, nested, parse_fields, split_options
-from clip_jax.data.sources.files import expand, is_remote, stamp
+from clip_jax.data.sources.files import Stamp, check_unchanged, ends_digest, expand, is_remote, stamp
 
 DEFAULT_FIELDS = Fields(image=("image",), captions=(("caption", 1.0),))
 ROW_GROUPS_KEPT = 4  # in each process
@@ -29,7 +29,7 @@ class ParquetSource:
     def __init__(self, paths: list[str], fields: Fields):
         parquet = _import_parquet()
         self._paths, self._fields = paths, fields
-        self._sizes = [stamp(path).size for path in paths]
+        self._stamps = [stamp(path) for path in paths]
         needed = [*fields.image, *(name.partition(".")[0] for name, _ in fields.captions)]
         self._columns = list(dict.fromkeys([*needed, *filter(None, [fields.label.partition(".")[0]])]))
         groups = []  # file, row group, rows
@@ -62,10 +62,10 @@ class ParquetSource:
         path, row = self._paths[number], index - (int(self._ends[place]) - rows)
         name = f"{path}, row group {group}, row {row}"
         try:
-            columns = _read_row_group(path, self._sizes[number], group, tuple(self._columns))
+            columns = _read_row_group(path, self._stamps[number], group, tuple(self._columns))
             record = {column: columns[column][row].as_py() for column in self._columns}
-        except OSError as error:
-            raise PairError(f"{path}: {error.strerror or error}", "unreadable_file") from None
+        except ShardError:
+            raise
         except Exception as error:  # damaged pages raise kinds of pyarrow's own
             raise PairError(f"{name}: {' '.join(str(error).split())}") from None
         image = next((record[field] for field in self._fields.image if record[field] is not None), None)
@@ -78,7 +78,10 @@ class ParquetSource:
         return Pair(image, captions, name, self._fields.label_of(get), weights)
 
     def fingerprint(self) -> str:
-        files = [(os.path.basename(path), size) for path, size in zip(self._paths, self._sizes, strict=True)]
+        files = [
+            (os.path.basename(path), size, time if is_remote(path) else ends_digest(path))
+            for path, (size, time) in zip(self._paths, self._stamps, strict=True)
+        ]
         return digest(files, repr(self._fields))
 
 
@@ -99,8 +102,13 @@ def _open(path: str):
 
 
 @functools.lru_cache(ROW_GROUPS_KEPT)
-def _read_row_group(path: str, size: int, group: int, columns: tuple[str, ...]) -> dict:
+def _read_row_group(path: str, at_start: Stamp, group: int, columns: tuple[str, ...]) -> dict:
     parquet = _import_parquet()
+    if not is_remote(path):
+        try:
+            check_unchanged(path, path, at_start)
+        except FileNotFoundError:
+            raise ShardError(f"{path} is gone") from None
     with _open(path) as file, parquet.ParquetFile(file) as table:
         rows = table.read_row_group(group, columns=list(columns), use_threads=False)
     return {name: rows.column(name) for name in columns}

@@ -3,6 +3,7 @@
 What the table says is kept in a mapped index, so that its size costs memory once a machine and not once a process.
 """
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -64,26 +65,36 @@ class TableSource:
         path = join(self._root, row.image)
         try:
             image = read_whole(path)
-        except OSError as error:
-            raise PairError(f"{path}: {error.strerror or error}", "unreadable_file") from None
+        except Exception as error:  # a name may be anything, and each kind of bucket raises its own
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+            raise PairError(f"{path}: {reason}", "unreadable_file") from None
         return Pair(image, row.captions, path, row.label, row.weights)
 
     def fingerprint(self) -> str:
         return self._index.meta["fingerprint"]
 
 
-def _open_rows(name: str, what: object, root: str, rows: Callable[[], Iterable[Row]], folder: str = "") -> TableSource:
-    """The source of these rows; ``what`` changes whenever they do."""
+def _open_rows(
+    name: str, what: object, root: str, rows: Callable[[], Iterable[Row]], folder: str = "", also: object = None
+) -> TableSource:
+    """The source of these rows; ``what`` changes whenever they do, and ``also`` is part of what the data are."""
 
     def build(_) -> Tables:
-        packed = [msgpack.packb(row) for row in rows()]
+        packed = [_pack(row) for row in rows()]
         blob = b"".join(packed)
-        meta = {"what": digest(what), "fingerprint": hashlib.sha256(blob).hexdigest()[:16]}
+        meta = {"fingerprint": hashlib.sha256(json.dumps(also).encode() + blob).hexdigest()[:16]}
         ends = np.cumsum([len(row) for row in packed], dtype=np.int64)
         return Tables(meta, {"ends": ends, "rows": np.frombuffer(blob, np.uint8)})
 
-    key = f"table-{digest(TABLE_VERSION, name, root)}"
-    return TableSource(root, open_or_build(key, folder, lambda meta: meta["what"] == digest(what), build))
+    return TableSource(root, open_or_build("table", digest(name, root), digest(TABLE_VERSION, what), folder, build))
+
+
+def _pack(row: Row) -> bytes:
+    try:
+        return msgpack.packb(row)
+    except UnicodeEncodeError:
+        problem = ("damaged_record", f"{row.image!a} has a text with half a character")
+        return msgpack.packb(Row("", [], [], "", problem))
 
 
 def open_folder(where: str) -> TableSource:
@@ -94,15 +105,16 @@ def open_folder(where: str) -> TableSource:
       ValueError: a picture has no text file, or there are no pictures.
     """
     place, options = split_options(where)
-    fields, _ = parse_fields(options, Fields((), ()), f"folder:{where}")
+    fields, others = parse_fields(options, Fields((), ()), f"folder:{where}", also=("index",))
     folder = pathlib.Path(place)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
     files = {}
     for parent, _, names in os.walk(folder):
-        with os.scandir(parent) as entries:
-            sizes = {entry.name: (entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries}
-        files |= {(pathlib.Path(parent) / name).relative_to(folder).as_posix(): sizes[name] for name in names}
+        for name in names:
+            path = pathlib.Path(parent) / name
+            with contextlib.suppress(FileNotFoundError):  # a link to nothing
+                files[path.relative_to(folder).as_posix()] = tuple(stamp(str(path)))
     pictures = sorted(name for name in files if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
     if not pictures:
         raise ValueError(f"no pictures below {folder}: looked for {', '.join(IMAGE_SUFFIXES)}")
@@ -118,7 +130,9 @@ def open_folder(where: str) -> TableSource:
             yield _row(name, str(folder / name), lines, lambda _, found=found: found)
 
     what = [[name, files[name][0], files[texts[name]]] for name in pictures]
-    return _open_rows("folder", [what, repr(fields)], os.path.abspath(folder), rows)
+    sizes = [[name, files[name][0]] for name in pictures]
+    root = os.path.abspath(folder)
+    return _open_rows("folder", [what, repr(fields)], root, rows, others.get("index", ""), sizes)
 
 
 def open_table(kind: str, where: str) -> TableSource:
@@ -139,6 +153,9 @@ def open_table(kind: str, where: str) -> TableSource:
 
     def rows() -> Iterator[Row]:
         for line, get in read(place, kind, fields):
+            if isinstance(get, str):
+                yield Row("", [], [], "", ("damaged_record", f"{place}, line {line}: {get}"))
+                continue
             image = get(fields.image[0])
             if not isinstance(image, str) or not image.strip():
                 yield Row("", [], [], "", ("no_picture", f"{place}, line {line}: the {fields.image[0]} is empty"))
@@ -159,7 +176,9 @@ def _row(image: str, name: str, fields: Fields, get: Callable[[str], object]) ->
         return Row(image, [], [], "", (error.reason, str(error)))
 
 
-def _read_csv(file: str, kind: str, fields: Fields) -> Iterator[tuple[int, Callable[[str], object]]]:
+def _read_csv(file: str, kind: str, fields: Fields) -> Iterator[tuple[int, Callable[[str], object] | str]]:
+    """Line numbers with a getter of the row's values, or with what is wrong with it."""
+    csv.field_size_limit(2**31 - 1)  # the default refuses captions of 131,072 characters
     tabs = kind == "tsv" or file.endswith(".tsv")
     reader = csv.DictReader(io.StringIO(_read_text(file), newline=""), delimiter="\t" if tabs else ",")
     try:
@@ -177,17 +196,17 @@ def _read_csv(file: str, kind: str, fields: Fields) -> Iterator[tuple[int, Calla
         raise ValueError(f"{file}, line {reader.line_num}: {error}") from None
 
 
-def _read_json_lines(file: str, kind: str, fields: Fields) -> Iterator[tuple[int, Callable[[str], object]]]:
+def _read_json_lines(file: str, kind: str, fields: Fields) -> Iterator[tuple[int, Callable[[str], object] | str]]:
+    """The same of JSON lines."""
     for line, text in enumerate(_read_text(file).split("\n"), 1):
         if not text.strip():
             continue
         try:
             row = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{file}, line {line}: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{file}, line {line}: must be an object, {{...}}")
-        yield line, row.get
+        except (ValueError, RecursionError) as error:
+            yield line, f"no JSON: {error}"
+            continue
+        yield line, row.get if isinstance(row, dict) else "no object, {...}"
 
 
 def _read_text(file: str) -> str:

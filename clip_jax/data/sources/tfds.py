@@ -40,7 +40,8 @@ class TFDSSource:
         features = builder.info.features
         for field in [*fields.image, *(field for field, _ in fields.captions), *filter(None, [fields.label])]:
             _check_field(features, field, f"tfds:{name}")
-        self._version = str(builder.info.full_name)
+        split_info = known[split.partition("[")[0]]
+        self._content = [str(builder.info.full_name), split_info.num_bytes, list(split_info.shard_lengths or [])]
         label = features[fields.label] if fields.label and "/" not in fields.label else None
         self._label_names = list(getattr(label, "names", None) or [])
         try:
@@ -67,12 +68,12 @@ class TFDSSource:
         get = _texts_of(record)
         captions, weights = self._fields.captions_of(get, name)
         label = self._fields.label_of(get)
-        if self._label_names:
-            label = self._label_names[int(label)]
+        if self._label_names and label:
+            label = self._label_names[int(label)] if int(label) >= 0 else ""  # -1: it has none
         return Pair(image, captions, name, label, weights)
 
     def fingerprint(self) -> str:
-        return digest(self._version, self._split, len(self), repr(self._fields))
+        return digest(self._content, self._split, len(self), repr(self._fields))
 
 
 def _check_field(features, field: str, name: str) -> None:

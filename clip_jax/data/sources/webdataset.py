@@ -17,7 +17,7 @@ from clip_jax.data.sources.digest import digest
 from clip_jax.data.sources.fields import Fields, nested, parse_fields, split_options
 from clip_jax.data.sources.files import Stamp, expand, is_remote, read_range, read_whole, stamp
 from clip_jax.data.sources.mapped_index import MappedIndex, Tables, open_or_build
-from clip_jax.data.sources.tar_index import index_shard, read_members, split_name, unpack
+from clip_jax.data.sources.tar_index import ShardIndex, index_shard, read_record, unpack
 
 logger = logging.getLogger("clip_jax")
 
@@ -40,7 +40,7 @@ class WebDatasetSource:
 
     def _read_meta(self) -> None:
         self._paths = [path for path, *_ in self._index.meta["shards"]]
-        self._sizes = [size for _, size, *_ in self._index.meta["shards"]]
+        self._stamps = [Stamp(size, time) for _, size, time, *_ in self._index.meta["shards"]]
         self._firsts = self._index.arrays["firsts"]
         self._records = self._index.arrays["records"]
 
@@ -62,11 +62,10 @@ class WebDatasetSource:
         if problem:
             raise PairError(f"{where}: {PROBLEM_TEXTS[problem]}", problem)
         try:
-            members = list(read_members(read_range(path, start, length, self._sizes[shard])))
+            key, contents = read_record(read_range(path, start, length, self._stamps[shard]))
         except tarfile.TarError as error:
-            raise PairError(f"{where}: {error}", "changed_file") from None
-        contents = {split_name(name)[1]: content for name, content in members}
-        name = f"{path}: {split_name(members[0][0])[0]}"
+            raise PairError(f"{where}: {error}") from None
+        name = f"{path}: {key}"
         image = next((contents[field] for field in self._fields.image if field in contents), None)
         if image is None:
             raise PairError(f"{name} has no picture, only {', '.join(contents)}", "no_picture")
@@ -86,7 +85,7 @@ class WebDatasetSource:
 
     def fingerprint(self) -> str:
         # Neither place nor time: a data set that was copied is the same.
-        shards = [(os.path.basename(path), size, count) for path, size, _, count in self._index.meta["shards"]]
+        shards = [(os.path.basename(path), size, *found) for path, size, _, *found in self._index.meta["shards"]]
         return digest(shards, repr(self._fields))
 
 
@@ -104,47 +103,44 @@ def _open_index(paths: list[str], folder: str) -> MappedIndex:
         stamps = list(pool.map(stamp, names))
     wanted = [[name, *now] for name, now in zip(names, stamps, strict=True)]
 
-    def is_fresh(meta: dict) -> bool:
-        return [shard[:3] for shard in meta["shards"]] == wanted
-
     def build(old: MappedIndex | None) -> Tables:
         started, threads = time.monotonic(), os.cpu_count() or 1
         known = _records_of(old) if old else {}
         missing = [index for index, shard in enumerate(wanted) if tuple(shard) not in known]
-        records = [known.get(tuple(shard)) for shard in wanted]
+        found = [known.get(tuple(shard)) for shard in wanted]
         with ThreadPoolExecutor(threads) as pool:
             results = pool.map(lambda index: _index_file(names[index], stamps[index]), missing)
             told = started
-            for done, (index, (found, problem)) in enumerate(zip(missing, results, strict=True)):
-                records[index] = found
-                if problem:
-                    logger.warning("%s is damaged after %d records: %s", names[index], len(found), problem)
+            for done, (index, result) in enumerate(zip(missing, results, strict=True)):
+                found[index] = result
+                if result.problem:
+                    logger.warning("%s, %d records: %s", names[index], len(result.records), result.problem)
                 if time.monotonic() - told > 5:
                     told = time.monotonic()
                     logger.info("indexing shards: %d of %d", done, len(missing))
-        counts = [len(part) for part in records]
-        meta = {"shards": [[*shard, count] for shard, count in zip(wanted, counts, strict=True)]}
+        counts = [len(one.records) for one in found]
+        shards = [[*shard, len(one.records), one.checksum] for shard, one in zip(wanted, found, strict=True)]
         firsts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        return Tables(meta, {"records": np.concatenate(records), "firsts": firsts})
+        return Tables({"shards": shards}, {"records": np.concatenate([one.records for one in found]), "firsts": firsts})
 
-    index = open_or_build(f"tar-{digest(INDEX_VERSION, names)}", folder, is_fresh, build)
-    empty = [path for path, *_, count in index.meta["shards"] if not count]
+    index = open_or_build("tar", digest(INDEX_VERSION, names), digest(wanted), folder, build)
+    empty = [path for path, _, _, count, _ in index.meta["shards"] if not count]
     if empty:
         raise ValueError(f"{empty[0]} has no records")
     return index
 
 
-def _records_of(index: MappedIndex) -> dict[tuple, np.ndarray]:
+def _records_of(index: MappedIndex) -> dict[tuple, ShardIndex]:
     firsts, records = index.arrays["firsts"], index.arrays["records"]
     return {
-        tuple(shard[:3]): records[first:end]
+        tuple(shard[:3]): ShardIndex(records[first:end], shard[4], "")
         for shard, first, end in zip(index.meta["shards"], firsts[:-1], firsts[1:], strict=True)
     }
 
 
-def _index_file(path: str, at_start: Stamp) -> tuple[np.ndarray, str]:
+def _index_file(path: str, at_start: Stamp) -> ShardIndex:
     if not at_start.size:
-        return np.array([], np.uint64), "it is empty"
+        return ShardIndex(np.array([], np.uint64), "", "it is empty")
     return index_shard(read_whole(path) if is_remote(path) else np.memmap(path, np.uint8, mode="r"))
 
 

@@ -7,7 +7,7 @@ import pickle
 import pytest
 from shards import pair_members, picture, write_shards, write_tar
 
-from clip_jax.data.sources import PairError, open_source
+from clip_jax.data.sources import PairError, ShardError, open_source
 
 
 def pairs(source) -> list[tuple[bytes, tuple[str, ...]]]:
@@ -25,11 +25,49 @@ def test_json_lines_name_pictures_relative_to_their_file(tmp_path):
     assert source[2].label == "2"
 
 
-@pytest.mark.parametrize(("text", "expected"), [("{", "line 1: Expecting"), ("[1]", "line 1: must be an object")])
-def test_lines_that_are_no_objects_are_refused(tmp_path, text, expected):
-    (tmp_path / "pairs.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=expected):
-        open_source(f"jsonl:{tmp_path}/pairs.jsonl")
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{", "line 1: no JSON: Expecting"),
+        ("[1]", "line 1: no object"),
+        ("[" * 100_000, "line 1: no JSON"),
+        ('{"image": "a.png", "caption": "\\ud800"}', "half a character"),
+        ('{"image": "a.png", "caption": {"x": 1}}', "caption is dict, not text"),
+        ('{"image": "a\\u0000.png", "caption": "x"}', "null byte"),
+        ('{"image": "nonsense://a.png", "caption": "x"}', "nonsense"),
+    ],
+)
+def test_a_line_that_is_no_pair_is_a_bad_sample_and_the_next_one_a_good_one(tmp_path, text, expected):
+    (tmp_path / "b.png").write_bytes(picture(1))
+    (tmp_path / "pairs.jsonl").write_text(f'{text}\n{{"image": "b.png", "caption": "x"}}\n')
+    source = open_source(f"jsonl:{tmp_path}/pairs.jsonl")
+    with pytest.raises(PairError, match=expected):
+        source[0]
+    assert source[1].captions == ["x"]
+
+
+def test_one_table_with_other_options_is_another_source_also_in_a_worker(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture(1))
+    (tmp_path / "pairs.csv").write_text("image,short,long\na.png,s,l\n")
+    both = open_source(f"csv:{tmp_path}/pairs.csv?caption=short + csv:{tmp_path}/pairs.csv?caption=long")
+    assert pairs(both) == [(picture(1), ("s",)), (picture(1), ("l",))]
+
+
+def test_a_field_longer_than_pythons_csv_reader_takes_is_read(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture(1))
+    (tmp_path / "pairs.csv").write_text(f"image,caption\na.png,{'word ' * 40_000}\n")
+    assert open_source(f"csv:{tmp_path}/pairs.csv")[0].captions[0].startswith("word word")
+
+
+def test_a_folders_fingerprint_knows_the_pictures_sizes(tmp_path):
+    prints = set()
+    for size in (8, 64):
+        (tmp_path / "a.png").write_bytes(picture(1, size))
+        (tmp_path / "a.txt").write_text("x")
+        (tmp_path / "nothing.png").unlink(missing_ok=True)
+        (tmp_path / "nothing.png").symlink_to(tmp_path / "nowhere")
+        prints.add(open_source(f"folder:{tmp_path}").fingerprint())
+    assert len(prints) == 2
 
 
 def test_a_table_that_changes_is_read_again(tmp_path):
@@ -73,6 +111,17 @@ def test_parquet_as_hugging_face_writes_it(parquet_file):
     assert source[9].label == "9"
     with pytest.raises(PairError, match="row group 1, row 1 has no caption"):
         open_source(f"parquet:{parquet_file}")[4]
+
+
+def test_a_parquet_file_that_is_written_anew_is_lost(parquet_file):
+    source = open_source(f"parquet:{parquet_file}?caption=texts")
+    assert source[0].captions
+    parquet_file.write_bytes(parquet_file.read_bytes() + b"x")
+    with pytest.raises(ShardError, match=r"a\.parquet has been written anew"):
+        source[5]
+    parquet_file.unlink()
+    with pytest.raises(ShardError, match=r"a\.parquet is gone"):
+        source[5]
 
 
 def test_a_parquet_file_that_is_none_or_lacks_a_column_is_refused(parquet_file, tmp_path):
@@ -176,9 +225,8 @@ def test_shards_in_a_bucket_are_read_by_ranges(tmp_path, bucket):
         assert pairs(source) == pairs(local)
         assert source.fingerprint() == local.fingerprint()
     bucket.rm("bucket/shards/00001.tar")
-    with pytest.raises(PairError, match=r"s3://bucket/shards/00001\.tar") as caught:
+    with pytest.raises(ShardError, match=r"s3://bucket/shards/00001\.tar is gone"):
         source[7]
-    assert caught.value.reason == "unreadable_file"
     with pytest.raises(FileNotFoundError):
         open_source("wds:s3://bucket/shards/{00000..00001}.tar")
 

@@ -3,11 +3,13 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 from shards import pair_members, picture, write_shards, write_tar
 
-from clip_jax.data.sources import PairError, open_source
+from clip_jax.data.sources import PairError, ShardError, open_source
 
 
 def captions(source) -> list[str]:
@@ -37,23 +39,35 @@ def test_a_workers_copy_of_a_source_is_small_and_reads_the_same(tmp_path):
 def test_the_index_is_built_once_and_again_for_the_shard_that_changed(tmp_path):
     name = write_shards(tmp_path, shards=3, pairs=4)
     place = f"{name}?index={tmp_path}/index"
-    before = open_source(place).fingerprint()
+    first = open_source(place)
+    before = first.fingerprint()
     [folder] = (tmp_path / "index").iterdir()
     stamp = os.stat(folder / "records.npy").st_mtime_ns
     assert open_source(place).fingerprint() == before
     assert os.stat(folder / "records.npy").st_mtime_ns == stamp
     write_tar(tmp_path / "00001.tar", pair_members(range(90, 92)))
     changed = open_source(place)
+    assert len(pickle.loads(pickle.dumps(first))) == 12  # a worker that starts now sees what the others do
     assert captions(changed) == [f"number {number}" for number in (*range(4), 90, 91, *range(8, 12))]
     assert changed.fingerprint() != before
 
 
-def test_a_damaged_index_is_built_anew(tmp_path):
+@pytest.mark.parametrize("damage", ["records.npy", "no firsts.npy", "meta.json"])
+def test_a_damaged_index_is_built_anew(tmp_path, damage):
     place = f"{write_shards(tmp_path, shards=1, pairs=4)}?index={tmp_path}/index"
     open_source(place)
     [folder] = (tmp_path / "index").iterdir()
-    (folder / "records.npy").write_bytes(b"no array")
+    if damage.startswith("no "):
+        (folder / damage[3:]).unlink()
+    else:
+        (folder / damage).write_bytes(b"{}")
     assert len(open_source(place)) == 4
+
+
+def test_an_index_that_cannot_be_written_says_where_else_it_could_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot be written to .*/file: Not a directory; name another folder"):
+        open_source(f"{write_shards(tmp_path, shards=1, pairs=4)}?index={tmp_path}/file")
 
 
 def test_a_copied_data_set_has_the_same_fingerprint_in_another_place(tmp_path):
@@ -63,20 +77,36 @@ def test_a_copied_data_set_has_the_same_fingerprint_in_another_place(tmp_path):
     assert one.fingerprint() == other.fingerprint()
 
 
-def test_a_shard_that_is_deleted_or_rewritten_later_is_a_bad_sample_by_name(tmp_path):
+def test_a_shard_that_is_deleted_or_rewritten_later_is_lost_by_name(tmp_path):
     source = open_source(write_shards(tmp_path, shards=2, pairs=4))
-    write_tar(tmp_path / "00000.tar", pair_members(range(1)))
+    write_tar(tmp_path / "00000.tar", pair_members(range(4, 8)))  # of the same size
     (tmp_path / "00001.tar").unlink()
-    for index, reason in ((3, "changed_file"), (5, "unreadable_file")):
-        with pytest.raises(PairError, match=f"0000{index // 4}.tar") as caught:
+    for index, expected in ((3, "has been written anew"), (5, "No such file")):
+        with pytest.raises(ShardError, match=rf"0000{index // 4}\.tar.*{expected}"):
             source[index]
-        assert caught.value.reason == reason
+
+
+def test_a_shard_rewritten_with_the_same_size_is_other_data(tmp_path):
+    name = write_shards(tmp_path, shards=1, pairs=4)
+    before, size = open_source(name).fingerprint(), (tmp_path / "00000.tar").stat().st_size
+    write_tar(tmp_path / "00000.tar", pair_members(range(4, 8)))
+    assert (tmp_path / "00000.tar").stat().st_size == size
+    assert open_source(name).fingerprint() != before
+
+
+def test_processes_that_build_one_index_at_once_all_get_it(tmp_path):
+    name = f"{write_shards(tmp_path, shards=3, pairs=20)}?index={tmp_path}/index"
+    program = f"from clip_jax.data.sources import open_source; print(len(open_source({name!r})))"
+    together = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) for _ in range(4)]
+    assert [process.communicate(timeout=120)[0] for process in together] == [b"60\n"] * 4
+    assert len(list((tmp_path / "index").iterdir())) == 1
 
 
 @pytest.mark.parametrize(
     ("members", "reason", "expected"),
     [
         ([("a.txt", b"words")], "no_picture", "a has no picture, only txt"),
+        ([("a.jpg", b"1"), ("a.json", b"[" * 100_000)], "empty_caption", "txt is missing"),
         ([("a.jpg", b"1")], "empty_caption", "txt is missing or empty"),
         ([("a.jpg", b"1"), ("a.txt", b" \n")], "empty_caption", "txt is missing or empty"),
         ([("a.jpg", b"1"), ("a.txt", b"\xff")], "damaged_record", "txt is not UTF-8"),
@@ -109,6 +139,9 @@ def captions_or_reasons(source) -> list[str]:
 
 def test_json_that_is_none_is_a_bad_record(tmp_path):
     write_tar(tmp_path / "a.tar", [("a.jpg", b"1"), ("a.json", b"{")])
+    with pytest.raises(PairError, match="json is no JSON"):
+        open_source(f"wds:{tmp_path}/a.tar?caption=json.caption")[0]
+    write_tar(tmp_path / "a.tar", [("a.jpg", b"1"), ("a.json", b"[" * 100_000)])
     with pytest.raises(PairError, match="json is no JSON"):
         open_source(f"wds:{tmp_path}/a.tar?caption=json.caption")[0]
     write_tar(tmp_path / "b.tar", [("a.jpg", b"1"), ("a.json", json.dumps({"caption": ["x", "y"]}).encode())])
