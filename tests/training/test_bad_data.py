@@ -12,6 +12,7 @@ from PIL import Image
 from shards import pair_members, picture, write_shards, write_tar
 from trial import SMALL, finish, kill, start, wait_for_step
 
+from clip_jax.data import bad_samples
 from clip_jax.data.bad_samples import REASONS, BadSample, BadSamples, TooManyBadSamplesError
 from clip_jax.main import main
 
@@ -43,7 +44,7 @@ def test_each_kind_of_bad_sample_is_counted_and_listed_by_name(capsys, tmp_path)
     Image.new("RGB", (64, 4)).save(tmp_path / "thin.png")
     thin = (tmp_path / "thin.png").read_bytes()
     members = [
-        *pair_members(range(52)),
+        *pair_members(range(51)),
         *[("a.png", b"nothing"), ("a.txt", b"x"), ("b.png", picture(1)), ("b.txt", b" "), ("c.txt", b"x")],
         *[("d.png", thin), ("d.txt", b"x"), ("e.png", small), ("e.txt", b"x"), ("../f.png", picture(1))],
         *[("000001.png", picture(1)), ("000001.txt", b"again")],
@@ -53,25 +54,24 @@ def test_each_kind_of_bad_sample_is_counted_and_listed_by_name(capsys, tmp_path)
     whole = (tmp_path / "b.tar").read_bytes()
     (tmp_path / "b.tar").write_bytes(whole[: whole.index(b"told 105")])
     limits = ["--config.data.min_image_side=4", "--config.data.max_aspect_ratio=8", "--config.data.max_bad_share=1"]
-    workdir, epoch = tmp_path / "run", 65  # 52 + 7 + 6 records; one batch of 16 is 16 draws
-    assert main(arguments(f"wds:{tmp_path}/{{a,b}}.tar", workdir, *limits, f"--config.steps={epoch}")) == 0
+    workdir = tmp_path / "run"
+    # 51 + 7 + 6 records: an epoch is four batches of 16.
+    assert main(arguments(f"wds:{tmp_path}/{{a,b}}.tar", workdir, *limits, "--config.steps=8")) == 0
     expected = {
         "undecodable": "a",
         "empty_caption": "b",
         "no_picture": "c",
         "extreme_aspect_ratio": "d",
         "too_small": "e",
-        "unsafe_name": "record 57",
-        "duplicate_key": "record 58",
+        "unsafe_name": "record 56",
+        "duplicate_key": "record 57",
         "truncated_file": "record 5 ",
     }
     last = records(workdir)[-1]
-    # Sixteen epochs of 65 records: each bad one came up sixteen times.
-    assert {name.partition("/")[2]: last[name] for name in last if name.startswith("bad_samples/")} == dict.fromkeys(
-        expected, 16
-    )
-    assert last["bad_samples"] == 16 * 8
-    assert last["epochs"] == 16
+    counted = {name.partition("/")[2]: last[name] for name in last if name.startswith("bad_samples/")}
+    assert counted == dict.fromkeys(expected, 2)
+    assert last["bad_samples"] == 2 * 8
+    assert last["epochs"] == 2
     listed = [json.loads(line) for line in (workdir / "bad_samples.jsonl").read_text().splitlines()]
     assert {sample["reason"] for sample in listed} == set(expected)
     for sample in listed:
@@ -79,18 +79,19 @@ def test_each_kind_of_bad_sample_is_counted_and_listed_by_name(capsys, tmp_path)
     assert "../" not in {path.name for path in tmp_path.iterdir()}
 
 
-def test_too_many_bad_samples_end_the_run_with_a_line_and_a_checkpoint_that_goes_on(capsys, tmp_path):
+def test_too_many_bad_samples_end_the_run_with_a_line_and_a_checkpoint_that_goes_on(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(bad_samples, "FEWEST_SAMPLES", 100)
     source = write_worse_shard(tmp_path, every=5)
-    flags = arguments(source, tmp_path / "run", "--config.steps=80")
+    flags = arguments(source, tmp_path / "run", "--config.steps=20")
     assert main(flags) == 1
     error = capsys.readouterr().err
     assert "samples are bad, more than config.data.max_bad_share=0.1 allows (undecodable" in error
     assert "a.tar: 0000" in error and "bad_samples.jsonl lists them" in error
     assert len(error.splitlines()) == 1
     [saved] = (tmp_path / "run" / "checkpoints").iterdir()
-    assert int(saved.name) == 63  # of 16 samples each: the first with a thousand to judge by
+    assert int(saved.name) == 7  # of 16 samples each: the first with a hundred to judge by
     assert main([*flags, "--config.data.max_bad_share=0.3"]) == 0
-    assert records(tmp_path / "run")[-1]["step"] == 80
+    assert records(tmp_path / "run")[-1]["step"] == 20
 
 
 def test_a_shard_deleted_during_the_run_ends_it_with_its_name_and_a_checkpoint(capsys, tmp_path, monkeypatch):
@@ -176,12 +177,12 @@ def test_the_list_of_bad_samples_names_each_once_also_after_a_kill(tmp_path):
 
 
 def test_a_share_is_judged_only_by_enough_samples(tmp_path):
-    bad_samples = BadSamples(tmp_path / "bad_samples.jsonl")
+    found = BadSamples(tmp_path / "bad_samples.jsonl")
     counts = [0] * len(REASONS)
     counts[0] = 999
-    bad_samples.check(counts, 999, 0.1)
+    found.check(counts, 999, 0.1)
     with pytest.raises(TooManyBadSamplesError, match=r"999 of 1,000 samples are bad.*\(undecodable 999\)"):
-        bad_samples.check(counts, 1_000, 0.1)
-    bad_samples.count(np.array([-1, 0, 0, 3], np.int8))
-    assert bad_samples.seen == 4
-    assert bad_samples.counts[:4].tolist() == [2, 0, 0, 1]
+        found.check(counts, 1_000, 0.1)
+    found.count(np.array([-1, 0, 0, 3], np.int8))
+    assert found.seen == 4
+    assert found.counts[:4].tolist() == [2, 0, 0, 1]
