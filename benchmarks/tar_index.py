@@ -101,7 +101,10 @@ def measure_a_billion(folder: pathlib.Path) -> None:
     pairs, shards = 10**9, 100_000
     np.lib.format.open_memmap(index / "records.npy", "w+", np.uint64, (pairs,)).flush()  # zeros, which take no room
     np.save(index / "firsts.npy", np.arange(shards + 1, dtype=np.int64) * (pairs // shards))
-    meta = {"shards": [[f"/data/{shard:06d}.tar", 10**9, "0", pairs // shards] for shard in range(shards)]}
+    meta = {
+        "arrays": ["records", "firsts"],
+        "shards": [[f"/data/{shard:06d}.tar", 10**9, "0", pairs // shards, "0"] for shard in range(shards)],
+    }
     (index / "meta.json").write_text(json.dumps(meta))
     before = private_bytes()
     source = WebDatasetSource.__new__(WebDatasetSource)

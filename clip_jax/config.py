@@ -108,7 +108,7 @@ def default_config(preset: str) -> ml_collections.ConfigDict:
     config.data.max_aspect_ratio = 100.0  # so are longer and thinner ones
     config.data.max_bad_share = 0.1  # of the samples; more bad ones end the run
     config.data.num_workers = 4  # processes that decode; 0: threads of this process
-    config.data.num_threads = 2  # in each
+    config.data.num_threads = 1  # in each; more where pictures come from afar, one by one
     config.data.augmentation = ml_collections.ConfigDict(dataclasses.asdict(Augmentation()))
 
     config.evaluation = ml_collections.ConfigDict()

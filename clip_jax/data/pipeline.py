@@ -22,7 +22,7 @@ from clip_jax.data.workers import end_with_parent
 # Raise this whenever the same pictures would come out as other pixels or tokens: a run then refuses to resume.
 TRANSFORM_VERSION = 2
 MAX_NEIGHBOURS = 100
-LARGEST_PART = 64  # examples
+LARGEST_PART = 256  # examples
 # Grain's shuffle (0.2.18) is no permutation where the greatest index is one of these: index 0 gets the same place.
 UNSHUFFLED = {4**power for power in range(8, 32)}
 
@@ -131,7 +131,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         host: int = 0,
         hosts: int = 1,
         num_workers: int = 0,
-        num_threads: int = 2,
+        num_threads: int = 1,
         position: int = 0,
     ):
         _parse_absl_flags()
