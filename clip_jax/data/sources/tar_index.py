@@ -21,6 +21,7 @@ NAME, SIZE, KIND, MAGIC, PREFIX = slice(0, 100), slice(124, 136), 156, slice(257
 USTAR, GNU = b"ustar\x0000", b"ustar  \x00"
 PLAIN_FILES = (b"0"[0], 0)
 FOLDER = b"5"[0]
+CUT_BETWEEN = "the mark of its end is missing, as if it had been cut between two files"
 EXTENDED = b"x"[0]  # a header about the next one, as Python's tarfile writes for each file with a time in fractions
 SPOKEN_FOR = (b" path=", b" size=", b" GNU.sparse")  # what of it would change a file's name or place
 
@@ -78,48 +79,60 @@ def index_shard(data: np.ndarray | bytes) -> ShardIndex:
       data: uint8 ``[bytes]``, or the same as bytes; may be mapped, since hardly more than the headers is looked at.
     """
     data = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
-    members, problem = _plain_members(data), ""
-    if members is None:
-        members, problem = _members_by_tarfile(data)
+    headers = _find_headers(data)
+    records = None if headers is None else _plain_records(headers)
+    if records is not None:
+        problem = "" if headers.ends[-1] + BLOCK <= len(data) else CUT_BETWEEN
+        return ShardIndex(records, _checksum(data, headers.data_starts), problem)
+    members, problem = _members_by_tarfile(data)
     end = members[-1].end if members else 0
     if end > len(data):
         problem = f"{members[-1].name} ends {end - len(data):,} bytes after the file"
     elif not problem and len(data) % BLOCK and np.any(data[-(len(data) % BLOCK) :]):
         problem = "the file ends within a header"
-    records = list(_records(members, len(data)))
-    if problem and not (records and unpack(records[-1])[2] == "truncated_file"):
+    found = list(_records(members, len(data)))
+    if problem and not (found and unpack(found[-1])[2] == "truncated_file"):
         # What follows is lost, and counts as one bad record: a shard that shrank must not pass for a whole one.
-        records.append(pack(len(data) // BLOCK, 0, PROBLEMS.index("truncated_file")))
+        found.append(pack(len(data) // BLOCK, 0, PROBLEMS.index("truncated_file")))
     if members and not problem and end + BLOCK > len(data):
-        problem = "the mark of its end is missing, as if it had been cut between two files"
-    return ShardIndex(np.array(records, np.uint64), _checksum(data, members), problem)
+        problem = CUT_BETWEEN
+    starts = np.array([member.data for member in members], np.int64)
+    return ShardIndex(np.array(found, np.uint64), _checksum(data, starts), problem)
 
 
-def _checksum(data: np.ndarray, members: list[Member]) -> str:
+def _checksum(data: np.ndarray, data_starts: np.ndarray) -> str:
     """Of each header, whose time alone tells most rewritten shards, and of one content in sixteen."""
     blocks = data[: len(data) // BLOCK * BLOCK].reshape(-1, BLOCK)
-    starts = np.array([member.data for member in members], np.int64) // BLOCK
-    sample = starts[::16]
-    looked_at = np.concatenate([starts - 1, sample[sample < len(blocks)]])
+    starts = data_starts // BLOCK
+    looked_at = np.concatenate([starts - 1, starts[::16]])
     return f"{zlib.crc32(blocks[looked_at[looked_at < len(blocks)]]):08x}"
 
 
-def _plain_members(data: np.ndarray) -> list[Member] | None:
+class _Headers(NamedTuple):
+    """Of each plain file of a tar: ``names`` uint8 ``[files, 100]``; ``starts``, ``data_starts`` and ``ends`` int64."""
+
+    names: np.ndarray
+    starts: np.ndarray
+    data_starts: np.ndarray
+    ends: np.ndarray
+
+
+def _find_headers(data: np.ndarray) -> _Headers | None:
     """The files of a tar, found all at once by the magic word of each header.
 
-    None if the headers so found do not follow one another exactly or leave something to others, as with long names,
-    sizes over 8 GiB, or a picture that holds what looks like a header.
+    None if the headers so found do not follow one another exactly to the end of the file, or leave something to others,
+    as with long names, sizes over 8 GiB, or a picture that holds what looks like a header.
     """
     blocks = data[: len(data) // BLOCK * BLOCK].reshape(-1, BLOCK)
     # The first letter alone first: one byte of a block tells most of them apart.
     candidates = np.flatnonzero(blocks[:, MAGIC.start] == USTAR[0])
-    magic = np.ascontiguousarray(blocks[candidates, MAGIC]).view("S8").ravel()
+    headers = blocks[candidates]
+    magic = np.ascontiguousarray(headers[:, MAGIC]).view("S8").ravel()
     posix = magic == USTAR
     is_header = posix | (magic == GNU.rstrip(b"\0"))
-    candidates, posix = candidates[is_header], posix[is_header]
-    if not len(candidates):
-        return [] if not np.any(blocks) and len(data) % BLOCK == 0 else None
-    headers = blocks[candidates]
+    candidates, headers, posix = candidates[is_header], headers[is_header], posix[is_header]
+    if not len(candidates) or len(data) % BLOCK or np.any(posix & (headers[:, PREFIX.start] != 0)):
+        return None
     digits = headers[:, SIZE][:, :11].astype(np.int64) - ord("0")
     ends_well = np.isin(headers[:, SIZE.stop - 1], (0, ord(" ")))
     kinds = headers[:, KIND]
@@ -128,8 +141,8 @@ def _plain_members(data: np.ndarray) -> list[Member] | None:
         return None
     sizes = digits @ 8 ** np.arange(10, -1, -1)
     following = candidates + 1 + -(-sizes // BLOCK)
-    whole = candidates[0] == 0 and np.array_equal(following[:-1], candidates[1:])
-    # After the last member: the end of the file, or a block of zeros.
+    whole = candidates[0] == 0 and np.array_equal(following[:-1], candidates[1:]) and following[-1] <= len(blocks)
+    # After the last file: the end of the file, or a block of zeros.
     if not whole or (following[-1] < len(blocks) and np.any(blocks[following[-1]])):
         return None
     extended = kinds == EXTENDED
@@ -137,25 +150,61 @@ def _plain_members(data: np.ndarray) -> list[Member] | None:
         told = blocks[candidates[extended] + 1]
         if sizes[extended].max() > BLOCK or np.any(extended[:-1] & extended[1:]) or _speaks_for_file(told.tobytes()):
             return None
-    names = np.ascontiguousarray(headers[:, NAME]).view("S100").ravel().tolist()
-    prefixes = np.ascontiguousarray(headers[:, PREFIX]).view("S155").ravel()
-    if np.any(posix & (prefixes != b"")):
-        names = [
-            prefix + b"/" + name if has and prefix else name
-            for name, prefix, has in zip(names, prefixes.tolist(), posix.tolist(), strict=True)
-        ]
-    data_starts = (candidates + 1) * BLOCK
-    starts = np.where(np.roll(extended, 1), np.roll(candidates, 1), candidates) * BLOCK
-    rows = zip(names, starts.tolist(), data_starts.tolist(), sizes.tolist(), kinds.tolist(), strict=True)
-    return [
-        Member(name.partition(b"\0")[0].decode("utf-8", "surrogateescape"), start, data_start, size)
-        for name, start, data_start, size, kind in rows
-        if kind in PLAIN_FILES
-    ]
+    starts = np.where(np.roll(extended, 1), np.roll(candidates, 1), candidates)
+    files = np.isin(kinds, PLAIN_FILES)
+    if not files.any():
+        return None
+    return _Headers(
+        headers[files, NAME], starts[files] * BLOCK, (candidates[files] + 1) * BLOCK, following[files] * BLOCK
+    )
 
 
 def _speaks_for_file(extended: bytes) -> bool:
     return any(word in extended for word in SPOKEN_FOR)
+
+
+def _plain_records(headers: _Headers) -> np.ndarray | None:
+    """What :func:`_records` gives, for all files at once; None where a name, or a field that comes twice, is for that.
+
+    Keys and fields are compared as sums of their bytes times random numbers of 64 bits.
+    """
+    length = np.argmin(headers.names, axis=1)[:, None]  # to the first zero; a name of 100 bytes has none
+    if np.take_along_axis(headers.names, length, axis=1).any():
+        return None
+    place = np.arange(int(length.max()) + 1)
+    names = np.where(place < length, headers.names[:, : len(place)], 0)
+    slash = np.where(names == ord("/"), place, -1).max(axis=1)
+    dots = (names == ord(".")) & (place > slash[:, None])
+    dot = np.where(dots.any(axis=1), dots.argmax(axis=1), -1)
+    odd = np.any((names[:, :-1] == ord(".")) & (names[:, 1:] == ord(".")))  # perhaps "../"
+    odd |= np.isin(names[:, 0], (0, ord("/"), ord("_"))).any() or names.max() > 127  # perhaps "__meta__"
+    if odd:
+        return None
+    named = dot > slash + 1
+    if not named.any():
+        return None
+    names, dot = names[named], dot[named, None]
+    names = np.where((names >= ord("A")) & (names <= ord("Z")) & (place > dot), names + 32, names)  # fields' case
+    factors = np.random.default_rng(0).integers(2**64, size=len(place), dtype=np.uint64)
+    keys = np.where(place < dot, names, 0).astype(np.uint64) @ factors
+    fields = np.where(place > dot, names, 0).astype(np.uint64) @ factors
+    first = np.concatenate([[True], (keys[1:] != keys[:-1]) | (dot[1:, 0] != dot[:-1, 0])])
+    group = np.cumsum(first) - 1
+    order = np.lexsort((fields, group))
+    if np.any((group[order][1:] == group[order][:-1]) & (fields[order][1:] == fields[order][:-1])):
+        return None
+    start = headers.starts[named][first] // BLOCK
+    end = headers.ends[named][np.append(np.flatnonzero(first)[1:] - 1, len(first) - 1)] // BLOCK
+    if start[-1] >= 1 << START_BITS or (end - start).max() >= 1 << LENGTH_BITS:
+        return None
+    _, seen_first = np.unique(keys[first], return_index=True)
+    problem = np.full(len(start), PROBLEMS.index("duplicate_key"), np.uint64)
+    problem[seen_first] = 0
+    return (
+        problem << np.uint64(START_BITS + LENGTH_BITS)
+        | (end - start).astype(np.uint64) << np.uint64(START_BITS)
+        | start.astype(np.uint64)
+    )
 
 
 def _members_by_tarfile(data: np.ndarray) -> tuple[list[Member], str]:

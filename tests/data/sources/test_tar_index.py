@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shards import pair_members, picture, write_tar
 
+from clip_jax.data.sources import tar_index
 from clip_jax.data.sources.tar_index import index_shard, pack, read_record, split_name, unpack
 
 KINDS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
@@ -96,6 +97,25 @@ def test_the_checksum_tells_other_contents_of_the_same_sizes(tmp_path):
     for numbers in (range(10, 20), range(20, 30), range(10, 20)):
         sums.add(index_shard(tar_bytes(pair_members(numbers), tarfile.USTAR_FORMAT, tmp_path)).checksum)
     assert len(sums) == 2
+
+
+NAMES = st.text("aB.-/_", min_size=1, max_size=12) | st.sampled_from(["a.jpg", "a.txt", "b/a.JPG", "b/a.jpg", "x" * 99])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(NAMES, min_size=1, max_size=12), st.sampled_from(KINDS))
+def test_all_headers_at_once_give_what_one_after_the_other_does(names, kind):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=kind) as tar:
+        for number, name in enumerate(names):
+            entry = tarfile.TarInfo(name)
+            entry.size = 300 * number
+            with contextlib.suppress(ValueError):  # a name of slashes alone
+                tar.addfile(entry, io.BytesIO(bytes(300 * number)))
+    data = np.frombuffer(stream.getvalue(), np.uint8)
+    members, problem = tar_index._members_by_tarfile(data)
+    assert problem == ""
+    assert index_shard(data).records.tolist() == list(tar_index._records(members, len(data)))
 
 
 def test_a_field_that_comes_twice_begins_a_duplicate(tmp_path):
