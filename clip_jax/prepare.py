@@ -216,7 +216,7 @@ def _bench(arguments: argparse.Namespace, rest: list[str]) -> None:
     finally:
         batches.close()
     images = f"images/s of {config.model.vision.image_size} x {config.model.vision.image_size}"
-    workers = f"{data.num_workers} workers of {data.num_threads} threads"
+    workers = f"{data.num_workers} workers of {data.num_threads} threads each"
     print(f"{feed.images_per_second:,.0f} {images} on {feed.cores} cores with {workers}")
     if feed.images_per_cpu_second:
         print(f"{feed.images_per_cpu_second:,.0f} images per CPU second")

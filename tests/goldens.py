@@ -81,7 +81,10 @@ def unpack(folder: pathlib.Path) -> dict[str, Golden]:
     """Unpacks every archive into the folder; the models by the names of MODELS."""
     for archive in ARCHIVES.glob("*.tar.xz"):
         with tarfile.open(fileobj=io.BytesIO(lzma.decompress(archive.read_bytes()))) as tar:
-            tar.extractall(folder / archive.name.removesuffix(".tar.xz"), filter="data")
+            tar.extractall(
+                folder / archive.name.removesuffix(".tar.xz"),
+                **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}),
+            )
     goldens = {}
     for name, model in MODELS.items():
         file = folder / name.partition("/")[0] / model.file

@@ -100,7 +100,7 @@ def test_a_worker_that_is_killed_is_told_in_one_line(tmp_path):
 
 
 def test_ctrl_c_ends_it_at_once_and_in_one_line(tmp_path):
-    process = start("convert", EMOJI, str(tmp_path / "out"), *CONVERT)
+    process = start("convert", "emoji:noto,twemoji,openmoji/all", str(tmp_path / "out"), *CONVERT)
     wait_until(lambda: list((tmp_path / "out").glob("parts/*.note")), process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the workers as well
     _, errors = process.communicate(timeout=trial.DEADLINE)
@@ -369,7 +369,9 @@ def test_bench_measures_the_pipeline_of_a_config(capsys, monkeypatch):
     assert prepare.main(["bench", "emoji:noto/held_out", *arguments]) == 0
     rate, *_, hosts = capsys.readouterr().out.splitlines()
     images = int(
-        re.match(r"([\d,]+) images/s of 32 x 32 on \d+ cores with 0 workers of 2 threads", rate)[1].replace(",", "")
+        re.match(r"([\d,]+) images/s of 32 x 32 on \d+ cores with 0 workers of 1 threads each", rate)[1].replace(
+            ",", ""
+        )
     )
     needed = int(re.match(r"1,000,000 pairs/s need ([\d,]+) hosts with \d+ cores each", hosts)[1].replace(",", ""))
     assert needed == pytest.approx(1_000_000 / images, rel=0.01, abs=1)

@@ -180,8 +180,10 @@ def to_rgb(image: Image.Image, min_side: int = 1, max_aspect_ratio: float = MAX_
 
 def _check_size(width: int, height: int, min_side: int, max_aspect_ratio: float) -> None:
     short, long = sorted((width, height))
-    if short < max(1, min_side):
-        raise ImageError(f"{width} x {height} pixels: one side is under {max(1, min_side)}", "too_small")
+    if short < 1:
+        raise ImageError(f"{width} x {height} pixels are no picture", "too_small")
+    if short < min_side:
+        raise ImageError(f"{width} x {height} pixels: one side is under {min_side}", "too_small")
     if width * height > MAX_PIXELS:
         raise ImageError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}", "too_large")
     if long > max_aspect_ratio * short:

@@ -42,7 +42,7 @@ def assert_close(curve: dict[int, float], reference: dict[int, float]) -> None:
     np.testing.assert_allclose([curve[step] for step in curve], [reference[step] for step in curve], rtol=2e-5)
 
 
-@pytest.mark.parametrize("fsdp", [1, 4, 8])
+@pytest.mark.parametrize("fsdp", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_eight_devices_give_the_loss_curve_of_one(one_device, tmp_path, fsdp):
     run(*SMALL, STEPS, f"--config.mesh.fsdp={fsdp}", f"--workdir={tmp_path}", devices=8)
     assert_close(losses(tmp_path), one_device)

@@ -145,6 +145,7 @@ def test_a_host_lost_while_others_have_finished_is_named_by_all(tmp_path, lost, 
         assert said.endswith("goes on from its start, as it has no checkpoint yet")
 
 
+@pytest.mark.slow
 def test_hosts_that_end_far_apart_do_not_take_each_other_for_lost(tmp_path):
     hosts = start_watched_hosts([8, 0, 4], tmp_path)
     outputs = [finish(host) for host in hosts]

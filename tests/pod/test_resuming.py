@@ -35,7 +35,7 @@ def test_resuming_with_other_workers_continues_bit_for_bit(undisturbed, tmp_path
     assert losses(tmp_path) == undisturbed
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_leaves_with_the_step_printed(undisturbed, tmp_path, number):
     workers = "--config.data.num_workers=1"
     process = start(*SMALL, STEPS, "--config.checkpoint_every=1000", workers, f"--workdir={tmp_path}")
