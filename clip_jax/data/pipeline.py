@@ -81,7 +81,8 @@ class LoadPair:
         """Returns ``image`` uint8 ``[S, S, 3]``, ``tokens`` int32 ``[L]``, and of a sample that was replaced ``bad``
         int64, its index, and ``bad_reason`` int8, its place in ``REASONS``; else both are -1.
 
-        Also ``seed`` uint32, for whatever the step draws for this pair at this visit.
+        Also ``seed`` uint32, for whatever the step draws for this pair at this visit, and ``source`` int32, the place
+        of its source in the mixture.
 
         Raises:
           InputError: the record and its next hundred neighbours are all bad.
@@ -99,6 +100,7 @@ class LoadPair:
             return example | {
                 "bad": np.int64(index if problem else -1),
                 "bad_reason": np.int8(REASONS.index(reason_of(problem)) if problem else -1),
+                "source": np.int32(self.mixture.locate(index)[0]),
                 "seed": rng.integers(2**32, dtype=np.uint32),  # drawn last: the others are as without it
             }
         raise InputError(f"{tried} samples in a row cannot be used, from {index} on; the first: {problem}")

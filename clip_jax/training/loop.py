@@ -288,6 +288,8 @@ def train_steps(
             list_bad_samples(run, bad_samples, batch.pop("bad"), reasons)
             if not config.model.patch_dropout:
                 batch.pop("seed")  # nothing is drawn in the step
+            if len(run.mixture.sources) == 1:
+                batch.pop("source")  # its loss is the loss
             batch = to_global_batch(batch, run.mesh)
             state, metrics = train_step(state, batch)
             step, position = step + 1, batches.position

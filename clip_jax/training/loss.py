@@ -22,6 +22,7 @@ ROWS, WHOLE = PartitionSpec(BATCH_AXES), PartitionSpec()
 LEAST = float(jnp.finfo(jnp.float32).min)  # minus infinity, but for LEAST - LEAST = 0
 
 Metrics = dict[str, jax.Array]
+METRIC_SPECS = {"image_to_text_accuracy": WHOLE, "text_to_image_accuracy": WHOLE, "pair_losses": ROWS}
 # Of a block of images or texts, or with one more leading axis of all of a device's: {name: float32 [block, ...]}.
 Block = dict[str, jax.Array]
 
@@ -63,7 +64,8 @@ def contrastive_loss(
       block_size: the blockwise form holds at most ``[block_size, block_size]`` logits. Any size fits any batch.
 
     Returns:
-      The loss, a float32 scalar, and ``image_to_text_accuracy`` and ``text_to_image_accuracy`` within the batch.
+      The loss, a float32 scalar, and ``image_to_text_accuracy`` and ``text_to_image_accuracy`` within the batch beside
+      ``pair_losses`` float32 ``[N]``, whose mean is the loss.
 
     Raises:
       ValueError: an unknown form, or a batch that cannot be divided among the devices.
@@ -73,7 +75,9 @@ def contrastive_loss(
     if form == "blockwise":
         return _blockwise_loss(image_embeddings, text_embeddings, logit_scale, mesh, block_size)
     # check_vma verifies that what is returned as replicated is, and makes the gradients of replicated inputs sums.
-    sharded = jax.shard_map(_gathered_loss, mesh=mesh, in_specs=(ROWS, ROWS, WHOLE), out_specs=WHOLE, check_vma=True)
+    sharded = jax.shard_map(
+        _gathered_loss, mesh=mesh, in_specs=(ROWS, ROWS, WHOLE), out_specs=(WHOLE, METRIC_SPECS), check_vma=True
+    )
     return sharded(image_embeddings, text_embeddings, logit_scale)
 
 
@@ -99,7 +103,8 @@ def sigmoid_loss(
       block_size: at most ``[block_size, block_size]`` logits are held.
 
     Returns:
-      The loss, a float32 scalar, and ``image_to_text_accuracy`` and ``text_to_image_accuracy`` within the batch.
+      The loss, a float32 scalar, and ``image_to_text_accuracy`` and ``text_to_image_accuracy`` within the batch beside
+      ``pair_losses`` float32 ``[N]``, whose mean is the loss.
 
     Raises:
       ValueError: a batch that cannot be divided among the devices.
@@ -134,6 +139,7 @@ def _gathered_loss(images: jax.Array, texts: jax.Array, logit_scale: jax.Array) 
     metrics = {
         "image_to_text_accuracy": _all_mean(row_ranks == 1),
         "text_to_image_accuracy": (column_ranks == 1).mean(),
+        "pair_losses": (row_log_sums + column_log_sums[columns]) / 2 - positives,
     }
     return (image_to_text + text_to_image) / 2, jax.tree.map(jax.lax.stop_gradient, metrics)
 
@@ -151,7 +157,7 @@ def _blockwise_forward(images, texts, logit_scale, mesh, block_size):
         functools.partial(_blockwise_sums, block_size=block_size),
         mesh=mesh,
         in_specs=(ROWS, ROWS, WHOLE),
-        out_specs=(WHOLE, WHOLE, ROWS),
+        out_specs=(WHOLE, METRIC_SPECS, ROWS),
     )
     loss, metrics, sums = forward(images, texts, logit_scale)
     return (loss, metrics), (images, texts, logit_scale, sums)
@@ -191,7 +197,8 @@ def _blockwise_sums(images, texts, logit_scale, *, block_size):
     }
     # -log(e^p / (e^p + e^o)) = softplus(o - p) for the positive p and the others' log-sum o.
     losses = jax.nn.softplus(sums["by_image"] - positives) + jax.nn.softplus(sums["by_text"] - positives)
-    return _all_mean(losses) / 2, _accuracies(positives, by_image, by_text), sums
+    metrics = _accuracies(positives, by_image, by_text) | {"pair_losses": losses / 2}
+    return _all_mean(losses) / 2, metrics, sums
 
 
 def _blockwise_gradients(images, texts, logit_scale, sums, cotangent, *, block_size):
@@ -245,7 +252,7 @@ def _sigmoid_forward(images, texts, logit_scale, logit_bias, mesh, block_size):
         functools.partial(_sigmoid_loss_and_gradients, block_size=block_size),
         mesh=mesh,
         in_specs=(ROWS, ROWS, WHOLE, WHOLE),
-        out_specs=(WHOLE, WHOLE, (ROWS, ROWS, WHOLE, WHOLE)),
+        out_specs=(WHOLE, METRIC_SPECS, (ROWS, ROWS, WHOLE, WHOLE)),
     )
     loss, metrics, gradients = forward(images, texts, logit_scale, logit_bias)
     return (loss, metrics), gradients
@@ -284,8 +291,9 @@ def _sigmoid_loss_and_gradients(images, texts, logit_scale, logit_bias, *, block
         _all_sum((images * image_gradients).sum()),  # as in the blockwise form
         _all_mean(by_image["slope"] + own),
     )
-    loss = _all_mean(by_image["loss"] + jax.nn.softplus(-positives))
-    return loss, _accuracies(positives, by_image, by_text), gradients
+    losses = by_image["loss"] + jax.nn.softplus(-positives)
+    metrics = _accuracies(positives, by_image, by_text) | {"pair_losses": losses}
+    return _all_mean(losses), metrics, gradients
 
 
 # What they share. All of it runs under shard_map, on one device's images and texts.

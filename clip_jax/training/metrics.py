@@ -120,7 +120,9 @@ class StepLog:
             self._waited = 0.0
         if not self.is_due(step):
             return
-        scalars = {name: float(value) for name, value in metrics.items()} | others
+        values = {name: float(value) for name, value in metrics.items()} | others
+        # The loss of a source of which the batch has no pair is no number.
+        scalars = {name: value for name, value in values.items() if math.isfinite(value)}
         elapsed, steps = now - self._since[0], step - self._since[1]
         if steps:
             scalars["images_per_second"] = self._images_per_step * steps / elapsed

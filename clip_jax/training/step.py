@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from clip_jax.config import model_preset
+from clip_jax.data.sources import source_names
 from clip_jax.models.clip import (
     CLIP,
     MAX_LOGIT_SCALE,
@@ -159,7 +160,9 @@ def make_train_step(
     """Returns ``step(state, batch) -> (state, metrics)``, jitted over the mesh; the old state is donated.
 
     A batch is split over all devices: ``image`` uint8 ``[B, S, S, 3]``, ``tokens`` int32 ``[B, L]``, and for patch
-    dropout ``seed`` uint32 ``[B]``, of which each pair's random numbers are made, wherever in the batch it stands.
+    dropout ``seed`` uint32 ``[B]``, of which each pair's random numbers are made, wherever in the batch it stands. With
+    ``source`` int32 ``[B]``, the place of each pair's source among those of ``config.data.source``, the metrics tell
+    the loss of each as ``loss/SOURCE``, not a number where the batch has none of it.
     Metrics are float32 scalars: loss, both accuracies within the batch, logit_scale (as multiplied) and
     gradient_norm. With ``config.accumulation_steps`` activations are of that part of the batch at a time
     (:mod:`clip_jax.training.accumulation`).
@@ -194,6 +197,9 @@ def make_train_step(
         value, metrics, gradients, batch_stats = loss_and_gradients(
             embed, loss, state.params, state.batch_stats, batch, config.accumulation_steps, mesh
         )
+        pair_losses = metrics.pop("pair_losses")
+        if "source" in batch:
+            metrics |= losses_by_source(pair_losses, batch["source"], source_names(config.data.source))
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         if config.loss.kind == "softmax":
@@ -212,3 +218,8 @@ def make_train_step(
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def losses_by_source(pair_losses: jax.Array, sources: jax.Array, names: Sequence[str]) -> dict[str, jax.Array]:
+    """The mean of ``pair_losses`` float32 ``[B]`` over the pairs of each name; ``sources`` int32 ``[B]`` are places."""
+    return {f"loss/{name}": jnp.mean(pair_losses, where=sources == place) for place, name in enumerate(names)}

@@ -154,13 +154,27 @@ def test_a_checkpoint_that_cannot_be_written_is_a_line(capsys, tmp_path, monkeyp
     assert len(error.splitlines()) == 1
 
 
-def test_two_sources_report_epochs_of_their_own(tmp_path):
+@pytest.mark.parametrize("steps", [1, 2])
+def test_two_sources_report_epochs_and_losses_of_their_own(tmp_path, steps):
     source = write_shards(tmp_path, shards=1, pairs=24)
     flags = arguments(f"{source} + emoji:noto/held_out", tmp_path / "run", "--config.steps=6")
+    flags.append(f"--config.accumulation_steps={steps}")
     assert main([*flags, "--config.data.weights=3:1"]) == 0
     last = records(tmp_path / "run")[-1]
     assert last[f"epochs/{source}"] == 6 * 16 * 3 / 4 / 24
     assert 0 < last["epochs/emoji:noto/held_out"] < 1
+    # A batch of 16 has exactly twelve of the one and four of the other.
+    mean = (3 * last[f"loss/{source}"] + last["loss/emoji:noto/held_out"]) / 4
+    assert mean == pytest.approx(last["loss"], rel=1e-5)
+    assert abs(last[f"loss/{source}"] - last["loss"]) > 1e-4
+
+
+def test_a_source_of_which_a_batch_has_no_pair_reports_no_loss(tmp_path):
+    source = write_shards(tmp_path, shards=1, pairs=24)
+    flags = arguments(f"{source} + emoji:noto/held_out", tmp_path / "run", "--config.steps=1")
+    assert main([*flags, "--config.data.weights=1000:1"]) == 0
+    last = records(tmp_path / "run")[-1]
+    assert f"loss/{source}" in last and "loss/emoji:noto/held_out" not in last
 
 
 def test_the_list_of_bad_samples_names_each_once_also_after_a_kill(tmp_path):

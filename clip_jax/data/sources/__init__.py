@@ -36,6 +36,7 @@ __all__ = [
     "Source",
     "open_mixture",
     "open_source",
+    "source_names",
 ]
 
 OPENERS = {
@@ -69,8 +70,13 @@ def open_mixture(name: str, weights: str = "") -> Mixture:
     Raises:
       FileNotFoundError, ValueError: as :func:`open_source`; or the weights cannot be.
     """
-    names = [part.strip() for part in name.split(JOIN)]
+    names = source_names(name)
     return Mixture(names, [_open_one(part) for part in names], weights)
+
+
+def source_names(name: str) -> list[str]:
+    """The names of the sources that a string joins."""
+    return [part.strip() for part in name.split(JOIN)]
 
 
 def _open_one(name: str) -> Source:
