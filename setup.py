@@ -20,7 +20,7 @@ setup(
     package_dir={"clip_jax.configs": "configs"},
     package_data={
         "clip_jax.data": ["emoji/*.array_record", "emoji/*.json", "emoji/*.md", "emoji/LICENSE*", "vocabulary/*"],
-        "clip_jax.evaluation": ["prompts/*.json"],
+        "clip_jax.evaluation": ["prompts/*.json", "published.json"],
     },
     install_requires=[
         "jax>=0.10.2",
@@ -50,6 +50,7 @@ setup(
         "tfds": ["tensorflow-datasets>=4.9.9"],  # reads what was prepared as ArrayRecord files, without TensorFlow
         "parquet": ["pyarrow"],
         "remote": ["s3fs", "gcsfs"],
+        "eval": ["scikit-learn>=1.7"],  # its digits, for a task of one second
         "test": [
             "pytest",
             "hypothesis",
@@ -61,7 +62,10 @@ setup(
             "moto[s3]",  # an S3 server on localhost
             "flask",  # its server
             "flask-cors",
+            "scikit-learn>=1.7",
+            "scipy",  # an optimum found in another way
         ],
+        "browser": ["playwright"],  # opens the report in a Chromium that is there
         "dev": ["ruff", "resvg_py"],  # resvg_py renders OpenMoji's drawings when the shipped pairs are built
         # What tests and benchmarks compare with. setuptools: clip-anytorch imports pkg_resources.
         "peers": [
@@ -69,6 +73,8 @@ setup(
             "open_clip_torch==3.3.0",
             "clip-anytorch==2.6.0",
             "transformers>=5",
+            "clip-benchmark==1.6.2",
+            "scikit-learn>=1.7",
             "setuptools<81",
         ],
     },

@@ -30,16 +30,12 @@ from clip_jax.data.sources.mapped_index import MappedIndex
 from clip_jax.data.sources.webdataset import DEFAULT_FIELDS, WebDatasetSource
 
 MEMBERS = 10_000
-RETRIEVAL = "--config.evaluation.retrieval.unseen_concepts"
 TINY = [
     "--config.global_batch_size=64",
     "--config.steps=1",
     "--config.log_every=1",
     "--config.data.num_workers=2",
-    "--config.evaluation.zero_shot=",
-    "--config.evaluation.pixel_baseline=",
-    f"{RETRIEVAL}=",
-    f"{RETRIEVAL}_in_the_unseen_style=",
+    "--config.evaluation.tasks=",
 ]
 
 

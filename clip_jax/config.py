@@ -112,10 +112,8 @@ def default_config(preset: str) -> ml_collections.ConfigDict:
     config.data.augmentation = ml_collections.ConfigDict(dataclasses.asdict(Augmentation()))
 
     config.evaluation = ml_collections.ConfigDict()
-    config.evaluation.zero_shot = ""  # a source whose records have labels: all its labels are the classes
-    config.evaluation.templates = "emoji"  # a file of clip_jax/evaluation/prompts, without .json
-    config.evaluation.pixel_baseline = ""  # the source for the baseline of nearest mean pictures; empty: none
-    config.evaluation.retrieval = ml_collections.ConfigDict()  # name: source; empty: none
+    config.evaluation.tasks = ""  # as --tasks of python -m clip_jax.evaluate; empty: none
+    config.evaluation.data = "~/data"  # the folder of the tasks' data
     config.evaluation.batch_size = 256  # over all devices
     config.lock()
     return config
@@ -324,10 +322,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
     )
     check(optimizer.epsilon > 0, "config.optimizer.epsilon must be positive")
     check(config.steps < 2**31, "config.steps must be below 2**31")
-    check(
-        bool(config.evaluation.zero_shot) or not config.evaluation.pixel_baseline,
-        "config.evaluation.pixel_baseline needs config.evaluation.zero_shot",
-    )
     for name, strength in data.augmentation.items():
         most = 180 if name in ("rotation", "hue") else 16 if name == "blur" else 1
         check(0 <= strength <= most, f"config.data.augmentation.{name}={strength} must be in [0, {most}]")

@@ -18,7 +18,7 @@ from clip_jax.models.clip import CLIP
 from clip_jax.models.transformer import unstack_layers
 from clip_jax.training.sharding import batch_sharding, make_mesh
 from clip_jax.training.step import place_variables
-from clip_jax.weights import Weights, read_weights
+from clip_jax.weights import Weights, digest_of, preset_name, read_weights
 
 Picture = Image.Image | np.ndarray | str | os.PathLike
 
@@ -46,6 +46,17 @@ class LoadedModel:
         self.preset = weights.preset
         self.logit_scale = float(np.exp(variables["params"]["logit_scale"]))
         self.embedder = Embedder(model, mesh, batch_size).with_variables(variables)
+        self._variables = variables
+
+    @property
+    def name(self) -> str:
+        """Of the architecture: a preset's, or "custom"."""
+        return preset_name(self.preset)
+
+    @property
+    def digest(self) -> str:
+        """Tells these weights from others."""
+        return digest_of(self._variables)
 
     def encode_image(self, images: Picture | Sequence[Picture]) -> np.ndarray:
         """M pictures to float32 ``[M, D]`` of unit length; one alone is a list of one.

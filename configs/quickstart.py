@@ -34,9 +34,5 @@ def get_config():
     augmentation.grayscale = 0.1
     config.data.source = "emoji:noto,twemoji/train"
     config.data.num_workers = 2
-    config.evaluation.zero_shot = "emoji:openmoji/all"
-    config.evaluation.pixel_baseline = "emoji:noto,twemoji/all"
-    with config.evaluation.unlocked():
-        config.evaluation.retrieval.unseen_concepts = "emoji:noto,twemoji/held_out"
-        config.evaluation.retrieval.unseen_concepts_in_the_unseen_style = "emoji:openmoji/held_out"
+    config.evaluation.tasks = "emoji_unseen_style,emoji_unseen_concepts,emoji_unseen_both,emoji_groups"
     return config

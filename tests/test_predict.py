@@ -17,11 +17,15 @@ def run(tmp_path_factory):
     """A small run of two steps with every evaluation, in a folder that also holds a picture."""
     folder = tmp_path_factory.mktemp("trained")
     Image.new("RGB", (20, 30), "red").save(folder / "photo.png")
-    evaluations = [
-        "--config.evaluation.zero_shot=emoji:openmoji/held_out",
-        "--config.evaluation.pixel_baseline=emoji:noto/held_out",
-        "--config.evaluation.retrieval.unseen_concepts=emoji:noto,twemoji/held_out",
-    ]
+    task = {
+        "name": "held_out",
+        "kind": "zero_shot",
+        "source": "emoji:openmoji/held_out",
+        "prompts": "emoji",
+        "pixel_baseline": "emoji:noto/held_out",
+    }
+    (folder / "task.json").write_text(json.dumps(task))
+    evaluations = [f"--config.evaluation.tasks={folder}/task.json,emoji_unseen_concepts"]
     steps = ["--config.steps=4", "--config.eval_every=2", "--config.checkpoint_every=2"]
     assert train([*SMALL, *steps, *evaluations, f"--workdir={folder}/run"]) == 0
     return folder
@@ -35,23 +39,24 @@ def test_a_finished_run_leaves_all_that_it_promises(run):
         "metrics.jsonl",
         "eval/2.json",
         "eval/4.json",
-        "report/index.html",
-        "report/loss.png",
-        "report/accuracy.png",
-        "report/predictions.png",
+        "report/report.html",
+        "report/results.json",
+        "report/arrays/held_out.npz",
     ):
         assert (workdir / name).exists(), name
     assert list((workdir / "tensorboard").iterdir())
     results = json.loads((workdir / "eval/4.json").read_text())
-    assert results["zero_shot"]["classes"] == 205
-    assert results["pixel_baseline"]["top_1"] > 0.05
-    assert results["retrieval"]["unseen_concepts"]["images"] == 410
-    assert results["retrieval"]["unseen_concepts"]["texts"] == 205
+    task = results["tasks"]["held_out"]
+    assert task["counts"] == {"images": 205, "classes": 205}
+    assert task["baseline"]["top_1"] > 0.05
+    assert results["tasks"]["emoji_unseen_concepts"]["counts"] == {"images": 410, "texts": 205}
+    scalars = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in scalars if "held_out/top_1" in record] == [2, 4]
 
 
 def test_the_report_is_one_self_contained_page(run):
-    page = (run / "run/report/index.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
+    page = (run / "run/report/report.html").read_text()
+    assert page.count("data:image/") > 10
     assert 'src="http' not in page
     assert "nearest mean picture" in page
 

@@ -18,10 +18,7 @@ SMALL = [
     "--config.log_every=1",
     "--config.eval_every=0",
     "--config.data.num_workers=0",
-    "--config.evaluation.zero_shot=",
-    "--config.evaluation.pixel_baseline=",
-    "--config.evaluation.retrieval.unseen_concepts=",
-    "--config.evaluation.retrieval.unseen_concepts_in_the_unseen_style=",
+    "--config.evaluation.tasks=",
     "--config.model.embed_dim=16",
     "--config.model.vision.image_size=16",
     "--config.model.vision.patch_size=8",
@@ -53,10 +50,10 @@ def pod_variables(processes: int) -> list[dict[str, str]]:
     return [shared | {"JAX_PROCESS_ID": str(index)} for index in range(processes)]
 
 
-def start(*arguments: str, devices: int = 1, **variables: str) -> subprocess.Popen:
-    """Starts ``python -m clip_jax.main`` in a process group of its own, with more variables in its environment."""
+def start(*arguments: str, devices: int = 1, module: str = "clip_jax.main", **variables: str) -> subprocess.Popen:
+    """Starts ``python -m MODULE`` in a process group of its own, with more variables in its environment."""
     return subprocess.Popen(
-        [sys.executable, "-m", "clip_jax.main", *arguments],
+        [sys.executable, "-m", module, *arguments],
         cwd=REPOSITORY,
         env=environment(devices) | variables,
         stdout=subprocess.PIPE,

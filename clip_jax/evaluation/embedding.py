@@ -1,22 +1,29 @@
-"""Embeds any number of images and texts in fixed-size batches over all devices."""
+"""Embeds any number of images and texts in fixed-size batches over all devices of all hosts."""
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from clip_jax.data.tokenizer import tokenize
 from clip_jax.models.clip import CLIP, normalize_images
+from clip_jax.models.presets import ResNetPreset
 from clip_jax.training.sharding import batch_sharding, replicated
+
+TOKENS_UNIT = 8  # texts are cut to a multiple of it, so that few lengths have to be compiled
 
 
 class Embedder:
-    """A model as two functions of numpy arrays, compiled once for each batch size that occurs.
+    """A model as functions of numpy arrays, compiled once for each batch size and length of text that occurs.
 
     The last, incomplete batch is padded with zeros and the padding cut off again, so nothing is dropped or counted
     twice. An input that is shorter than a batch is padded to a power of two only, so that one picture costs about what
-    one picture costs. Every host calls with the same input and gets the whole result.
+    one picture costs. Every host calls with the same input and gets the whole result; a host asks the input only for
+    the rows that its own devices embed.
     """
 
     def __init__(self, model: CLIP, mesh: Mesh, batch_size: int):
@@ -24,6 +31,19 @@ class Embedder:
         self._mesh = mesh
         self._batch_size = -(-batch_size // mesh.size) * mesh.size
         self._context_length = model.preset.text.context_length
+        # The classifier of the paper's linear probe takes what a Vision Transformer's projection takes (section A.3).
+        last = "vision" if isinstance(model.preset.vision, ResNetPreset) else "ln_post"
+
+        def image_features(variables: dict, images: jax.Array) -> jax.Array:
+            _, captured = model.apply(
+                variables,
+                normalize_images(images),
+                method="encode_image",
+                capture_intermediates=lambda module, _: module.name == last,
+                mutable=["intermediates"],
+            )
+            (features,) = jax.tree.leaves(captured)
+            return features.astype(jnp.float32)
 
         def compiled(function: Callable) -> Callable:
             return jax.jit(function, out_shardings=replicated(mesh))
@@ -31,6 +51,7 @@ class Embedder:
         self._encode_image = compiled(
             lambda variables, images: model.apply(variables, normalize_images(images), method="encode_image")
         )
+        self._image_features = compiled(image_features)
         self._encode_text = compiled(lambda variables, tokens: model.apply(variables, tokens, method="encode_text"))
 
     def with_variables(self, variables: dict) -> "Embedder":
@@ -38,27 +59,66 @@ class Embedder:
         self._variables = variables
         return self
 
-    def encode_image(self, images: np.ndarray) -> np.ndarray:
-        """uint8 ``[M, S, S, 3]`` to image_embeddings float32 ``[M, D]`` of unit length."""
+    @property
+    def mesh(self) -> Mesh:
+        return self._mesh
+
+    @property
+    def logit_scale(self) -> float:
+        """What cosines are multiplied by."""
+        return float(np.exp(self._variables["params"]["logit_scale"]))
+
+    def encode_image(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """uint8 ``[M, S, S, 3]`` to image_embeddings float32 ``[M, D]`` of unit length.
+
+        ``images`` is an array, or a sequence of M pictures that several threads may ask for at once.
+        """
         return self._in_batches(self._encode_image, images)
+
+    def image_features(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """The same to what a linear probe sees, float32 ``[M, W]``, not of unit length.
+
+        Of a Vision Transformer that is the class token before the projection; of a ResNet, whose attention pool ends
+        with it, the embedding itself.
+        """
+        return self._in_batches(self._image_features, images)
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
         """M texts, cut where they are too long, to text_embeddings float32 ``[M, D]`` of unit length."""
-        return self.encode_tokens(tokenize(list(texts), self._context_length, truncate=True))
+        tokens = tokenize(list(texts), self._context_length, truncate=True)  # [M, context_length]
+        # No token sees what comes after it, so what follows the longest text's end changes nothing.
+        longest = int(tokens.argmax(axis=1).max()) + 1
+        length = min(-(-longest // TOKENS_UNIT) * TOKENS_UNIT, self._context_length)
+        return self.encode_tokens(tokens[:, :length])
 
     def encode_tokens(self, tokens: np.ndarray) -> np.ndarray:
         """Tokens int32 ``[M, L]``, L at most context_length, to text_embeddings float32 ``[M, D]`` of unit length."""
         return self._in_batches(self._encode_text, tokens)
 
-    def _in_batches(self, encode: Callable, array: np.ndarray) -> np.ndarray:
-        results = []
-        sharding = batch_sharding(self._mesh)
-        needed = -(-len(array) // self._mesh.size)
+    def _in_batches(self, encode: Callable, rows: Sequence[np.ndarray]) -> np.ndarray:
+        sharding, first = batch_sharding(self._mesh), np.asarray(rows[0])
+        needed = -(-len(rows) // self._mesh.size)
         batch_size = min(self._batch_size, self._mesh.size << (needed - 1).bit_length())
-        for start in range(0, len(array), batch_size):
-            rows = array[start : start + batch_size]
-            padded = np.zeros((batch_size, *array.shape[1:]), array.dtype)
-            padded[: len(rows)] = rows
-            batch = jax.make_array_from_callback(padded.shape, sharding, lambda index, padded=padded: padded[index])
-            results.append(np.asarray(encode(self._variables, batch))[: len(rows)])
-        return np.concatenate(results)
+        results, under_way = [], None
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for start in range(0, len(rows), batch_size):
+
+                def part(index: tuple[slice, ...], start: int = start) -> np.ndarray:
+                    """One device's rows of this batch, zeros where there are none left."""
+                    begin, end, _ = index[0].indices(batch_size)
+                    result = np.zeros((end - begin, *first.shape), first.dtype)
+                    wanted = range(start + begin, min(start + end, len(rows)))
+                    if isinstance(rows, np.ndarray):
+                        result[: len(wanted)] = rows[wanted.start : wanted.stop]
+                    else:
+                        for place, row in enumerate(pool.map(rows.__getitem__, wanted)):
+                            result[place] = row
+                    return result
+
+                batch = jax.make_array_from_callback((batch_size, *first.shape), sharding, part)
+                result = encode(self._variables, batch)
+                if under_way is not None:  # read one batch late: the next is prepared while this one is embedded
+                    results.append(np.asarray(under_way))
+                under_way = result
+        results.append(np.asarray(under_way))
+        return np.concatenate(results)[: len(rows)]

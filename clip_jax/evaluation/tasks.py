@@ -1,173 +1,328 @@
-"""The evaluations that a config names, loaded once and scored as often as wanted."""
+"""Tasks with their data: opened once, scored as often as wanted, by the training loop and by ``clip_jax.evaluate``."""
 
 import dataclasses
-from typing import NamedTuple
+import os
+from collections.abc import Callable, Sequence
 
-import ml_collections
 import numpy as np
 
-from clip_jax.data.images import ImageError, decode_image, evaluation_transform
-from clip_jax.data.sources import Pair, PairError, open_source
+from clip_jax.data.sources import MissingPackageError, open_source
+from clip_jax.evaluation import retrieval
+from clip_jax.evaluation.corruptions import CORRUPTIONS, STRENGTHS, corruption
 from clip_jax.evaluation.embedding import Embedder
-from clip_jax.evaluation.retrieval import RECALL_AT, retrieval_metrics
+from clip_jax.evaluation.linear_probe import Split, linear_probe
+from clip_jax.evaluation.pictures import Pictures, Said, read_said
+from clip_jax.evaluation.registry import Task
+from clip_jax.evaluation.results import MissingTask, Results, TaskResult
 from clip_jax.evaluation.zero_shot import (
+    Prompts,
     classifier_weights,
-    load_templates,
+    classify,
+    load_prompts,
+    multi_label_metrics,
     nearest_mean_picture_scores,
+    single_label_metrics,
     top_k_accuracy,
+    two_class_metrics,
 )
 
-
-class LabelledPictures(NamedTuple):
-    """uint8 ``images`` ``[M, S, S, 3]`` and, for each, its index among ``names``."""
-
-    images: np.ndarray
-    labels: np.ndarray
-    names: list[str]
+SHOWN_TEXTS = 8  # in the grid of the report
+# Class names and templates to classifier weights float32 [C, D]; one that remembers them may stand in.
+Classifier = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationResults:
-    """What a model scored; each part is None or empty where the config names no data for it.
+class Extras:
+    """What is measured beside a task's own metrics, where the task has it."""
 
-    ``zero_shot`` and ``pixel_baseline`` have ``top_1`` and ``top_5``; ``retrieval`` has recalls by the name of the
-    set; ``scores`` is float32 ``[M, C]``, the cosine of each picture with each class.
-    """
-
-    zero_shot: dict[str, float] | None
-    pixel_baseline: dict[str, float] | None
-    retrieval: dict[str, dict[str, float]]
-    scores: np.ndarray | None
-
-    def as_dict(self) -> dict:
-        """All but the scores, for JSON."""
-        return {"zero_shot": self.zero_shot, "pixel_baseline": self.pixel_baseline, "retrieval": self.retrieval}
-
-    def scalars(self) -> dict[str, float]:
-        """Every metric by one name, for curves."""
-        flat = {f"zero_shot/{name}": value for name, value in (self.zero_shot or {}).items()}
-        for task, metrics in self.retrieval.items():
-            flat |= {f"retrieval/{task}/{name}": value for name, value in metrics.items()}
-        return flat
-
-    def line(self) -> str:
-        """The most telling numbers, for the log during training."""
-        parts = []
-        if self.zero_shot:
-            parts.append(f"zero-shot top-1 {self.zero_shot['top_1']:.1%}  top-5 {self.zero_shot['top_5']:.1%}")
-        parts += [
-            f"{task} image-to-text R@1 {metrics['image_to_text_recall@1']:.1%}"
-            for task, metrics in self.retrieval.items()
-        ]
-        return "  ".join(parts)
-
-    def table(self) -> str:
-        """Everything, as the lines that a finished run prints."""
-        lines = []
-        if self.zero_shot:
-            rows = {"CLIP": self.zero_shot, "nearest mean picture": self.pixel_baseline}
-            chance = {f"top_{k}": k / self.zero_shot["classes"] for k in (1, 5)}
-            lines.append(f"{'zero-shot, ' + format(self.zero_shot['classes'], ',') + ' classes':48}  top-1   top-5")
-            for name, metrics in (rows | {"chance": chance}).items():
-                if metrics:
-                    lines.append(f"  {name:46} {metrics['top_1']:6.2%}  {metrics['top_5']:6.2%}")
-        for task, metrics in self.retrieval.items():
-            lines.append(f"{'retrieval, ' + task:48}    R@1     R@5    R@10")
-            for direction in ("image_to_text", "text_to_image"):
-                recalls = "  ".join(f"{metrics[f'{direction}_recall@{k}']:6.2%}" for k in RECALL_AT)
-                lines.append(f"  {direction.replace('_', ' '):46} {recalls}")
-            chances = "  ".join(f"{k / metrics['texts']:6.2%}" for k in RECALL_AT)
-            lines.append(f"  {'chance':46} {chances}")
-        return "\n".join(lines)
+    baseline: bool = False
+    synthetic_shift: bool = False
+    linear_probe: bool = False
 
 
-def _load_pairs(name: str, image_size: int) -> tuple[list[Pair], np.ndarray]:
-    """All pairs of a source and their pictures, uint8 ``[M, S, S, 3]``.
+class ClassificationTask:
+    """A labelled set and its prompts.
 
     Raises:
-      ValueError: a picture cannot be decoded. Nothing may take its place here: the result would be another.
+      FileNotFoundError, MissingPackageError: the data or what reads it is not there.
+      ValueError: a picture has no class or an unknown one, or class names and labels do not go together.
     """
-    source = open_source(name)
-    try:
-        pairs = [source[index] for index in range(len(source))]
-    except PairError as error:
-        raise ValueError(f"evaluation data {name}: {error}") from None
-    if not pairs:
-        raise ValueError(f"evaluation data {name} has no pairs")
-    images = np.zeros((len(pairs), image_size, image_size, 3), np.uint8)
-    for index, pair in enumerate(pairs):
-        try:
-            images[index] = evaluation_transform(decode_image(pair.image), image_size)
-        except ImageError as error:
-            raise ValueError(f"evaluation data {name}: {pair.key}: {error}") from None
-    return pairs, images
+
+    def __init__(self, task: Task, image_size: int, data: str):
+        prompts = load_prompts(task.prompts) if task.prompts else Prompts((), (), ())
+        self.task, self._image_size, self._data = task, image_size, data
+        self._templates = task.templates or prompts.templates or ("{}",)
+        wrong = [template for template in self._templates if template.count("{}") != 1]
+        if wrong:
+            raise ValueError(f"task {task.name}: the template {wrong[0]!r} must have one {{}}, the place of the name")
+        names = task.class_names or prompts.class_names
+        labels = task.labels or (() if task.class_names else prompts.labels)
+        said, pictures = self._open(task.source)
+        self._class_of = class_numbers(f"task {task.name}", said, names, labels, task)
+        self.class_names = list(names) or list(self._class_of)
+        self._several = task.metric == "average_precision_11"
+        self.pictures, self._classes = self._known(said, pictures)
+        self._baseline = self._known(*self._open(task.pixel_baseline)) if task.pixel_baseline else None
+
+    def _open(self, source: str) -> tuple[list[Said], Pictures]:
+        source = source.replace("{data}", self._data)
+        opened = open_source(source)
+        return read_said(source, opened), Pictures(source, opened, self._image_size)
+
+    def _known(self, said: list[Said], pictures: Pictures) -> tuple[Pictures, list[list[int]]]:
+        """The pictures that count, and their classes."""
+        name, rows, classes = f"task {self.task.name}", [], []
+        for row, one in enumerate(said):
+            unknown = [label for label in one.labels if label not in self._class_of]
+            if unknown and not self.task.other_classes:
+                raise ValueError(f"{name}: {unknown[0]!r} is none of its {len(self.class_names)} classes")
+            if len(one.labels) != 1 and not self._several:
+                raise ValueError(f"{name}: record {row} has {len(one.labels) or 'no'} classes; it must have one")
+            if not unknown:
+                rows.append(row)
+                classes.append([self._class_of[label] for label in one.labels])
+        if not rows:
+            raise ValueError(f"{name}: no picture is of one of its {len(self.class_names)} classes")
+        return pictures.chosen(rows), classes
+
+    def score(self, embedder: Embedder, classifier: Classifier, extras: Extras) -> TaskResult:
+        weights = classifier(self.class_names, self._templates)
+        metrics, arrays = self._measure(embedder, weights, self.pictures)
+        shift = {}
+        if extras.synthetic_shift:
+            shift = under_corruptions(self.pictures, lambda pictures: self._main(embedder, weights, pictures))
+        probe = self._probe(embedder) if extras.linear_probe and self.task.train and not self._several else {}
+        return TaskResult(
+            self.task.name,
+            self.task.title or self.task.name,
+            self.task.kind,
+            self.task.metric,
+            metrics,
+            {"images": len(self.pictures), "classes": len(self.class_names)},
+            chance=self._chance(),
+            baseline=self._nearest_mean_picture() if extras.baseline and self._baseline else {},
+            synthetic_shift=shift,
+            linear_probe=probe,
+            class_names=self.class_names,
+            arrays=arrays,
+            picture=self.pictures.__getitem__,
+        )
+
+    def _main(self, embedder: Embedder, weights: np.ndarray, pictures: Pictures) -> float:
+        return self._measure(embedder, weights, pictures)[0][self.task.metric]
+
+    def _measure(self, embedder: Embedder, weights: np.ndarray, pictures: Pictures) -> tuple[dict, dict]:
+        embeddings = finite(embedder.encode_image(pictures), self.task.name)
+        if self._several:
+            targets = np.zeros((len(pictures), len(weights)), bool)
+            for row, classes in enumerate(self._classes):
+                targets[row, classes] = True
+            classified = classify(embeddings, weights, embedder.logit_scale, None)
+            return multi_label_metrics(embeddings, weights, targets), classified._asdict()
+        labels = self._labels(self._classes)
+        classified = classify(embeddings, weights, embedder.logit_scale, labels)
+        metrics = single_label_metrics(classified, labels)
+        if self.task.metric == "roc_auc":
+            metrics |= two_class_metrics(embeddings, weights, labels)
+        return metrics, classified._asdict() | {"labels": labels}
+
+    @staticmethod
+    def _labels(classes: list[list[int]]) -> np.ndarray:
+        return np.array(classes, np.int32)[:, 0]
+
+    def _chance(self) -> dict[str, float]:
+        count = len(self.class_names)
+        if self._several:
+            return {"average_precision_11": sum(map(len, self._classes)) / (len(self._classes) * count)}
+        top = {f"top_{k}": k / count for k in (1, 5) if k <= count}
+        return top | {"mean_per_class": 1 / count} | ({"roc_auc": 0.5} if self.task.metric == "roc_auc" else {})
+
+    def _nearest_mean_picture(self) -> dict[str, float]:
+        pictures, classes = self._baseline
+        scores = nearest_mean_picture_scores(
+            np.stack(list(self.pictures)), np.stack(list(pictures)), self._labels(classes), len(self.class_names)
+        )
+        labels = self._labels(self._classes)
+        return {f"top_{k}": top_k_accuracy(scores, labels, k) for k in (1, 5)}
+
+    def _probe(self, embedder: Embedder) -> dict[str, float]:
+        def split(source: str) -> Split:
+            pictures, classes = self._known(*self._open(source))
+            return Split(finite(embedder.image_features(pictures), self.task.name), self._labels(classes))
+
+        test = Split(embedder.image_features(self.pictures), self._labels(self._classes))
+        validation = split(self.task.validation) if self.task.validation else None
+        return linear_probe(split(self.task.train), test, len(self.class_names), embedder.mesh, validation)
 
 
-def load_labelled(name: str, image_size: int, names: list[str] | None = None) -> LabelledPictures:
-    """A source with labels; the classes are ``names``, or else all labels that occur, in order of occurrence.
+class RetrievalTask:
+    """Pictures and their captions.
 
     Raises:
-      ValueError: a picture has no label or one that isn't among ``names``.
+      FileNotFoundError, MissingPackageError, ValueError: as :class:`ClassificationTask`.
     """
-    pairs, images = _load_pairs(name, image_size)
-    unlabelled = [pair.key for pair in pairs if not pair.label]
-    if unlabelled:
-        raise ValueError(f"evaluation data {name}: {unlabelled[0]} has no label")
-    classes = names or list(dict.fromkeys(pair.label for pair in pairs))
-    index = {label: position for position, label in enumerate(classes)}
-    unknown = [pair.label for pair in pairs if pair.label not in index]
-    if unknown:
-        raise ValueError(f"evaluation data {name}: {unknown[0]!r} is not among the {len(classes)} classes")
-    return LabelledPictures(images, np.array([index[pair.label] for pair in pairs]), classes)
+
+    def __init__(self, task: Task, image_size: int, data: str):
+        source = task.source.replace("{data}", data)
+        opened = open_source(source)
+        captions = [said.captions for said in read_said(source, opened)]
+        self.task, self.pictures = task, Pictures(source, opened, image_size)
+        if task.first_caption:
+            self._texts = list(dict.fromkeys(texts[0] for texts in captions))
+            place = {text: number for number, text in enumerate(self._texts)}
+            self._image_ids = np.array([place[texts[0]] for texts in captions])
+            self._text_ids = np.arange(len(self._texts))
+        else:
+            self._texts = [text for texts in captions for text in texts]
+            self._image_ids = np.arange(len(captions))
+            self._text_ids = np.repeat(self._image_ids, [len(texts) for texts in captions])
+
+    def score(self, embedder: Embedder, classifier: Classifier, extras: Extras) -> TaskResult:
+        text_embeddings = finite(embedder.encode_text(self._texts), self.task.name)
+        metrics, arrays = self._measure(embedder, text_embeddings, self.pictures)
+        shift = {}
+        if extras.synthetic_shift:
+            shift = under_corruptions(self.pictures, lambda pictures: self._main(embedder, text_embeddings, pictures))
+        return TaskResult(
+            self.task.name,
+            self.task.title or self.task.name,
+            self.task.kind,
+            self.task.metric,
+            metrics,
+            {"images": len(self.pictures), "texts": len(self._texts)},
+            chance=retrieval.chance(self._image_ids, self._text_ids),
+            synthetic_shift=shift,
+            arrays=arrays,
+            texts=[self._texts[text] for text in arrays["shown_texts"]],
+            picture=self.pictures.__getitem__,
+        )
+
+    def _main(self, embedder: Embedder, text_embeddings: np.ndarray, pictures: Pictures) -> float:
+        return self._measure(embedder, text_embeddings, pictures)[0][self.task.metric]
+
+    def _measure(self, embedder: Embedder, text_embeddings: np.ndarray, pictures: Pictures) -> tuple[dict, dict]:
+        image_embeddings = finite(embedder.encode_image(pictures), self.task.name)
+        ranks = {
+            "image_to_text_rank": retrieval.retrieval_ranks(
+                image_embeddings, text_embeddings, self._image_ids, self._text_ids
+            ),
+            "text_to_image_rank": retrieval.retrieval_ranks(
+                text_embeddings, image_embeddings, self._text_ids, self._image_ids
+            ),
+        }
+        count = min(SHOWN_TEXTS, len(self._texts))
+        shown = np.sort(np.random.default_rng(0).choice(len(self._texts), count, replace=False)).astype(np.int32)
+        best = retrieval.nearest(text_embeddings[shown], image_embeddings, 5)  # [Q, 5]
+        right = self._image_ids[best] == self._text_ids[shown][:, None]
+        return retrieval.recalls(*ranks.values()), ranks | {
+            "shown_texts": shown,
+            "best_images": best,
+            "right_images": right,
+        }
 
 
 class Evaluations:
-    """Everything under ``config.evaluation``.
+    """Tasks whose data is opened, and those whose data is not there.
+
+    Args:
+      tasks: of :func:`clip_jax.evaluation.registry.find_tasks`.
+      image_size: S, of the model.
+      data: the folder that ``{data}`` stands for.
 
     Raises:
-      ValueError, FileNotFoundError: data or templates are missing or broken.
+      ValueError: data is there and is not as it should be; one line.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict):
-        evaluation, image_size = config.evaluation, config.model.vision.image_size
-        self.zero_shot: LabelledPictures | None = None
-        self._baseline: LabelledPictures | None = None
-        self._templates = load_templates(evaluation.templates)
-        if evaluation.zero_shot:
-            self.zero_shot = load_labelled(evaluation.zero_shot, image_size)
-            if evaluation.pixel_baseline:
-                self._baseline = load_labelled(evaluation.pixel_baseline, image_size, self.zero_shot.names)
-        self._retrieval = {
-            name: _load_pairs(source, image_size) for name, source in evaluation.retrieval.items() if source
-        }
+    def __init__(self, tasks: Sequence[Task], image_size: int, data: str):
+        kinds = {"zero_shot": ClassificationTask, "retrieval": RetrievalTask}
+        self.tasks: list[ClassificationTask | RetrievalTask] = []
+        self.missing: list[MissingTask] = []
+        for task in tasks:
+            try:
+                self.tasks.append(kinds[task.kind](task, image_size, os.path.expanduser(data)))
+            except (FileNotFoundError, MissingPackageError) as error:
+                how_to_get = task.how_to_get.replace("{data}", data)
+                self.missing.append(MissingTask(task.name, task.title or task.name, str(error), how_to_get))
 
     def __bool__(self) -> bool:
-        return self.zero_shot is not None or bool(self._retrieval)
+        return bool(self.tasks)
 
-    def score(self, embedder: Embedder, with_baseline: bool = False) -> EvaluationResults:
-        """Scores the embedder's model on everything; ``with_baseline`` adds the nearest mean picture's accuracies."""
-        zero_shot = baseline = scores = None
-        if self.zero_shot:
-            weights = classifier_weights(embedder.encode_text, self.zero_shot.names, self._templates)
-            scores = embedder.encode_image(self.zero_shot.images) @ weights.T
-            zero_shot = self._accuracies(scores) | {"classes": len(self.zero_shot.names)}
-        if with_baseline and self._baseline:
-            baseline = self._accuracies(
-                nearest_mean_picture_scores(
-                    self.zero_shot.images, self._baseline.images, self._baseline.labels, len(self.zero_shot.names)
-                )
+    def score(
+        self,
+        embedder: Embedder,
+        model: str,
+        architecture: str,
+        extras: Extras = Extras(),
+        classifier: Classifier | None = None,
+        tell: Callable[[TaskResult], None] = lambda result: None,
+    ) -> Results:
+        """Scores the embedder's model on every task; ``tell`` hears of each as it is done.
+
+        ``classifier`` may stand in for the embedding of prompts by one that remembers.
+
+        Raises:
+          FloatingPointError: the model gives embeddings that are not finite; one line.
+          ValueError: a picture cannot be decoded; one line.
+        """
+
+        def of_embedder(class_names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
+            return finite(classifier_weights(embedder.encode_text, class_names, templates), "the class names")
+
+        results = []
+        for task in self.tasks:
+            results.append(task.score(embedder, classifier or of_embedder, extras))
+            tell(results[-1])
+        return Results(model, architecture, results, self.missing)
+
+
+def class_numbers(
+    name: str, said: Sequence[Said], class_names: Sequence[str], labels: Sequence[str], task: Task
+) -> dict[str, int]:
+    """From what a source calls a class to its number among the ``class_names``.
+
+    ``labels`` are the source's own names, in the same order. Without them its classes are class names themselves, or
+    their numbers, or the folders of an image folder in alphabetical order; without class names they are those that
+    occur, in order of occurrence.
+
+    Raises:
+      ValueError: class names and the source's classes do not go together; one line.
+    """
+    found = dict.fromkeys(label for one in said for label in one.labels)
+    if labels:
+        if len(labels) != len(class_names):
+            raise ValueError(f"{name}: {len(class_names)} class names for {len(labels)} labels")
+        return {label: number for number, label in enumerate(labels)}
+    if not class_names or found.keys() <= set(class_names):
+        return {label: number for number, label in enumerate(class_names or found)}
+    if all(label.isdigit() for label in found):
+        numbers = {label: int(label) for label in found}
+        if max(numbers.values()) >= len(class_names):
+            raise ValueError(
+                f"{name}: its labels go up to {max(numbers.values())}, which needs {max(numbers.values()) + 1} class "
+                f"names, but there are {len(class_names)}"
             )
-        retrieval = {name: self._retrieve(embedder, *task) for name, task in self._retrieval.items()}
-        return EvaluationResults(zero_shot, baseline, retrieval, scores)
+        return numbers
+    if task.source.startswith("image_folder:"):
+        if len(found) != len(class_names):
+            raise ValueError(f"{name}: {len(class_names)} class names for {len(found)} folders")
+        return {label: number for number, label in enumerate(sorted(found))}
+    unknown = next(label for label in found if label not in class_names)
+    raise ValueError(f"{name}: {unknown!r} is none of its {len(class_names)} class names")
 
-    def _accuracies(self, scores: np.ndarray) -> dict[str, float]:
-        return {f"top_{k}": top_k_accuracy(scores, self.zero_shot.labels, k) for k in (1, 5)}
 
-    def _retrieve(self, embedder: Embedder, pairs: list[Pair], images: np.ndarray) -> dict[str, float]:
-        """Recall in both directions; the text of a picture is its first caption, which several may share."""
-        captions = list(dict.fromkeys(pair.captions[0] for pair in pairs))
-        index = {caption: position for position, caption in enumerate(captions)}
-        image_ids = np.array([index[pair.captions[0]] for pair in pairs])
-        image_embeddings, text_embeddings = embedder.encode_image(images), embedder.encode_text(captions)
-        recalls = retrieval_metrics(image_embeddings, text_embeddings, image_ids, np.arange(len(captions)))
-        return recalls | {"images": len(pairs), "texts": len(captions)}
+def under_corruptions(pictures: Pictures, measure: Callable[[Pictures], float]) -> dict[str, list[float]]:
+    """What is measured on the pictures under each corruption, at strengths 1 to 5."""
+    return {
+        name: [measure(pictures.changed(corruption(name, strength))) for strength in STRENGTHS] for name in CORRUPTIONS
+    }
+
+
+def finite(embeddings: np.ndarray, what: str) -> np.ndarray:
+    """The same embeddings; raises FloatingPointError if one is not finite."""
+    wrong = np.count_nonzero(~np.isfinite(embeddings).all(axis=1))
+    if wrong:
+        raise FloatingPointError(
+            f"{what}: {wrong:,} of {len(embeddings):,} embeddings are not finite; the weights are damaged, or too "
+            "large for the dtype"
+        )
+    return embeddings

@@ -3,12 +3,27 @@
 import json
 from collections.abc import Callable, Sequence
 from importlib import resources
+from typing import NamedTuple
 
 import numpy as np
 
+from clip_jax.evaluation.metrics import average_precision_11, calibration, mean_per_class_accuracy, roc_auc
+from clip_jax.evaluation.results import TOP
+from clip_jax.evaluation.similarity import Candidates
 
-def load_templates(name: str) -> list[str]:
-    """The prompt templates of ``clip_jax/evaluation/prompts/<name>.json``; ``{}`` stands for the class's name.
+BLOCK_BYTES = 2**26  # of scores that are held at a time
+
+
+class Prompts(NamedTuple):
+    """A file of ``prompts/``; ``class_names`` and ``labels``, which go together, may be empty."""
+
+    templates: tuple[str, ...]
+    class_names: tuple[str, ...]
+    labels: tuple[str, ...]
+
+
+def load_prompts(name: str) -> Prompts:
+    """The prompts of ``clip_jax/evaluation/prompts/<name>.json``; in templates ``{}`` stands for the class's name.
 
     Raises:
       ValueError: there is no such file; the message lists those that there are.
@@ -17,8 +32,9 @@ def load_templates(name: str) -> list[str]:
     file = folder / f"{name}.json"
     if not file.is_file():
         names = ", ".join(sorted(entry.name.removesuffix(".json") for entry in folder.iterdir()))
-        raise ValueError(f"no prompt templates {name!r}; there are {names}")
-    return json.loads(file.read_text(encoding="utf-8"))
+        raise ValueError(f"no prompts {name!r}; there are {names}")
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return Prompts(*(tuple(content.get(key, ())) for key in Prompts._fields))
 
 
 def classifier_weights(
@@ -31,16 +47,78 @@ def classifier_weights(
     return mean / np.linalg.norm(mean, axis=1, keepdims=True)
 
 
-def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """Share of rows whose label is among the ``k`` best of scores ``[M, C]``.
+def label_ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """How many classes stand before each row's label: int ``[M]`` from scores ``[M, C]`` and labels int ``[M]``.
 
     A tie counts against the label, so a model that gives every class the same score is never right; so does a score
     that is not a number.
     """
     own = np.take_along_axis(scores, labels[:, None], axis=1)  # [M, 1]
     # "Not below" instead of "at least": true for a score that isn't a number, which so ranks first.
-    at_least_as_good = (~(scores < own)).sum(axis=1)  # the label itself included
-    return float((at_least_as_good <= k).mean())
+    return (~(scores < own)).sum(axis=1) - 1  # without the label itself
+
+
+def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
+    """Share of rows whose label is among the ``k`` best of scores ``[M, C]``; ties as in :func:`label_ranks`."""
+    return float((label_ranks(scores, labels) < k).mean())
+
+
+class Classified(NamedTuple):
+    """The K = min(5, C) best classes of each picture int32 ``[M, K]``, and their probabilities float32 ``[M, K]``.
+
+    The label stands after classes that tie with it, so that what is counted from ``best`` is what the metrics say.
+    """
+
+    best: np.ndarray
+    probabilities: np.ndarray
+
+
+def classify(
+    image_embeddings: np.ndarray, weights: np.ndarray, logit_scale: float, labels: np.ndarray | None
+) -> Classified:
+    """Image_embeddings ``[M, D]`` by a classifier ``[C, D]``, both of unit length, in blocks of pictures.
+
+    Args:
+      logit_scale: what cosines are multiplied by before the softmax.
+      labels: int ``[M]``, or None where a picture may have several.
+    """
+    among, count = Candidates(weights), min(TOP, len(weights))
+    block = max(1, BLOCK_BYTES // (8 * len(weights)))
+    best, probabilities = [], []
+    for start in range(0, len(image_embeddings), block):
+        scores = among.scores(image_embeddings[start : start + block]).astype(np.float64)  # [block, C]
+        order = scores.copy()
+        if labels is not None:
+            rows = np.arange(len(scores))
+            order[rows, labels[start : start + block]] -= 1e-12  # far less than what tells two float32 cosines apart
+        found = np.argsort(-order, axis=1, kind="stable")[:, :count]
+        exponentials = np.exp(logit_scale * (scores - scores.max(axis=1, keepdims=True)))
+        shares = exponentials / exponentials.sum(axis=1, keepdims=True)
+        best.append(found.astype(np.int32))
+        probabilities.append(np.take_along_axis(shares, found, axis=1).astype(np.float32))
+    return Classified(np.concatenate(best), np.concatenate(probabilities))
+
+
+def single_label_metrics(classified: Classified, labels: np.ndarray) -> dict[str, float]:
+    """``top_1``, ``top_5`` where there are more than five classes, ``mean_per_class`` and ``calibration_error``."""
+    right = classified.best == labels[:, None]  # [M, K]
+    metrics = {"top_1": float(right[:, 0].mean())}
+    if classified.best.shape[1] == TOP:
+        metrics["top_5"] = float(right.any(axis=1).mean())
+    metrics["mean_per_class"] = mean_per_class_accuracy(classified.best[:, 0], labels)
+    metrics["calibration_error"] = float(calibration(classified.probabilities[:, 0], right[:, 0])[0])
+    return metrics
+
+
+def multi_label_metrics(image_embeddings: np.ndarray, weights: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    """``average_precision_11`` of targets bool ``[M, C]``, each class by itself."""
+    return {"average_precision_11": average_precision_11(Candidates(weights).scores(image_embeddings), targets)}
+
+
+def two_class_metrics(image_embeddings: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """``roc_auc`` of labels 0 and 1, by how much more a picture resembles the second class."""
+    scores = Candidates(weights).scores(image_embeddings)
+    return {"roc_auc": roc_auc(scores[:, 1] - scores[:, 0], labels)}
 
 
 def nearest_mean_picture_scores(

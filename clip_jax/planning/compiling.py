@@ -15,6 +15,7 @@ import time
 
 import ml_collections
 
+from clip_jax.cache import cache_folder
 from clip_jax.planning.topologies import Topology
 
 PACKAGE = pathlib.Path(__file__).parent.parent
@@ -30,10 +31,6 @@ NOT_COMPILED = ("data", "evaluation", "seed", "init_from", "epochs", "steps", "p
 
 class PlanError(ValueError):
     """A mistake of the user's, or a compiler that gave up, told in one line."""
-
-
-def cache_folder() -> pathlib.Path:
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "clip_jax" / "plan"
 
 
 def _version(package: str) -> str:
@@ -77,7 +74,7 @@ def cache_key(config: ml_collections.ConfigDict, topology: Topology) -> str:
 def known_facts(config: ml_collections.ConfigDict, topology: Topology) -> dict | None:
     """What an earlier compilation of the same found, or None."""
     try:
-        return json.loads((cache_folder() / f"{cache_key(config, topology)}.json").read_text())
+        return json.loads((cache_folder("plan") / f"{cache_key(config, topology)}.json").read_text())
     except (OSError, json.JSONDecodeError):
         return None
 
@@ -94,7 +91,7 @@ def compile_facts(config: ml_collections.ConfigDict, topology: Topology, what: s
     if importlib.util.find_spec("libtpu") is None:
         raise PlanError('the compiler for TPUs is not installed: pip install "clip-jax-tpu[tpu]"')
     facts = _ask_child(config, topology, what or topology.name)
-    path = cache_folder() / f"{cache_key(config, topology)}.json"
+    path = cache_folder("plan") / f"{cache_key(config, topology)}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")

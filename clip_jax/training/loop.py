@@ -29,8 +29,10 @@ from clip_jax.data.images import Augmentation, ImageError
 from clip_jax.data.pipeline import TRANSFORM_VERSION, Batches, InputError, LoadPair, Transform
 from clip_jax.data.sources import Mixture, PairError, open_mixture
 from clip_jax.evaluation.embedding import Embedder
+from clip_jax.evaluation.registry import find_tasks
 from clip_jax.evaluation.report import write_report
-from clip_jax.evaluation.tasks import EvaluationResults, Evaluations
+from clip_jax.evaluation.results import Results, write_results
+from clip_jax.evaluation.tasks import Evaluations, Extras
 from clip_jax.models.clip import INITIAL_LOGIT_SCALE, SIGMOID_INITIAL_LOGIT_BIAS, SIGMOID_INITIAL_LOGIT_SCALE
 from clip_jax.training.checkpoint import (
     Checkpointer,
@@ -39,7 +41,7 @@ from clip_jax.training.checkpoint import (
     saved_fingerprint,
     write_config,
 )
-from clip_jax.training.metrics import MetricWriter, StepLog
+from clip_jax.training.metrics import MetricWriter, StepLog, read_metrics
 from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.sharding import check_batch_divides, to_global_batch
 from clip_jax.training.step import (
@@ -52,7 +54,7 @@ from clip_jax.training.step import (
     make_train_step,
     state_from_variables,
 )
-from clip_jax.weights import read_weights
+from clip_jax.weights import digest_of, read_weights
 from clip_jax.weights.resizing import at_image_size
 
 logger = logging.getLogger("clip_jax")
@@ -98,10 +100,26 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
         raise ValueError(f"{workdir} holds checkpoints but no config.json; restore it, or choose another --workdir")
     if before not in (None, fingerprint):
         raise ValueError(f"{workdir} was trained on other data than config.data.source={config.data.source} now holds")
-    evaluations = Evaluations(config)
-    start = digest(read_initial_variables(config)) if config.init_from and before is None else ""
+    evaluations = open_evaluations(config)
+    start = digest_of(read_initial_variables(config)) if config.init_from and before is None else ""
     check_hosts_agree(f"{fingerprint} {steps} {start} {dict(mesh.shape)} {to_json(config)}")
     return Run(config, folder, mixture, evaluations, mesh, steps, fingerprint)
+
+
+def open_evaluations(config: ml_collections.ConfigDict) -> Evaluations:
+    """The tasks of ``config.evaluation``.
+
+    Raises:
+      ValueError, OSError: there is no such task, or its data is not there or broken.
+    """
+    names = config.evaluation.tasks
+    image_size = config.model.vision.image_size
+    evaluations = Evaluations(find_tasks(names) if names else [], image_size, config.evaluation.data)
+    if evaluations.missing:
+        missing = evaluations.missing[0]
+        how = f"; {missing.how_to_get}" if missing.how_to_get else ""
+        raise ValueError(f"config.evaluation.tasks={names}: {missing.name} is missing: {missing.reason}{how}")
+    return evaluations
 
 
 def read_initial_variables(config: ml_collections.ConfigDict) -> dict:
@@ -125,14 +143,6 @@ def read_initial_variables(config: ml_collections.ConfigDict) -> dict:
         params["logit_scale"] = np.float32(SIGMOID_INITIAL_LOGIT_SCALE)
         params["logit_bias"] = np.float32(SIGMOID_INITIAL_LOGIT_BIAS)
     return variables | {"params": params}
-
-
-def digest(variables: dict) -> str:
-    """Tells one set of weights from another."""
-    result = hashlib.sha256()
-    for leaf in jax.tree.leaves(variables):
-        result.update(np.ascontiguousarray(leaf).data)
-    return result.hexdigest()
 
 
 def check_workdir(workdir: str) -> epath.Path:
@@ -243,7 +253,8 @@ def train(run: Run) -> bool:
             return False
         results = evaluate(run, embedder, state, writer, final=True)
         if jax.process_index() == 0:
-            write_report(run.workdir, run.evaluations, results)
+            write_results(run.workdir / "report", results)
+            write_report(run.workdir / "report", results, read_metrics(run.workdir))
         _log_end(run, results)
         return True
     finally:
@@ -393,12 +404,11 @@ def list_bad_samples(run: Run, bad_samples: BadSamples, bad: np.ndarray, reasons
         bad_samples.add_to_list(found)
 
 
-def evaluate(
-    run: Run, embedder: Embedder, state: TrainState, writer: MetricWriter, final: bool = False
-) -> EvaluationResults:
+def evaluate(run: Run, embedder: Embedder, state: TrainState, writer: MetricWriter, final: bool = False) -> Results:
     """Scores the state, and writes ``eval/<step>.json`` and the metrics; ``final`` adds the baseline."""
     step = int(state.step)
-    results = run.evaluations.score(embedder.with_variables(state.variables), with_baseline=final)
+    embedder = embedder.with_variables(state.variables)
+    results = run.evaluations.score(embedder, str(run.workdir), run.config.model.name, Extras(baseline=final))
     if run.evaluations:
         writer.write(step, results.scalars())
     if run.evaluations and jax.process_index() == 0:
@@ -427,12 +437,12 @@ def _log_start(run: Run, state: TrainState) -> None:
     )
 
 
-def _log_end(run: Run, results: EvaluationResults) -> None:
+def _log_end(run: Run, results: Results) -> None:
     if run.evaluations:
         logger.info("%s", results.table())
     logger.info("finished %d steps. In %s:", run.steps, run.workdir)
     logger.info("  checkpoints/%d  metrics.jsonl  tensorboard/  config.json", run.steps)
     if run.evaluations:
         logger.info("  eval/%d.json", run.steps)
-    logger.info("  report/index.html (open it in a browser)")
+    logger.info("  report/report.html (open it in a browser)")
     logger.info('Use it:  python -m clip_jax.predict --model=%s --labels="a dog,a cat" picture.png', run.workdir)

@@ -1,6 +1,7 @@
 """Weights in and out: OpenAI's, open_clip's, Hugging Face's, and our own runs; the same numbers in each."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import shutil
 import tempfile
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from clip_jax.models.presets import PRESETS, CLIPPreset, preset_from_dict
@@ -46,6 +48,14 @@ def preset_name(preset: CLIPPreset) -> str:
     name = next((name for name, known in PRESETS.items() if known == published(preset)), "custom")
     plain = {getattr(tower, "activation", "gelu") for tower in (preset.vision, preset.text)} == {"gelu"}
     return f"{name} with gelu" if plain and name != "custom" else name
+
+
+def digest_of(variables: dict) -> str:
+    """Tells one set of weights from another; ``variables`` are arrays by name."""
+    result = hashlib.sha256()
+    for leaf in jax.tree.leaves(variables):
+        result.update(np.ascontiguousarray(leaf).data)
+    return result.hexdigest()
 
 
 def read_weights(path: str | os.PathLike, activation: str | None = None) -> Weights:

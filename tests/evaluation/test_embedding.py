@@ -1,6 +1,7 @@
 """Embedding in padded batches over eight devices gives what embedding one by one gives."""
 
 import functools
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 PRESET = CLIPPreset(
     16,
     VisionTransformerPreset(image_size=16, patch_size=8, width=32, num_layers=1, num_heads=2),
-    TextTransformerPreset(width=16, num_layers=1, num_heads=2, context_length=8),
+    TextTransformerPreset(width=16, num_layers=1, num_heads=2, context_length=12),
 )
 
 
@@ -65,9 +66,11 @@ def test_any_number_of_images_embeds_as_one_by_one(one_by_one, embedder, count):
 
 
 def test_texts_embed_as_one_by_one_and_one_too_long_is_cut(one_by_one, embedder):
-    texts = [f"picture number {number}" for number in range(18)] + ["a word and more words than there is room for"]
+    texts = [f"picture number {number}" for number in range(18)] + [
+        "a word and more words than there is ever any room for here"
+    ]
     result = embedder.encode_text(texts)
-    expected = one_by_one("encode_text", tokenize(texts, 8, truncate=True))
+    expected = one_by_one("encode_text", tokenize(texts, 12, truncate=True))
     np.testing.assert_allclose(result, expected, rtol=0, atol=2e-6)
     np.testing.assert_allclose(np.linalg.norm(result, axis=1), 1, rtol=1e-6)
     assert np.abs(result[3] - result[4]).max() > 1e-4
@@ -84,3 +87,33 @@ def test_one_device_and_eight_embed_alike(model, variables_of, embedder, mesh_of
     alone = Embedder(model, mesh_of((1, 1)), batch_size=4).with_variables(variables_of(0))
     images = pictures(9)
     np.testing.assert_allclose(alone.encode_image(images), embedder.encode_image(images), rtol=0, atol=2e-6)
+
+
+def test_pictures_are_asked_for_one_by_one_and_each_once(one_by_one, embedder):
+    images, asked = pictures(37), []
+
+    class Pictures(Sequence):
+        def __len__(self):
+            return len(images)
+
+        def __getitem__(self, index):
+            asked.append(index)
+            return images[index]
+
+    np.testing.assert_allclose(embedder.encode_image(Pictures()), embedder.encode_image(images), rtol=0, atol=2e-6)
+    assert sorted(asked) == sorted([0, *range(37)])  # the first is asked for its shape as well
+
+
+def test_features_are_what_the_projection_takes(model, variables_of, embedder):
+    images = pictures(5)
+    features = embedder.image_features(images)
+    assert features.shape == (5, 32) and features.dtype == np.float32
+    projected = features @ np.asarray(variables_of(0)["params"]["vision"]["projection"]["kernel"])
+    projected /= np.linalg.norm(projected, axis=1, keepdims=True)
+    np.testing.assert_allclose(projected, embedder.encode_image(images), rtol=0, atol=2e-6)
+
+
+def test_texts_embed_alike_however_long_their_neighbours_are(embedder):
+    alone = embedder.encode_text(["a cat"])
+    beside = embedder.encode_text(["a cat", "a word and more words than there is ever any room for here"])
+    np.testing.assert_allclose(alone[0], beside[0], rtol=0, atol=2e-6)

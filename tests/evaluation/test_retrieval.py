@@ -3,7 +3,19 @@
 import numpy as np
 import pytest
 
-from clip_jax.evaluation.retrieval import RECALL_AT, recall_at_k, retrieval_metrics
+from clip_jax.evaluation import retrieval
+from clip_jax.evaluation.retrieval import RECALL_AT, chance, nearest, ranks, recalls, retrieval_ranks
+
+
+def recall_at_k(scores, query_ids, candidate_ids):
+    found = ranks(scores, query_ids, candidate_ids)
+    return {k: (found < k).mean() for k in RECALL_AT}
+
+
+def retrieval_metrics(images, texts, image_ids, text_ids):
+    return recalls(
+        retrieval_ranks(images, texts, image_ids, text_ids), retrieval_ranks(texts, images, text_ids, image_ids)
+    )
 
 
 def test_recall_counts_the_queries_whose_match_stands_among_the_first_k():
@@ -71,3 +83,53 @@ def test_recall_is_that_of_sorting_each_row():
     for k, value in recall_at_k(scores, query_ids, candidate_ids).items():
         first = candidate_ids[np.argsort(-scores, axis=1)[:, :k]]
         assert value == pytest.approx((first == query_ids[:, None]).any(axis=1).mean())
+
+
+@pytest.fixture(params=["distinct", "captions twice"])
+def example(request):
+    """60 images of 5 captions each; in one case every tenth caption is that of another image too."""
+    random = np.random.default_rng(3)
+    unit = lambda x: (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)  # noqa: E731
+    images, text_ids = unit(random.normal(size=(60, 24))), np.repeat(np.arange(60), 5)
+    texts = unit(images[text_ids] + 0.8 * random.normal(size=(300, 24)))
+    if request.param == "captions twice":
+        texts[::10] = texts[3::10]
+    return images, texts, np.arange(60), text_ids
+
+
+def test_blocks_give_what_all_scores_at_once_give(example, monkeypatch):
+    images, texts, image_ids, text_ids = example
+    scores = images.astype(np.float64) @ texts.T.astype(np.float64)
+    for block in (1, 7, 10_000):
+        monkeypatch.setattr(retrieval, "BLOCK_BYTES", 4 * 300 * block)
+        np.testing.assert_array_equal(retrieval_ranks(*example), ranks(scores, image_ids, text_ids))
+        np.testing.assert_array_equal(
+            retrieval_ranks(texts, images, text_ids, image_ids), ranks(scores.T, text_ids, image_ids)
+        )
+
+
+def test_a_caption_of_two_images_counts_against_both():
+    random = np.random.default_rng(5)
+    images = random.normal(size=(33, 40)).astype(np.float32)
+    images /= np.linalg.norm(images, axis=1, keepdims=True)
+    texts = images.copy()
+    texts[17] = texts[2]
+    found = retrieval_ranks(images, texts, np.arange(33), np.arange(33))
+    assert found[2] == 1 and found[17] > 0
+    assert (np.delete(found, [2, 17]) == 0).all()
+
+
+def test_chance_is_what_random_orders_get(example):
+    _, _, image_ids, text_ids = example
+    random, got = np.random.default_rng(0), []
+    for _ in range(600):
+        scores = random.random((60, 300))
+        got.append(recalls(ranks(scores, image_ids, text_ids), ranks(scores.T, text_ids, image_ids)))
+    for name, value in chance(image_ids, text_ids).items():
+        assert np.mean([one[name] for one in got]) == pytest.approx(value, abs=0.006), name
+
+
+def test_the_nearest_stand_in_order(example):
+    images, texts, _, _ = example
+    scores = texts[:4] @ images.T
+    np.testing.assert_array_equal(nearest(texts[:4], images, 3), np.argsort(-scores, axis=1)[:, :3])

@@ -5,8 +5,10 @@ import pytest
 
 from clip_jax.evaluation.zero_shot import (
     classifier_weights,
-    load_templates,
+    classify,
+    load_prompts,
     nearest_mean_picture_scores,
+    single_label_metrics,
     top_k_accuracy,
 )
 
@@ -95,12 +97,64 @@ def test_nearest_mean_picture_is_the_distance_to_each_classs_mean():
     np.testing.assert_allclose(differences, -(distances - distances[:, :1]), rtol=1e-4, atol=1e-5)
 
 
-def test_every_template_has_exactly_one_place_for_the_name():
-    templates = load_templates("emoji")
-    assert templates
-    assert all(template.format("zebra").count("zebra") == 1 for template in templates)
+def test_unknown_prompts_are_answered_with_those_that_there_are():
+    with pytest.raises(ValueError, match=r"'imagenette'; there are .*cifar10, cifar100"):
+        load_prompts("imagenette")
 
 
-def test_unknown_templates_are_answered_with_those_that_there_are():
-    with pytest.raises(ValueError, match=r"'imagenette'; there are emoji"):
-        load_templates("imagenette")
+def unit(x):
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture(params=["distinct", "classes twice"])
+def example(request):
+    """Embeddings of 300 pictures and 12 classes, some of them equal, with labels."""
+    random = np.random.default_rng(0)
+    weights = unit(random.normal(size=(12, 8)))
+    if request.param == "classes twice":
+        weights[[3, 7]] = weights[5]
+    labels = random.integers(0, 12, 300).astype(np.int32)
+    images = unit(weights[labels] + 0.5 * random.normal(size=(300, 8)))
+    return images, weights, labels
+
+
+def test_what_is_counted_from_the_best_classes_is_the_accuracy(example, monkeypatch):
+    images, weights, labels = example
+    monkeypatch.setattr("clip_jax.evaluation.zero_shot.BLOCK_BYTES", 8 * 12 * 7)  # seven pictures at a time
+    classified = classify(images, weights, 10.0, labels)
+    scores = images.astype(np.float64) @ weights.T.astype(np.float64)
+    metrics = single_label_metrics(classified, labels)
+    assert metrics["top_1"] == top_k_accuracy(scores, labels, 1)
+    assert metrics["top_5"] == top_k_accuracy(scores, labels, 5)
+    assert 0.3 < metrics["top_1"] < metrics["top_5"] < 1
+    predicted = np.where(classified.best[:, 0] == labels, labels, -1)
+    by_class = [np.mean(predicted[labels == label] == label) for label in range(12)]
+    assert metrics["mean_per_class"] == pytest.approx(np.mean(by_class))
+
+
+def test_classes_that_are_equal_tie_and_are_never_right():
+    random = np.random.default_rng(1)
+    weights = unit(random.normal(size=(40, 33)))
+    weights[31] = weights[2]  # of 40 columns by 33 a matrix product rounds the two differently
+    labels = np.full(500, 2, np.int32)
+    images = unit(weights[labels] + 0.01 * random.normal(size=(500, 33)))
+    assert single_label_metrics(classify(images, weights, 1.0, labels), labels)["top_1"] == 0
+    labels[:] = 31
+    assert single_label_metrics(classify(images, weights, 1.0, labels), labels)["top_1"] == 0
+
+
+def test_probabilities_are_the_softmax_of_all_classes(example):
+    images, weights, labels = example
+    classified = classify(images, weights, 20.0, labels)
+    logits = 20 * images.astype(np.float64) @ weights.T.astype(np.float64)
+    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(
+        classified.probabilities, np.take_along_axis(shares, classified.best.astype(int), axis=1), rtol=1e-4
+    )
+    assert (np.diff(classified.probabilities, axis=1) <= 0).all()
+
+
+def test_fewer_than_five_classes_have_no_top_5():
+    images, weights, labels = np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32), np.arange(3, dtype=np.int32)
+    metrics = single_label_metrics(classify(images, weights, 100.0, labels), labels)
+    assert "top_5" not in metrics and metrics["top_1"] == metrics["mean_per_class"] == 1

@@ -133,7 +133,16 @@ def build(packages: pathlib.Path, output: pathlib.Path) -> None:
             writer.close()
             print(f"{path.name}: {len(chosen)} pairs, {path.stat().st_size / 1e6:.1f} MB")
 
-    concepts = [{"key": key, "name": names[key]["label"], "held_out": is_held_out(key)} for key in keys]
+    groups = {int(number): name for number, name in read_json("emojibase-data/meta/groups.json")["groups"].items()}
+    concepts = [
+        {
+            "key": key,
+            "name": names[key]["label"],
+            "group": groups[names[key]["group"]],
+            "held_out": is_held_out(key),
+        }
+        for key in keys
+    ]
     lines = ",\n".join(json.dumps(concept, ensure_ascii=False) for concept in concepts)
     (output / "concepts.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     print(f"concepts.json: {len(concepts)} concepts, {sum(c['held_out'] for c in concepts)} held out")

@@ -10,8 +10,11 @@ A source is named by one string, ``kind:where``, with options as in a web addres
 ``parquet:/data/*.parquet``                 Parquet files with the pictures' bytes, as Hugging Face writes them
 ``csv:/pairs.csv``, ``tsv:``, ``jsonl:``    a table of paths, relative to its file, and captions
 ``folder:/pictures``                        pictures, each beside a ``.txt`` of the same name with a caption a line
+``image_folder:/pictures``                  pictures in a folder a class, whose name is the caption
+``karpathy:/dataset.json?split=test``       Karpathy's annotations of COCO or Flickr30k; ``images`` is their folder
 ``emoji:noto,twemoji/train``                the pairs that ship: styles (noto, twemoji, openmoji), then a split (train,
-                                            held_out, or all)
+                                            held_out, or all); ``?label=group``: the class is Unicode's group
+``digits:test``                             scikit-learn's handwritten digits (train, test)
 ==========================================  ========================================================================
 
 Options: ``image``, ``caption`` (or ``text``), ``label``, ``template``, ``clean`` (:mod:`clip_jax.data.sources.fields`);
@@ -19,16 +22,18 @@ Options: ``image``, ``caption`` (or ``text``), ``label``, ``template``, ``clean`
 """
 
 from clip_jax.data.sources.array_record import EMOJI_FOLDER, ArrayRecordSource, open_array_record, open_emoji
-from clip_jax.data.sources.base import Pair, PairError, ShardError, Source
+from clip_jax.data.sources.base import MissingPackageError, Pair, PairError, ShardError, Source
+from clip_jax.data.sources.digits import DigitsSource
 from clip_jax.data.sources.mixture import Mixture
 from clip_jax.data.sources.parquet import open_parquet
-from clip_jax.data.sources.tables import open_folder, open_table
+from clip_jax.data.sources.tables import open_folder, open_image_folder, open_karpathy, open_table
 from clip_jax.data.sources.tfds import open_tfds
 from clip_jax.data.sources.webdataset import open_webdataset
 
 __all__ = [
     "EMOJI_FOLDER",
     "ArrayRecordSource",
+    "MissingPackageError",
     "Mixture",
     "Pair",
     "PairError",
@@ -48,7 +53,10 @@ OPENERS = {
     "tsv": lambda where: open_table("tsv", where),
     "jsonl": lambda where: open_table("jsonl", where),
     "folder": open_folder,
+    "image_folder": open_image_folder,
+    "karpathy": open_karpathy,
     "emoji": open_emoji,
+    "digits": DigitsSource,
 }
 JOIN = " + "
 

@@ -1,5 +1,6 @@
 """Pairs from ArrayRecord files: what ``python -m clip_jax.prepare`` writes, and what ships with the project."""
 
+import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -76,8 +77,22 @@ def open_array_record(where: str) -> ArrayRecordSource:
     return ArrayRecordSource(expand(place), fields)
 
 
+class EmojiGroups(ArrayRecordSource):
+    """The pairs that ship with their group among Unicode's as the class: food and drink, and so on."""
+
+    def __init__(self, paths: Sequence[str]):
+        super().__init__(paths)
+        concepts = json.loads((EMOJI_FOLDER / "concepts.json").read_text(encoding="utf-8"))
+        self._groups = {concept["key"]: concept["group"] for concept in concepts}
+
+    def __getitem__(self, index: int) -> Pair:
+        pair = super().__getitem__(index)
+        return pair._replace(label=self._groups[pair.key])
+
+
 def open_emoji(where: str) -> ArrayRecordSource:
-    styles, _, split = where.partition("/")
+    place, _, options = where.partition("?")
+    styles, _, split = place.partition("/")
     splits = EMOJI_SPLITS if split == "all" else (split,)
     unknown = [style for style in styles.split(",") if style not in EMOJI_STYLES]
     if unknown or not set(splits) <= set(EMOJI_SPLITS):
@@ -85,6 +100,9 @@ def open_emoji(where: str) -> ArrayRecordSource:
             f"emoji:{where}: write emoji:STYLES/SPLIT with styles from {', '.join(EMOJI_STYLES)} and a split from "
             f"{', '.join(EMOJI_SPLITS)}, all"
         )
-    return ArrayRecordSource(
+    if options not in ("", "label=group"):
+        raise ValueError(f"emoji:{where}: the only option is label=group")
+    kind = EmojiGroups if options else ArrayRecordSource
+    return kind(
         [str(EMOJI_FOLDER / f"{style}-{split}.array_record") for style in styles.split(",") for split in splits]
     )

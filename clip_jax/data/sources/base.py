@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 class Pair(NamedTuple):
     """An encoded picture, at least one caption of it, a name for it in messages, and its class if it has one.
 
+    Several classes stand one a line in ``label``.
     ``weights`` say how often each caption is drawn, relative to the others; empty: all alike.
     """
 
@@ -26,6 +27,10 @@ class PairError(ValueError):
 
     def __str__(self) -> str:
         return self.args[0]
+
+
+class MissingPackageError(ValueError):
+    """What reads a source is not installed; one line that says how to install it."""
 
 
 class ShardError(OSError):

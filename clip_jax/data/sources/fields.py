@@ -2,7 +2,8 @@
 
 ``image=url,picture`` are tried in that order. Of ``caption=txt:3,json.alt:1`` each that a record has gives captions;
 the numbers say how often one of that field is drawn. ``json.alt`` is the entry ``alt`` of the JSON in ``json``. Each
-``template=a photo of a {}`` is filled in with every caption. ``clean=1`` cleans them (:func:`clean_caption`).
+``template=a photo of a {}`` is filled in with every caption. ``clean=1`` cleans them (:func:`clean_caption`). With
+``caption=`` and nothing after it a record's caption is its class, named by ``label``.
 """
 
 import dataclasses
@@ -41,7 +42,8 @@ class Fields:
           PairError: there is none, or one that is no text.
         """
         captions, weights = [], []
-        for field, weight in self.captions:
+        fields = self.captions or ((self.label, 1.0),)
+        for field, weight in fields:
             value = get(field)
             texts = value if isinstance(value, list | tuple) else [] if value is None else [value]
             for text in texts:
@@ -56,13 +58,15 @@ class Fields:
             captions += texts
             weights += [weight / len(texts) for _ in texts]
         if not captions:
-            wanted = ", ".join(field for field, _ in self.captions)
+            wanted = ", ".join(field for field, _ in fields)
             raise PairError(f"{name} has no caption: {wanted} is missing or empty", "empty_caption")
-        return captions, weights if len(self.captions) > 1 else []
+        return captions, weights if len(fields) > 1 else []
 
     def label_of(self, get: Callable[[str], object]) -> str:
+        """A record's class, or its classes, one a line; empty if it has none."""
         value = get(self.label) if self.label else None
-        return "" if value is None else str(value).strip()
+        values = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        return "\n".join(str(value).strip() for value in values)
 
 
 def clean_caption(text: str) -> str:
@@ -103,7 +107,8 @@ def parse_fields(options: str, defaults: Fields, name: str, also: tuple[str, ...
     if "image" in values:
         changes["image"] = tuple(values["image"][0].split(","))
     if "caption" in values:
-        changes["captions"] = tuple(_weighted(part, name) for part in values["caption"][0].split(","))
+        given = values["caption"][0]
+        changes["captions"] = tuple(_weighted(part, name) for part in given.split(",")) if given else ()
     if "label" in values:
         changes["label"] = values["label"][0]
     if "template" in values:
@@ -115,7 +120,10 @@ def parse_fields(options: str, defaults: Fields, name: str, also: tuple[str, ...
         if values["clean"][0] not in ("0", "1"):
             raise ValueError(f"{name}: clean={values['clean'][0]} must be 0 or 1")
         changes["clean"] = values["clean"][0] == "1"
-    return dataclasses.replace(defaults, **changes), {key: values[key][0] for key in also if key in values}
+    fields = dataclasses.replace(defaults, **changes)
+    if "caption" in values and not (fields.captions or fields.label):
+        raise ValueError(f"{name}: without captions there must be classes: name their field with label=")
+    return fields, {key: values[key][0] for key in also if key in values}
 
 
 def _weighted(part: str, name: str) -> tuple[str, float]:

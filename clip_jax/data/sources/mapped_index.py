@@ -6,7 +6,6 @@ named. All processes of a machine that map it share its pages.
 
 import contextlib
 import json
-import os
 import pathlib
 import shutil
 import uuid
@@ -15,16 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from clip_jax.cache import cache_folder
+
 
 class Tables(NamedTuple):
     """``meta`` can be written as JSON; ``arrays`` have one dimension or more."""
 
     meta: dict
     arrays: dict[str, np.ndarray]
-
-
-def default_folder() -> pathlib.Path:
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "clip_jax" / "index"
 
 
 class MappedIndex:
@@ -62,7 +59,7 @@ def open_or_build(kind: str, name: str, content: str, folder: str, build: Callab
     Raises:
       ValueError: the folder cannot be written to.
     """
-    parent = pathlib.Path(folder or default_folder())
+    parent = pathlib.Path(folder or cache_folder("index"))
     place = parent / f"{kind}-{name}-{content}"
     try:
         return MappedIndex(place)

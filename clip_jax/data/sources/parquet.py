@@ -9,7 +9,7 @@ import os
 
 import numpy as np
 
-from clip_jax.data.sources.base import Pair, PairError, ShardError
+from clip_jax.data.sources.base import MissingPackageError, Pair, PairError, ShardError
 from clip_jax.data.sources.digest import digest
 from clip_jax.data.sources.fields import Fields, nested, parse_fields, split_options
 from clip_jax.data.sources.files import Stamp, check_unchanged, ends_digest, expand, is_remote, stamp
@@ -89,7 +89,7 @@ def _import_parquet():
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ValueError("Parquet files need pyarrow: pip install 'clip-jax-tpu[parquet]'") from None
+        raise MissingPackageError("Parquet files need pyarrow: pip install 'clip-jax-tpu[parquet]'") from None
     return pyarrow.parquet
 
 

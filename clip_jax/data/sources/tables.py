@@ -1,4 +1,4 @@
-"""Pairs whose pictures are files of their own: named by a CSV, a TSV or JSON lines, or found in a folder.
+"""Pairs whose pictures are files of their own: named by a table or an annotation file, or found in a folder.
 
 What the table says is kept in a mapped index, so that its size costs memory once a machine and not once a process.
 """
@@ -133,6 +133,74 @@ def open_folder(where: str) -> TableSource:
     sizes = [[name, files[name][0]] for name in pictures]
     root = os.path.abspath(folder)
     return _open_rows("folder", [what, repr(fields)], root, rows, others.get("index", ""), sizes)
+
+
+def open_image_folder(where: str) -> TableSource:
+    """Pictures in a folder a class; the class is the folder's name, and the caption (torchvision's ImageFolder).
+
+    Raises:
+      FileNotFoundError: there is no such folder.
+      ValueError: it has no folders, or no pictures in them.
+    """
+    place, options = split_options(where)
+    fields, others = parse_fields(options, Fields((), (), label="its folder"), f"image_folder:{where}", also=("index",))
+    folder = pathlib.Path(place)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    if not classes:
+        raise ValueError(f"{folder} has no folders; it must have one for each class, with pictures in it")
+    pictures = []
+    for name in classes:
+        files = (path for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        pictures += sorted((path.relative_to(folder).as_posix(), name) for path in files)
+    if not pictures:
+        raise ValueError(f"no pictures below {folder}: looked for {', '.join(IMAGE_SUFFIXES)}")
+
+    def rows() -> Iterator[Row]:
+        for path, name in pictures:
+            yield _row(path, str(folder / path), fields, lambda _, name=name: name)
+
+    sizes = [[path, os.path.getsize(folder / path)] for path, _ in pictures]
+    root = os.path.abspath(folder)
+    return _open_rows("image_folder", [sizes, repr(fields)], root, rows, others.get("index", ""), sizes)
+
+
+def open_karpathy(where: str) -> TableSource:
+    """Karpathy's annotations of Flickr30k and COCO: one JSON file of pictures with their sentences, in splits.
+
+    ``split`` picks one of ``train``, ``restval``, ``val`` and ``test`` (else all are taken), ``images`` names the
+    folder of the pictures (else that of the file).
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not as that format is, or has nothing of that split.
+    """
+    place, options = split_options(where)
+    sentences = Fields((), (("sentences", 1.0),))
+    fields, others = parse_fields(options, sentences, f"karpathy:{where}", also=("index", "split", "images"))
+    now, split = stamp(place), others.get("split", "")
+    root = others.get("images") or os.path.dirname(os.path.abspath(place))
+    try:
+        entries = json.loads(_read_text(place))["images"]
+        found = [
+            (
+                "/".join(filter(None, [entry.get("filepath", ""), entry["filename"]])),
+                [sentence["raw"] for sentence in entry["sentences"]],
+            )
+            for entry in entries
+            if split in ("", entry["split"])
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{place} is not Karpathy's JSON of images with sentences: {type(error).__name__}") from None
+    if not found:
+        raise ValueError(f"{place} has no pictures of the split {split!r}")
+
+    def rows() -> Iterator[Row]:
+        for path, texts in found:
+            yield _row(path, f"{place}, {path}", fields, lambda _, texts=texts: texts)
+
+    return _open_rows("karpathy", [list(now), split, repr(fields)], root, rows, others.get("index", ""))
 
 
 def open_table(kind: str, where: str) -> TableSource:

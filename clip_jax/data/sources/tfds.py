@@ -5,7 +5,7 @@ Fields of fields are named with slashes: ``tfds:coco_captions/train?image=image&
 
 from collections.abc import Callable
 
-from clip_jax.data.sources.base import Pair, PairError
+from clip_jax.data.sources.base import MissingPackageError, Pair, PairError
 from clip_jax.data.sources.digest import digest
 from clip_jax.data.sources.fields import Fields, parse_fields, split_options
 
@@ -24,7 +24,9 @@ class TFDSSource:
         try:
             import tensorflow_datasets as tfds
         except ImportError:
-            raise ValueError(f"tfds:{name} needs tensorflow-datasets: pip install 'clip-jax-tpu[tfds]'") from None
+            raise MissingPackageError(
+                f"tfds:{name} needs tensorflow-datasets: pip install 'clip-jax-tpu[tfds]'"
+            ) from None
         self._name, self._split, self._fields, self._data_dir = name, split, fields, data_dir
         try:
             builder = tfds.builder(name, data_dir=data_dir)
@@ -43,6 +45,7 @@ class TFDSSource:
         split_info = known[split.partition("[")[0]]
         self._content = [str(builder.info.full_name), split_info.num_bytes, list(split_info.shard_lengths or [])]
         label = features[fields.label] if fields.label and "/" not in fields.label else None
+        label = getattr(label, "feature", label)  # of a picture with several classes
         self._label_names = list(getattr(label, "names", None) or [])
         try:
             decoders = {field: tfds.decode.SkipDecoding() for field in fields.image}
@@ -65,12 +68,23 @@ class TFDSSource:
         image = next((value for field in self._fields.image if isinstance(value := _find(record, field), bytes)), None)
         if image is None:
             raise PairError(f"{name} has no picture's bytes in {', '.join(self._fields.image)}", "no_picture")
-        get = _texts_of(record)
+        get = self._with_names(_texts_of(record))
         captions, weights = self._fields.captions_of(get, name)
-        label = self._fields.label_of(get)
-        if self._label_names and label:
-            label = self._label_names[int(label)] if int(label) >= 0 else ""  # -1: it has none
-        return Pair(image, captions, name, label, weights)
+        return Pair(image, captions, name, self._fields.label_of(get), weights)
+
+    def _with_names(self, get: Callable[[str], object]) -> Callable[[str], object]:
+        """The same getter, but of a number of a class its name."""
+
+        def name_of(number: int) -> str | None:
+            return self._label_names[number] if number >= 0 else None  # -1: it has none
+
+        def value_of(field: str) -> object:
+            value = get(field)
+            if not self._label_names or field != self._fields.label:
+                return value
+            return [name_of(number) for number in value] if isinstance(value, list) else name_of(value)
+
+        return value_of
 
     def fingerprint(self) -> str:
         return digest(self._content, self._split, len(self), repr(self._fields))

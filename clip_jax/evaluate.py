@@ -1,0 +1,150 @@
+"""Scores a model on tasks: zero-shot classification, retrieval, linear probes, robustness to shift.
+
+    python -m clip_jax.evaluate --model=runs/quickstart --tasks=ships --output=evaluations/quickstart
+    python -m clip_jax.evaluate --list
+    python -m clip_jax.evaluate --compare evaluations/one evaluations/other --output=evaluations/both
+
+On a pod, run the same command on every host. Exit codes: 0 done, 2 a mistake in what was asked for or nothing that
+could be scored (one line each), 3 interrupted.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import time
+
+import absl.logging
+from etils import epath
+
+from clip_jax.models.presets import ACTIVATIONS
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Raises ValueError if the flags do not go together; one line."""
+    parser = argparse.ArgumentParser(prog="python -m clip_jax.evaluate", description="Scores a model on tasks.")
+    parser.add_argument("--model", help="a run, or weights of OpenAI, open_clip or Hugging Face")
+    parser.add_argument("--tasks", default="", help="tasks, groups or files of tasks, separated by commas; see --list")
+    parser.add_argument("--output", type=epath.Path, help="a folder for results.json and report.html")
+    parser.add_argument("--data", default="~/data", help="the folder of data sets (%(default)s)")
+    parser.add_argument("--list", action="store_true", help="print all tasks, which are missing and how to get them")
+    parser.add_argument("--compare", nargs="+", type=epath.Path, metavar="FOLDER", help="outputs to set side by side")
+    parser.add_argument("--synthetic-shift", action="store_true", help="blur, noise, JPEG and brightness as well")
+    parser.add_argument(
+        "--linear-probe", action="store_true", help="and logistic regression, where there is a train split"
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="images or texts at once, on all devices")
+    parser.add_argument("--dtype", default="float32", help="of the computation: float32 or bfloat16")
+    parser.add_argument("--activation", choices=ACTIVATIONS, help="of a file that cannot tell; else quick_gelu")
+    parser.add_argument("--distributed", action="store_true", help="join the other hosts of a pod (Cloud TPU VMs only)")
+    arguments = parser.parse_args(argv)
+    wanted = [name for name in ("list", "compare", "model") if getattr(arguments, name)]
+    if len(wanted) != 1:
+        raise ValueError("give one of --model, --list and --compare")
+    if arguments.model and not arguments.tasks:
+        raise ValueError("--tasks names nothing to score; --list shows what there is")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+        run = _list if arguments.list else _compare if arguments.compare else _evaluate
+        return run(arguments)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 3
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from clip_jax.data.sources import MissingPackageError, open_source
+    from clip_jax.evaluation.registry import ALL, find_tasks
+
+    for task in find_tasks(arguments.tasks or ALL):
+        try:
+            count = len(open_source(task.source.replace("{data}", os.path.expanduser(arguments.data))))
+            state = f"there, {count:,} pictures"
+        except (FileNotFoundError, MissingPackageError) as error:
+            state = f"missing: {error}"
+            if task.how_to_get:
+                state += f"\n{'':26}get it: {task.how_to_get.replace('{data}', arguments.data)}"
+        except ValueError as error:
+            state = f"broken: {error}"
+        print(f"{task.name:25} {task.kind:10} {task.metric:24} {','.join(task.groups)}\n{'':26}{state}")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from clip_jax.evaluation.comparison import compare, write_comparison
+
+    comparison = compare(arguments.compare)
+    print(comparison.table())
+    if arguments.output:
+        write_comparison(arguments.output, comparison)
+        print(f"\nin {arguments.output}/comparison.html")
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from clip_jax.evaluation.registry import find_tasks
+
+    tasks = find_tasks(arguments.tasks)
+    from clip_jax.main import start_distributed
+
+    start_distributed(arguments.distributed)
+    import jax
+
+    from clip_jax.cache import cache_folder
+    from clip_jax.evaluation.remembered import remembering
+    from clip_jax.evaluation.report import write_report
+    from clip_jax.evaluation.results import TaskResult, write_results
+    from clip_jax.evaluation.tasks import Evaluations, Extras
+    from clip_jax.evaluation.zero_shot import classifier_weights
+    from clip_jax.loading import load
+    from clip_jax.training.checkpoint import CheckpointError
+    from clip_jax.training.metrics import read_metrics
+
+    absl.logging.set_verbosity(absl.logging.FATAL)  # orbax warns of every option that follows from another
+    logging.getLogger("clip_jax").setLevel(logging.WARNING)
+    first_host = jax.process_index() == 0
+    try:
+        model = load(arguments.model, arguments.batch_size, arguments.dtype, arguments.activation)
+    except CheckpointError as error:
+        raise ValueError(str(error)) from None
+    evaluations = Evaluations(tasks, model.preset.vision.image_size, arguments.data)
+    for task in evaluations.missing if first_host else ():
+        how_to_get = f"; get it: {task.how_to_get}" if task.how_to_get else ""
+        print(f"missing: {task.name}: {task.reason}{how_to_get}", file=sys.stderr)
+    if not evaluations:
+        raise ValueError("none of these tasks has its data here")
+    started = time.monotonic()
+
+    def tell(task: TaskResult) -> None:
+        if first_host:
+            value = f"{task.metric} {task.metrics[task.metric]:.2%}"
+            print(f"{task.name:28} {value:40} after {time.monotonic() - started:,.0f} s", flush=True)
+
+    embedder = model.embedder
+    classifier = remembering(
+        lambda names, templates: classifier_weights(embedder.encode_text, names, templates),
+        f"{model.digest} {arguments.dtype}",
+        cache_folder("classifiers"),
+    )
+    extras = Extras(True, arguments.synthetic_shift, arguments.linear_probe)
+    results = evaluations.score(embedder, str(arguments.model), model.name, extras, classifier, tell)
+    if first_host:
+        print(f"\n{results.table()}")
+        if arguments.output:
+            run = epath.Path(arguments.model)
+            history = read_metrics(run) if (run / "metrics.jsonl").exists() else []
+            write_results(arguments.output, results)
+            write_report(arguments.output, results, history)
+            print(f"\nin {arguments.output}: report.html (open it in a browser), results.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

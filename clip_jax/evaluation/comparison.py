@@ -1,0 +1,278 @@
+"""Several models side by side, from what their evaluations wrote: with intervals, and differences that are paired.
+
+Models that answered the same questions fail on the same hard ones, so that the interval of their difference is far
+narrower than their own two let expect.
+"""
+
+import json
+import math
+import zipfile
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+from matplotlib.figure import Figure
+
+from clip_jax.evaluation.figures import BLUE, GREEN, GREY, ORANGE, Html, axes_of, escaped, figure_html
+from clip_jax.evaluation.report import metric_name, page, percent, table
+
+RESAMPLES = 1_000
+CONFIDENCE = 95  # per cent
+CHUNK = 8_000_000  # draws at a time: what bounds the memory
+COLOURS = (BLUE, ORANGE, GREEN, GREY, "#8250df", "#bf3989", "#0a7ea4", "#9a6700")
+
+Statistic = Callable[[np.ndarray], np.ndarray]  # of indices [R, M] of drawn examples, one value a resample, [R]
+
+
+class Estimate(NamedTuple):
+    """A share, or a difference of two, and its interval; ``low`` and ``high`` are None where it cannot be resampled."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+class TaskComparison(NamedTuple):
+    """One task; a list has an entry for each model, None for one that does not have the task.
+
+    ``differences`` are to the first model that has it, whose own entry is None.
+    """
+
+    name: str
+    title: str
+    metric: str
+    values: list[Estimate | None]
+    differences: list[Estimate | None]
+
+
+class Comparison(NamedTuple):
+    """The models' names, in the order of the folders, and the tasks that at least two have."""
+
+    models: list[str]
+    tasks: list[TaskComparison]
+
+    def table(self) -> str:
+        """Lines of text: a task a block, a model a line."""
+        width = max(map(len, self.models))
+        lines = [f"{CONFIDENCE} % intervals, {RESAMPLES:,} resamples; differences are to the first model, in points"]
+        for task in self.tasks:
+            lines += ["", f"{task.title}: {metric_name(task.metric)}, %"]
+            for model, value, difference in zip(self.models, task.values, task.differences, strict=True):
+                if value:
+                    row = f"  {model:{width}}  {format_estimate(value):24}{format_estimate(difference, sign=True)}"
+                    lines.append(row.rstrip())
+        return "\n".join(lines)
+
+
+def format_estimate(estimate: Estimate | None, sign: bool = False) -> str:
+    """Such as ``63.2 [62.8, 63.6]``, in per cent; empty for None."""
+    if estimate is None:
+        return ""
+    value, low, high = estimate
+    interval = "" if low is None else f" [{percent(low, sign)}, {percent(high, sign)}]"
+    return percent(value, sign) + interval
+
+
+def statistic_of(metric: str, arrays: dict[str, np.ndarray]) -> tuple[int, Statistic] | None:
+    """The number of examples and what computes the metric from some of them; None where the arrays do not allow it.
+
+    Args:
+      metric: a key of :attr:`clip_jax.evaluation.results.TaskResult.metrics`.
+      arrays: as there.
+    """
+    labels, best = arrays.get("labels"), arrays.get("best")
+    if metric in ("top_1", "top_5", "mean_per_class"):
+        if labels is None or best is None or not len(labels):
+            return None
+        hits = (best[:, : 5 if metric == "top_5" else 1] == labels[:, None]).any(axis=1)
+        return len(hits), _mean_per_class(hits, labels) if metric == "mean_per_class" else _mean(hits)
+    direction, at, depth = metric.partition("_recall@")
+    ranks = arrays.get(f"{direction}_rank")
+    if not at or ranks is None or not len(ranks):
+        return None
+    return len(ranks), _mean(ranks < int(depth))
+
+
+def _mean(hits: np.ndarray) -> Statistic:
+    return lambda drawn: hits[drawn].mean(axis=1)
+
+
+def _mean_per_class(hits: np.ndarray, labels: np.ndarray) -> Statistic:
+    classes = int(labels.max()) + 1
+
+    def statistic(drawn: np.ndarray) -> np.ndarray:
+        cells = (labels[drawn] + classes * np.arange(len(drawn))[:, None]).ravel()
+        counts = np.bincount(cells, minlength=classes * len(drawn)).reshape(-1, classes)
+        right = np.bincount(cells, hits[drawn].ravel(), classes * len(drawn)).reshape(-1, classes)
+        # A class that was not drawn has no recall.
+        return (right / np.maximum(counts, 1)).sum(axis=1) / (counts > 0).sum(axis=1)
+
+    return statistic
+
+
+def bootstrap(examples: int, statistic: Statistic, seed: int = 0) -> np.ndarray:
+    """The statistic on resamples of ``examples`` examples, float64 ``[RESAMPLES]``; a seed always draws the same."""
+    generator = np.random.default_rng(seed)
+    chunk = max(1, CHUNK // examples)
+    values = []
+    for start in range(0, RESAMPLES, chunk):
+        size = (min(chunk, RESAMPLES - start), examples)
+        values.append(statistic(generator.integers(examples, size=size, dtype=np.int32)))
+    return np.concatenate(values)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The middle ``CONFIDENCE`` per cent of resampled values ``[R]``."""
+    tail = (100 - CONFIDENCE) / 2
+    low, high = np.percentile(values, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def compare(folders: Sequence[epath.Path]) -> Comparison:
+    """Compares the evaluations in these folders, as :func:`clip_jax.evaluation.results.write_results` leaves them.
+
+    Raises:
+      FileNotFoundError: a folder has no results.
+      ValueError: fewer than two folders, no task that two have, or a file that is damaged.
+    """
+    folders = [epath.Path(folder) for folder in folders]
+    if len(folders) < 2:
+        raise ValueError("a comparison needs at least two folders")
+    records = [_read_results(folder) for folder in folders]
+    names = [record["model"] for record in records]
+    models = [
+        f"{name} ({folder})" if names.count(name) > 1 else name for name, folder in zip(names, folders, strict=True)
+    ]
+    every = dict.fromkeys(task for record in records for task in record["tasks"])
+    common = [task for task in every if sum(task in record["tasks"] for record in records) > 1]
+    if not common:
+        raise ValueError(f"no task was evaluated in two of {', '.join(map(str, folders))}")
+    return Comparison(models, [_compare_task(task, folders, records) for task in common])
+
+
+def _compare_task(name: str, folders: Sequence[epath.Path], records: Sequence[dict]) -> TaskComparison:
+    entries = [record["tasks"].get(name) for record in records]
+    first = next(index for index, entry in enumerate(entries) if entry)
+    metric = entries[first]["metric"]
+    arrays = [_read_arrays(folder, name) if entry else {} for folder, entry in zip(folders, entries, strict=True)]
+    statistics = [statistic_of(metric, array) for array in arrays]
+    resampled = [bootstrap(*statistic) if statistic else None for statistic in statistics]
+    values: list[Estimate | None] = []
+    differences: list[Estimate | None] = []
+    for index, (entry, drawn) in enumerate(zip(entries, resampled, strict=True)):
+        value = entry["metrics"].get(metric, math.nan) if entry else None
+        values.append(_estimate(value, drawn))
+        if value is None or index == first:
+            differences.append(None)
+            continue
+        paired = drawn is not None and resampled[first] is not None
+        paired = paired and _same_examples(arrays[first], arrays[index], metric)
+        differences.append(_estimate(value - values[first].value, drawn - resampled[first] if paired else None))
+    return TaskComparison(name, entries[first]["title"] or name, metric, values, differences)
+
+
+def _estimate(value: float | None, drawn: np.ndarray | None) -> Estimate | None:
+    if value is None:
+        return None
+    return Estimate(value) if drawn is None else Estimate(value, *interval(drawn))
+
+
+def _same_examples(first: dict[str, np.ndarray], second: dict[str, np.ndarray], metric: str) -> bool:
+    """Whether two models were asked the same, as far as the arrays tell."""
+    if "labels" in first and "labels" in second:
+        return np.array_equal(first["labels"], second["labels"])
+    rank = f"{metric.partition('_recall@')[0]}_rank"
+    return len(first.get(rank, ())) == len(second.get(rank, ()))
+
+
+def _read_results(folder: epath.Path) -> dict:
+    path = folder / "results.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist; python -m clip_jax.evaluate --model=... --output={folder} writes it"
+        )
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        model = record["model"]
+        tasks = {
+            name: {"title": task.get("title", ""), "metric": task["metric"], "metrics": dict(task["metrics"])}
+            for name, task in record["tasks"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is not what an evaluation writes") from None
+    return {"model": str(model), "tasks": tasks}
+
+
+def _read_arrays(folder: epath.Path, task: str) -> dict[str, np.ndarray]:
+    path = folder / "arrays" / f"{task}.npz"
+    if not path.exists():
+        return {}
+    try:
+        with path.open("rb") as stream, np.load(stream) as file:
+            return {name: file[name] for name in file.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile):
+        raise ValueError(f"{path} is damaged; evaluate again to write it anew") from None
+
+
+def comparison_figure(comparison: Comparison, differences: bool) -> Figure:
+    """A row a task, a point with its interval a model: the metric itself, or its difference to the first model."""
+    rows = [task.differences if differences else task.values for task in comparison.tasks]
+    models = len(comparison.models)
+    figure, axes = axes_of(5.4, 1.2 + 0.2 * models + len(rows) * (0.36 + 0.16 * models))
+    for model, name in enumerate(comparison.models):
+        points = [(row, estimates[model]) for row, estimates in enumerate(rows) if estimates[model]]
+        if not points:
+            continue
+        places = [row + 0.65 * (model + 0.5) / models for row, _ in points]
+        shares = [100 * estimate.value for _, estimate in points]
+        colour = COLOURS[model % len(COLOURS)]
+        axes.plot(shares, places, "o", color=colour, markersize=5, label=_plain(name))
+        for place, (_, (_, low, high)) in zip(places, points, strict=True):
+            if low is not None:
+                axes.plot([100 * low, 100 * high], [place, place], color=colour, linewidth=2)
+    # Above its row instead of beside it, a title leaves the width of a phone to the points.
+    for row, task in enumerate(comparison.tasks):
+        axes.text(0, row - 0.08, _plain(task.title), transform=axes.get_yaxis_transform(), fontsize=9)
+    axes.set_yticks([])
+    axes.set_ylim(len(rows) - 0.2, -0.45)
+    axes.set_xlabel("difference to the first model, points" if differences else "%")
+    if differences:
+        axes.axvline(0, color=GREY, linewidth=1)
+    figure.legend(loc="outside upper left", fontsize=9)
+    return figure
+
+
+def _plain(text: str) -> str:
+    # A lone $ would switch matplotlib to mathematics.
+    return text.replace("$", r"\$")
+
+
+def write_comparison(folder: epath.Path, comparison: Comparison) -> None:
+    """Writes ``folder/comparison.html``, one page that needs nothing beside itself."""
+    shown = {
+        "Main metric of each task": comparison_figure(comparison, differences=False),
+        "Differences to the first model": comparison_figure(comparison, differences=True),
+    }
+    figures = [figure_html(figure, f"{caption}, with intervals", caption) for caption, figure in shown.items()]
+    body = [
+        Html("<h1>Comparison</h1>"),
+        Html(f"<ol>{''.join(f'<li>{escaped(model)}</li>' for model in comparison.models)}</ol>"),
+        Html(
+            f"<p>In brackets and as lines: {CONFIDENCE} % intervals from {RESAMPLES:,} resamples of the pictures or "
+            "queries. Differences are to the first model that has the task; where both answered the same questions, "
+            "they are compared question by question. A difference whose interval leaves out 0 is hardly an accident "
+            "of which pictures the task has.</p>"
+        ),
+        Html(f'<div class="plots">{"".join(figures)}</div>'),
+    ]
+    for task in comparison.tasks:
+        rows = [
+            [model, format_estimate(value), format_estimate(difference, sign=True)]
+            for model, value, difference in zip(comparison.models, task.values, task.differences, strict=True)
+            if value
+        ]
+        body.append(Html(f"<h3>{escaped(task.title)}</h3>"))
+        body.append(table(["model", f"{metric_name(task.metric)}, %", "difference, points"], rows))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "comparison.html").write_text(page("clip_jax: comparison", body), encoding="utf-8")

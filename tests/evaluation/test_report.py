@@ -1,0 +1,336 @@
+"""The report's page, read back: what is on it, and that nothing on it is broken or comes from elsewhere."""
+
+import base64
+import io
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from clip_jax.evaluation.report import load_published, percent, write_report
+from clip_jax.evaluation.results import MissingTask, Results, TaskResult
+
+ODD = ["plain", "<b>bold</b> & co", 'a "quoted" $x$ name', "grün ≈ 狗", *(f"class {n}" for n in range(4, 12))]
+MODELS = ["RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px"]
+SHIFTS = {"sketches": -0.3, "art": -0.2}
+STANDARD = [f"standard {n}" for n in range(12)]
+ON_IMAGENET = np.linspace(55, 85, len(STANDARD))
+PUBLISHED = {
+    "zero_shot": {
+        "source": "a table",
+        "models": MODELS,
+        "tasks": {"odd": [31.4, None, *range(40, 47)], "imagenet": [*range(60, 69)]},
+    },
+    "zero_shot_paper": {"source": "of nulls", "models": MODELS, "tasks": {"odd": [None] * 9}},
+    "linear_probe": {"source": "a paper", "models": MODELS, "tasks": {"odd": [70] + [None] * 8}},
+    "image_to_text_recall@1": {"source": "its retrieval", "models": MODELS[-1:], "tasks": {"pairs": [88]}},
+    "shift": {"source": "another", "models": MODELS, "tasks": {name: [*range(50, 59)] for name in SHIFTS}},
+    "standard_models": {
+        "source": "a third",
+        "models": STANDARD,
+        "tasks": {
+            "imagenet": ON_IMAGENET.tolist(),
+            **{name: (ON_IMAGENET + 100 * by).tolist() for name, by in SHIFTS.items()},
+        },
+    },
+}
+
+
+def zero_shot_task(name="odd", pictures=60, side=24, **others):
+    rng = np.random.default_rng(0)
+    classes = len(ODD)
+    labels = np.arange(pictures) % classes
+    probabilities = rng.dirichlet(np.full(classes, 0.3), pictures)
+    best = np.argsort(-probabilities, axis=1)[:, :5]
+    colours = rng.integers(0, 256, (pictures, side, side, 3), dtype=np.uint8)
+    arrays = {
+        "labels": labels.astype(np.int32),
+        "best": best.astype(np.int32),
+        "probabilities": np.take_along_axis(probabilities, best, 1).astype(np.float32),
+    }
+    settings = {
+        "metrics": {"top_1": 0.1234, "top_5": 0.5432, "calibration_error": 0.0876},
+        "counts": {"images": pictures, "classes": classes},
+        "chance": {"top_1": 1 / classes, "top_5": 5 / classes},
+        "baseline": {"top_1": 0.0911},
+        "synthetic_shift": {"gaussian_noise": [0.11, 0.09, 0.07, 0.05, 0.03], "blur": [0.12, 0.1, 0.08, 0.06, 0.0412]},
+        "linear_probe": {"accuracy": 0.6543, "C": 0.316},
+        "class_names": ODD,
+        "arrays": arrays,
+        "picture": lambda index: colours[index],
+    }
+    return TaskResult(name, "Odd <names> & more", "zero_shot", "top_1", **(settings | others))
+
+
+def retrieval_task(**others):
+    rng = np.random.default_rng(1)
+    metrics = {
+        f"{way}_recall@{k}": share for way, share in (("image_to_text", 0.21), ("text_to_image", 0.32)) for k in (1,)
+    }
+    right = np.zeros((3, 5), bool)
+    right[0, 2] = right[2, 0] = True
+    settings = {
+        "metrics": metrics | {"image_to_text_recall@5": 0.43, "text_to_image_recall@5": 0.54},
+        "counts": {"images": 20, "texts": 20},
+        "chance": dict.fromkeys(metrics, 0.05),
+        "texts": ["a <i>text</i>", "a dog", "two & three"],
+        "arrays": {
+            "shown_texts": np.arange(3, dtype=np.int32),
+            "best_images": rng.integers(0, 20, (3, 5)).astype(np.int32),
+            "right_images": right,
+        },
+        "picture": lambda index: np.full((200, 200, 3), 10 * index, np.uint8),
+    }
+    return TaskResult("pairs", "Pairs", "retrieval", "image_to_text_recall@1", **(settings | others))
+
+
+def plain_task(name, share):
+    return TaskResult(name, "", "zero_shot", "top_1", {"top_1": share}, {"images": 50_000, "classes": 1_000})
+
+
+HISTORY = [
+    *({"step": step, "loss": 3 - step / 500, "image_to_text_accuracy": 0.5, "text_to_image_accuracy": 0.4}
+      for step in range(1, 1001)),
+    *({"step": step, "odd/top_1": step / 5000, "odd/top_5": step / 2000} for step in (500, 1000)),
+]  # fmt: skip
+
+
+class Page(HTMLParser):
+    """The page's parts; fails on an unbalanced one."""
+
+    VOID = ("meta", "img", "br")
+    OPTIONAL = ("html",)
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.links, self.images, self.rows, self.headings, self.words = [], [], [], [], [], []
+        self._open, self._cells = [], None
+        self.feed(text)
+        self.close()
+        assert not [tag for tag in self._open if tag not in self.OPTIONAL]
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        assert len(attributes) == len(attrs)
+        assert tag not in ("script", "link", "iframe", "object")
+        if tag not in self.VOID:
+            self._open.append(tag)
+        if "id" in attributes:
+            self.ids.append(attributes["id"])
+        if tag == "a":
+            self.links.append(attributes["href"])
+        if tag == "img":
+            self.images.append(attributes)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag in ("h1", "h2", "h3"):
+            self.headings.append("")
+
+    def handle_endtag(self, tag):
+        if tag not in self.OPTIONAL:
+            assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" in self._open:
+            return
+        self.words.append(data)
+        if {"td", "th"} & set(self._open):
+            self.rows[-1][-1] += data
+        if self._open and self._open[-1] in ("h1", "h2", "h3"):
+            self.headings[-1] += data
+
+    def row(self, first):
+        """The cells after the first one of the only row that begins with it."""
+        (row,) = [row[1:] for row in self.rows if row and row[0] == first]
+        return row
+
+
+def report(folder, *tasks, history=(), published=None, missing=(), model="runs/<odd> & $model$"):
+    write_report(epath.Path(folder), Results(model, "ViT-B/32", list(tasks), list(missing)), history, published or {})
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def decoded(image):
+    """The data of an image, after a look at whether it is a picture of the size that it says."""
+    kind, _, data = image["src"].partition(";base64,")
+    assert kind.startswith("data:image/")
+    content = base64.b64decode(data, validate=True)
+    if kind == "data:image/svg+xml":
+        assert ElementTree.fromstring(content).tag.endswith("svg")
+    else:
+        picture = Image.open(io.BytesIO(content))
+        picture.load()
+        assert (str(picture.width), str(picture.height)) == (image["width"], image["height"])
+        assert max(picture.size) <= 160
+    return content
+
+
+def check(text):
+    """What holds for every page."""
+    page = Page(text)
+    assert len(page.ids) == len(set(page.ids))
+    assert {link.removeprefix("#") for link in page.links} <= set(page.ids)
+    for image in page.images:
+        assert image["alt"].strip()
+        decoded(image)
+    assert "http" not in text.replace("http-equiv", "")
+    return page
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    tasks = [zero_shot_task(), retrieval_task(), plain_task("imagenet", 0.612), plain_task("sketches", 0.567)]
+    missing = [MissingTask("food", "Food <101>", "no folder here/food", "get it & unpack it")]
+    folder = tmp_path_factory.mktemp("report") / "made" / "here"
+    text = report(folder, *tasks, plain_task("art", 0.4), history=HISTORY, published=PUBLISHED, missing=missing)
+    return text, check(text)
+
+
+def test_names_are_text_and_never_markup(everything):
+    text, page = everything
+    words = " ".join(page.words)
+    for name in [*ODD[:4], "Odd <names> & more", "a <i>text</i>", "two & three", "Food <101>", "runs/<odd> & $model$"]:
+        assert name in words
+    for markup in ["<b>bold", "<names>", "<i>", "<101>", "<odd>"]:
+        assert markup not in text
+
+
+def test_the_page_is_small(everything):
+    assert len(everything[0]) < 1_500_000
+
+
+def test_the_summary_has_the_main_metric_chance_and_baseline(everything):
+    _, page = everything
+    rows = [row for row in page.rows if row[0] == "Odd <names> & more"]
+    assert rows[0] == ["Odd <names> & more", "top-1", "12.3", "8.3", "9.1", "60", "12"]
+    assert next(row for row in page.rows if row[0] == "Pairs")[1:] == [
+        "image to text, recall@1",
+        "21.0",
+        "5.0",
+        "–",
+        "20",
+        "20",
+    ]
+    assert page.links == ["#task-1", "#task-2", "#task-3", "#task-4", "#task-5"]
+
+
+def test_all_metrics_are_there_and_the_published_ones_beside_them(everything):
+    _, page = everything
+    assert page.row("top-5") == ["54.3", "41.7", "–"]
+    assert page.row("calibration error") == ["8.8", "–", "–"]
+    assert ["zero-shot, measured", "12.3", "31.4", "–", *(f"{n}.0" for n in range(40, 47))] in page.rows
+    assert page.row("linear probe, in the paper") == ["65.4", "70.0", *"–" * 8]
+    assert ["%", "this model", *MODELS] in page.rows
+    assert page.row("gaussian noise") == ["11.0", "9.0", "7.0", "5.0", "3.0"]
+    assert page.row("blur")[-1] == "4.1"
+    assert ["65.4", "0.316"] in page.rows
+    assert "calibration error 8.8 %" in " ".join(page.words)
+
+
+def test_retrieval_has_both_directions_chance_and_marks(everything):
+    _, page = everything
+    assert page.row("image to text") == ["21.0", "43.0"]
+    assert page.row("image to text, recall@1") == ["21.0", "88.0"]
+    assert page.row("text to image, chance") == ["5.0", "–"]
+    assert sum(word.startswith("✓ ") and word[2:].isdigit() for word in page.words) == 2
+    assert len([image for image in page.images if "place" in image["alt"]]) == 15
+
+
+def test_effective_robustness_is_what_lies_above_the_standard_models(everything):
+    _, page = everything
+    accuracy, gain = page.row("average of 2")
+    assert accuracy == percent((0.567 + 0.4) / 2) and gain.startswith("+")
+    shift = [row for row in page.rows if row[0] == "sketches" and len(row) == 3]
+    # The standard models lose 30 points of 61; this one keeps 56.7 %, nearly all of it.
+    assert float(shift[0][2]) == pytest.approx(56.7 - 31.2, abs=2)
+    assert {"sketches: 56.7 % against 61.2 % on ImageNet", "art: 40.0 % against 61.2 % on ImageNet"} <= {
+        image["alt"] for image in page.images
+    }
+
+
+def test_the_mistakes_are_those_of_highest_probability(everything):
+    task = zero_shot_task()
+    labels, best, probabilities = (task.arrays[name] for name in ("labels", "best", "probabilities"))
+    wrong = np.flatnonzero(best[:, 0] != labels)
+    order = wrong[np.argsort(-probabilities[wrong, 0], kind="stable")][:12]
+    pictures = [image for image in everything[1].images if image["src"].startswith("data:image/png")]
+    shown = [np.asarray(Image.open(io.BytesIO(decoded(image)))) for image in pictures[:12]]
+    np.testing.assert_array_equal(shown, [task.picture(index) for index in order])
+    assert len(pictures) == 12 + 36
+
+
+def test_the_confusions_count_what_the_worst_classes_are_taken_for(tmp_path):
+    labels = np.array([0, 0, 0, 0, 1, 1, 2, 2, 2, 3])
+    first = np.array([1, 1, 2, 0, 1, 1, 0, 0, 1, 3])
+    arrays = {"labels": labels, "best": first[:, None], "probabilities": np.full((10, 1), 0.5)}
+    page = check(report(tmp_path, zero_shot_task(arrays=arrays, class_names=["ant", "bee", "cat"])))
+    at = page.rows.index(["class", "taken for (times)", "pictures", "recognised, %"])
+    assert page.rows[at + 1 : at + 5] == [
+        ["cat", "ant (2), bee (1)", "3", "0.0"],
+        ["ant", "bee (2), cat (1)", "4", "25.0"],
+        ["bee", "–", "2", "100.0"],
+        ["class 3", "–", "1", "100.0"],
+    ]
+    assert "1 of 4 classes are never recognised" in " ".join(page.words)
+
+
+def test_curves_of_training_alone_are_a_page_too(tmp_path):
+    page = check(report(tmp_path, history=HISTORY))
+    assert page.headings == ["runs/<odd> & $model$", "Training"]
+    assert [image["alt"].split(" over ")[0] for image in page.images][::2] == ["Training loss", "odd: top-1 and top-5"]
+
+
+def test_the_least_page(tmp_path):
+    page = check(report(tmp_path))
+    assert not page.images and "Nothing was evaluated." in " ".join(page.words)
+
+
+def test_every_part_may_be_absent(tmp_path):
+    bare = {"chance": {}, "baseline": {}, "synthetic_shift": {}, "linear_probe": {}}
+    task = zero_shot_task()
+    several = {name: task.arrays[name] for name in ("best", "probabilities")}  # without labels
+    tasks = [
+        zero_shot_task("a", **bare, picture=None),
+        zero_shot_task("b", **bare, arrays={}),
+        zero_shot_task("c", **bare, arrays=several),
+        zero_shot_task("d", **bare, arrays={"labels": task.arrays["labels"], "best": task.arrays["best"]}),
+        retrieval_task(picture=None, chance={}),
+        plain_task("imagenet", 0.6),
+    ]
+    page = check(report(tmp_path, *tasks, history=[{"step": 1, "loss": float("nan")}], published={"zero_shot": {}}))
+    assert "Natural distribution shift" not in page.headings
+
+
+def test_shifts_without_standard_models_have_no_line(tmp_path):
+    published = {"shift": PUBLISHED["shift"], "zero_shot": PUBLISHED["zero_shot"]}
+    page = check(report(tmp_path, plain_task("imagenet", 0.6), plain_task("art", 0.5), published=published))
+    assert [row for row in page.rows if row[0] == "art" and len(row) == 3] == [["art", "50.0", "–"]]
+
+
+def test_a_page_of_many_tasks_shows_fewer_pictures_of_each(tmp_path):
+    tasks = [zero_shot_task(f"task {number}", side=8, synthetic_shift={}) for number in range(15)]
+    page = check(report(tmp_path, *tasks))
+    assert len([image for image in page.images if "png" in image["src"][:20]]) == 15 * (12 + 12)
+
+
+def test_the_same_results_give_the_same_page(tmp_path):
+    pages = [report(tmp_path / name, zero_shot_task(), history=HISTORY) for name in "ab"]
+    assert pages[0] == pages[1]
+
+
+def test_what_ships_of_other_models_is_well_formed():
+    for entry in load_published().values():
+        if isinstance(entry, dict) and "tasks" in entry:
+            assert all(len(row) == len(entry["models"]) for row in entry["tasks"].values())
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"), [(0.1234, "12.3"), (0.0005, "0.05"), (0, "0.0"), (1, "100.0"), (None, "–"), (np.nan, "–")]
+)
+def test_shares_are_shown_as_per_cent(share, shown):
+    assert percent(share) == shown

@@ -1,0 +1,158 @@
+"""The command: what it prints and writes, what is missing, and that a mistake is a line."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from trial import SMALL
+
+from clip_jax.evaluate import main
+from clip_jax.main import main as train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert train([*SMALL, "--config.steps=2", f"--workdir={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def task_file(tmp_path):
+    """A function that writes a task over three pictures, with some of its values changed."""
+    for name in ("cat", "dog", "bird"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        Image.new("RGB", (20, 20), tuple(map(len, (name, name * 9, name * 50)))).save(
+            tmp_path / "pictures" / name / "1.png"
+        )
+
+    def write(**changes):
+        task = {"name": "animals", "kind": "zero_shot", "source": "image_folder:{data}/pictures"} | changes
+        (tmp_path / "task.json").write_text(
+            json.dumps({key: value for key, value in task.items() if value is not None})
+        )
+        return str(tmp_path / "task.json")
+
+    return write
+
+
+def mistake(capsys, *arguments):
+    """The single line with which the command refuses."""
+    assert main(list(arguments)) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("error: ")
+    return lines
+
+
+def test_a_task_of_ones_own_is_scored_printed_and_reported(run, task_file, tmp_path, capsys):
+    output = tmp_path / "out"
+    arguments = [
+        f"--model={run}",
+        f"--tasks={task_file()},emoji_unseen_both",
+        f"--data={tmp_path}",
+        f"--output={output}",
+    ]
+    assert main([*arguments, "--synthetic-shift"]) == 0
+    printed = capsys.readouterr().out
+    assert "animals, 3 images, 3 classes:" in printed and "top_1 under blur" in printed
+    results = json.loads((output / "results.json").read_text())
+    assert results["tasks"]["animals"]["counts"] == {"images": 3, "classes": 3}
+    assert len(results["tasks"]["animals"]["synthetic_shift"]["jpeg"]) == 5
+    with np.load(output / "arrays/animals.npz") as arrays:
+        assert arrays["class_names"].tolist() == ["bird", "cat", "dog"]
+    assert "animals" in (output / "report.html").read_text()
+    # The same again, with the class names' embeddings from the cache.
+    assert main([*arguments, "--synthetic-shift"]) == 0
+    assert json.loads((output / "results.json").read_text()) == results
+    assert len(list((tmp_path / "cache/clip_jax/classifiers").iterdir())) == 1
+
+
+def test_two_outputs_are_compared(run, tmp_path, capsys):
+    for name in ("one", "other"):
+        assert main([f"--model={run}", "--tasks=emoji_unseen_both", f"--output={tmp_path / name}"]) == 0
+    capsys.readouterr()
+    assert main(["--compare", str(tmp_path / "one"), str(tmp_path / "other"), f"--output={tmp_path / 'both'}"]) == 0
+    assert "+0.0" in capsys.readouterr().out.replace("0.0 [", "+0.0 [")
+    assert (tmp_path / "both/comparison.html").exists()
+
+
+def test_a_missing_task_is_told_and_reported_beside_those_that_are_there(run, task_file, tmp_path, capsys):
+    output = tmp_path / "out"
+    arguments = [f"--model={run}", f"--tasks={task_file()},birdsnap", f"--data={tmp_path}", f"--output={output}"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().err.startswith(f"missing: birdsnap: no folder {tmp_path}/birdsnap/test; get it: ")
+    results = json.loads((output / "results.json").read_text())
+    assert results["missing"]["birdsnap"]["reason"] == f"no folder {tmp_path}/birdsnap/test"
+    assert "Birdsnap" in (output / "report.html").read_text()
+
+
+def test_the_list_says_what_is_there_and_how_to_get_the_rest(capsys, tmp_path):
+    assert main(["--list", f"--data={tmp_path}"]) == 0
+    printed = capsys.readouterr().out
+    assert "emoji_unseen_style        zero_shot  top_1" in printed and "there, 1,906 pictures" in printed
+    assert f"missing: no folder {tmp_path}/birdsnap/test" in printed
+    assert "get it: tfds build food101 --file_format=array_record" in printed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metric": "accuracy"}, "task animals: metric='accuracy' must be one of top_1, top_5, mean_per_class"),
+        ({"kind": "probe"}, "task animals: kind='probe' must be one of zero_shot, retrieval"),
+        ({"class_names": ["a", "b"]}, "task animals: 2 class names for 3 folders"),
+        ({"class_names": ["a"], "labels": ["a", "b"]}, "task animals: 1 class_names for 2 labels"),
+        ({"templates": ["a photo"]}, "task animals: the template 'a photo' must have one {}"),
+        ({"prompts": "imagenette"}, "no prompts 'imagenette'"),
+        ({"metrics": "top_1"}, "a task has no 'metrics'; did you mean 'metric'?"),
+        ({"class_names": "a,b"}, 'class_names must be a list of texts, not "a,b"'),
+        ({"other_classes": 1}, "other_classes must be true or false, not 1"),
+        ({"source": None}, "a task needs source"),
+        ({"source": "image_folder:{data}/empty"}, "empty has no folders; it must have one for each class"),
+        ({"source": "image_folder:{data}/nothing"}, "none of these tasks has its data here"),
+        ({"source": "pictures"}, "'pictures' names no source"),
+    ],
+)
+def test_a_mistake_in_a_task_is_a_line(run, task_file, tmp_path, capsys, changes, message):
+    (tmp_path / "empty").mkdir()
+    lines = mistake(capsys, f"--model={run}", f"--tasks={task_file(**changes)}", f"--data={tmp_path}")
+    assert message in lines[-1]
+    assert len(lines) == 1 or lines[0].startswith("missing: animals")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks=digits"], "give one of --model, --list and --compare"),
+        (["--model=x", "--list"], "give one of --model, --list and --compare"),
+        (["--model=x"], "--tasks names nothing to score"),
+        (["--model=x", "--tasks=imagnet"], "there is no task or group 'imagnet'; did you mean 'imagenet'?"),
+        (["--model=x", "--tasks=no.json"], "No such file"),
+        (["--model=/nowhere", "--tasks=digits"], "/nowhere: there is no such file or folder"),
+        (["--compare", "/nowhere", "/elsewhere"], "/nowhere"),
+        (["--compare", "/nowhere"], "at least two"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_a_line(capsys, arguments, message):
+    (line,) = mistake(capsys, *arguments)
+    assert message in line
+
+
+def test_weights_that_are_not_finite_are_a_line(run, tmp_path, capsys):
+    from safetensors.numpy import load_file, save_file
+
+    from clip_jax.convert import main as convert
+
+    assert convert([str(run), str(tmp_path / "weights"), "--to=huggingface"]) == 0
+    (file,) = (tmp_path / "weights").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["visual_projection.weight"] = np.full_like(tensors["visual_projection.weight"], np.nan)
+    save_file(tensors, file)
+    capsys.readouterr()
+    (line,) = mistake(capsys, f"--model={tmp_path / 'weights'}", "--tasks=emoji_unseen_both")
+    assert "emoji_unseen_both: 205 of 205 embeddings are not finite" in line
