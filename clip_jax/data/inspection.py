@@ -25,6 +25,7 @@ CONTEXT_LENGTH = 77  # of every model that OpenAI published
 LONGEST_CAPTION = 4_096  # tokens; longer ones count as so long
 SHEET_PICTURES = 120
 SHEET_SIDE = 256  # px of the long side of a picture on the sheet
+CAPTIONS_SHOWN = 3  # of a picture on the sheet; the others unfold
 PRINTED_SAMPLES = 10
 QUANTILES = (0, 5, 50, 95, 100)  # per cent
 WARM_UP, MEASURED = 3.0, 10.0  # seconds
@@ -161,17 +162,25 @@ def contact_sheet(title: str, facts: Facts) -> str:
         sample.thumbnail.save(stream, "JPEG", quality=85)
         encoded = base64.b64encode(stream.getvalue()).decode()
         width, height = sample.thumbnail.size
-        captions = "".join(f"<li>{_escaped(caption)}</li>" for caption in sample.captions)
+        first, more = sample.captions[:CAPTIONS_SHOWN], sample.captions[CAPTIONS_SHOWN:]
+        captions = _list(first)
+        if more:
+            captions += f"<details><summary>{len(more)} more</summary>{_list(more)}</details>"
+        label = f"<p>class: {_escaped(sample.label)}</p>" if sample.label else ""
         figures.append(
             f'<figure><img alt="{_escaped(sample.captions[0])}" width="{width}" height="{height}" '
             f'src="data:image/jpeg;base64,{encoded}">'
-            f"<figcaption><ul>{captions}</ul><p>{_escaped(sample.label)}</p>"
+            f"<figcaption>{label}{captions}"
             f"<p>{sample.record}: {_escaped(sample.key)}, {sample.size[0]} x {sample.size[1]} {sample.format}</p>"
             "</figcaption></figure>"
         )
     lines = format_facts(facts)
     table = "\n".join(lines[: lines.index("samples") - 1] if facts.samples else lines)
     return _PAGE.format(title=_escaped(title), table=_escaped(table), figures="\n".join(figures))
+
+
+def _list(captions: Sequence[str]) -> str:
+    return f"<ul>{''.join(f'<li>{_escaped(caption)}</li>' for caption in captions)}</ul>"
 
 
 def _escaped(text: str) -> str:
@@ -185,16 +194,19 @@ _PAGE = """<!doctype html>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{title}</title>
 <style>
-:root {{ color-scheme: light dark; --quiet: #57606a; --card: #f6f8fa }}
-@media (prefers-color-scheme: dark) {{ :root {{ --quiet: #9aa4af; --card: #20262d }} }}
+:root {{ color-scheme: light dark; --quiet: #57606a; --card: #f6f8fa; --shadow: #0004 }}
+@media (prefers-color-scheme: dark) {{ :root {{ --quiet: #9aa4af; --card: #20262d; --shadow: #fff4 }} }}
 body {{ font: 15px/1.4 system-ui, sans-serif; max-width: 86rem; margin: 1.5rem auto; padding: 0 1rem }}
 h1 {{ font-size: 1.3rem; overflow-wrap: anywhere }}
-pre {{ background: var(--card); padding: 1rem; border-radius: 6px; overflow-x: auto; font-size: 13px }}
-main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 10.5rem), 1fr)); gap: 1rem }}
+pre {{ padding: 1rem; border-radius: 6px; overflow-x: auto; font-size: 14px;
+  background: linear-gradient(90deg, var(--card) 40%, transparent) 0 0 / 3rem 100% no-repeat local,
+    linear-gradient(270deg, var(--card) 40%, transparent) 100% 0 / 3rem 100% no-repeat local,
+    linear-gradient(270deg, var(--shadow), transparent) 100% 0 / 0.8rem 100% no-repeat scroll, var(--card) }}
+main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 10rem), 1fr)); gap: 0.8rem }}
 figure {{ margin: 0; padding: 0.6rem; border-radius: 6px; background: var(--card) }}
 img {{ display: block; max-width: 100%; height: auto; margin: 0 auto; background: #fff; border-radius: 4px }}
-ul {{ margin: 0.6rem 0 0; padding-left: 1.1rem; max-height: 9rem; overflow-y: auto; overflow-wrap: anywhere }}
-p {{ margin: 0.3rem 0 0; color: var(--quiet); font-size: 13px; overflow-wrap: anywhere }}
+ul {{ margin: 0.4rem 0 0; padding-left: 1.1rem; overflow-wrap: anywhere }}
+p, summary {{ margin: 0.4rem 0 0; color: var(--quiet); font-size: 14px; overflow-wrap: anywhere }}
 </style>
 <h1>{title}</h1>
 <pre>{table}</pre>

@@ -1,0 +1,103 @@
+"""Recalls of image-text retrieval on CPU: in blocks here, and as CLIP_benchmark computes them in PyTorch.
+
+pip install -e ".[peers]" && python -m benchmarks.retrieval [--images=25000] [--peer-images=5000] [--width=512]
+
+Float32, five texts an image. Every measurement has a process of its own; the peak is that of the process's resident
+memory (Linux: VmHWM) over what it had after imports, so the embeddings are part of it. CLIP_benchmark holds all
+scores, several times over, so it is compared on fewer images, both on the same; then ours runs alone at full size.
+Recalls at 1, 5 and 10 in both directions are printed and must be equal.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+from benchmarks.loss import resident_bytes
+
+TEXTS_AN_IMAGE = 5
+
+
+def example(images: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Unit vectors of images and texts, and each text's image."""
+    random = np.random.default_rng(0)
+    image_of = np.repeat(np.arange(images), TEXTS_AN_IMAGE)
+    image_embeddings = random.standard_normal((images, width), np.float32)
+    text_embeddings = image_embeddings[image_of] + 4 * random.standard_normal((len(image_of), width), np.float32)
+    for embeddings in (image_embeddings, text_embeddings):
+        embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    return image_embeddings, text_embeddings, image_of
+
+
+def ours(images: np.ndarray, texts: np.ndarray, image_of: np.ndarray) -> dict[str, float]:
+    from clip_jax.evaluation.retrieval import recalls, retrieval_ranks
+
+    numbers = np.arange(len(images))
+    return recalls(retrieval_ranks(images, texts, numbers, image_of), retrieval_ranks(texts, images, image_of, numbers))
+
+
+def clip_benchmarks(images: np.ndarray, texts: np.ndarray, image_of: np.ndarray) -> dict[str, float]:
+    import torch
+    from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
+
+    scores = torch.from_numpy(texts) @ torch.from_numpy(images).t()
+    positive = torch.zeros_like(scores, dtype=torch.bool)
+    positive[torch.arange(len(texts)), torch.from_numpy(image_of)] = True
+    ways = {"image_to_text": (scores.T, positive.T), "text_to_image": (scores, positive)}
+    return {
+        f"{way}_recall@{k}": (batchify(recall_at_k, *both, 64, "cpu", k=k) > 0).float().mean().item()
+        for way, both in ways.items()
+        for k in (1, 5, 10)
+    }
+
+
+def measure(which: str, images: int, width: int) -> dict:
+    """In a process of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.retrieval",
+        f"--only={which}",
+        f"--images={images}",
+        f"--width={width}",
+    ]
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=25_000)
+    parser.add_argument("--peer-images", type=int, default=5_000)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--only", choices=("clip_jax", "CLIP_benchmark"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.only:
+        run = ours if arguments.only == "clip_jax" else clip_benchmarks
+        run(*example(8, 8))  # imports
+        before = resident_bytes("VmRSS")
+        inputs, started = example(arguments.images, arguments.width), time.perf_counter()
+        recalls = run(*inputs)
+        seconds = time.perf_counter() - started
+        print(json.dumps({"seconds": seconds, "bytes": resident_bytes("VmHWM") - before, "recalls": recalls}))
+        return
+    pair = {which: measure(which, arguments.peer_images, arguments.width) for which in ("clip_jax", "CLIP_benchmark")}
+    for which, found in pair.items():
+        print(f"{arguments.peer_images:,} images: {which:16} {found['seconds']:7.1f} s  {found['bytes'] / 1e9:6.2f} GB")
+    one, other = pair.values()
+    print(
+        f"ours takes 1/{other['bytes'] / one['bytes']:.1f} of the memory, "
+        f"{other['seconds'] / one['seconds']:.1f} x as fast"
+    )
+    for name, value in one["recalls"].items():
+        difference = abs(value - other["recalls"][name])
+        print(f"  {name:26} {value:.6f}" + (f"  differs by {difference:.2g}" if difference > 1e-6 else "  the same"))
+    whole = measure("clip_jax", arguments.images, arguments.width)
+    print(f"{arguments.images:,} images: {'clip_jax':16} {whole['seconds']:7.1f} s  {whole['bytes'] / 1e9:6.2f} GB")
+
+
+if __name__ == "__main__":
+    main()
