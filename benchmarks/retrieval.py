@@ -77,7 +77,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.only:
         run = ours if arguments.only == "clip_jax" else clip_benchmarks
-        run(*example(8, 8))  # imports
+        run(*example(16, 8))  # imports
         before = resident_bytes("VmRSS")
         inputs, started = example(arguments.images, arguments.width), time.perf_counter()
         recalls = run(*inputs)
