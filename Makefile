@@ -14,7 +14,7 @@ define make_venv
 endef
 
 .NOTPARALLEL:
-.PHONY: quickstart test test-nightly test-browser test-peers test-peers-nightly lint format bench lock clean
+.PHONY: quickstart test test-nightly test-peers test-peers-nightly lint format bench lock clean
 
 quickstart: $(VENV)/.base  ## train a small CLIP on the pairs that ship, and report
 	$(VENV)/bin/python -m clip_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
@@ -24,9 +24,6 @@ test: $(VENV)/.test  ## every test but the slow ones and those that need the PyT
 
 test-nightly: $(VENV)/.test  ## the slow ones as well
 	$(VENV)/bin/python -m pytest --ignore=tests/peers
-
-test-browser: $(VENV)/.browser  ## open the report in a headless Chromium, which must be installed
-	$(VENV)/bin/python -m pytest -m browser
 
 test-peers: $(PEERS_VENV)/.peers  ## compare with PyTorch's CLIPs, live
 	$(PEERS_VENV)/bin/python -m pytest -m "not slow" tests/peers
@@ -57,9 +54,6 @@ $(VENV)/.base: setup.py constraints.txt
 $(VENV)/.test: setup.py constraints.txt
 	$(call make_venv,$(VENV),.[test])
 
-$(VENV)/.browser: setup.py constraints.txt
-	$(call make_venv,$(VENV),.[test$(,)browser])
-
 $(VENV)/.dev: setup.py constraints.txt
 	$(call make_venv,$(VENV),.[dev$(,)test])
 
@@ -73,7 +67,7 @@ lock:
 	rm -rf .venv-lock
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet torch==2.13.0
-	.venv-lock/bin/python -m pip install --quiet '.[dev,test,browser,peers]'
+	.venv-lock/bin/python -m pip install --quiet '.[dev,test,peers]'
 	.venv-lock/bin/python -m pip freeze --exclude clip-jax-tpu | sed 's/+cpu$$//' > constraints.txt
 	rm -rf .venv-lock
 

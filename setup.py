@@ -64,8 +64,8 @@ setup(
             "flask-cors",
             "scikit-learn>=1.7",
             "scipy",  # an optimum found in another way
+            "playwright",  # opens the report in a Chromium, where there is one
         ],
-        "browser": ["playwright"],  # opens the report in a Chromium that is there
         "dev": ["ruff", "resvg_py"],  # resvg_py renders OpenMoji's drawings when the shipped pairs are built
         # What tests and benchmarks compare with. setuptools: clip-anytorch imports pkg_resources.
         "peers": [

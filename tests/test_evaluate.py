@@ -104,6 +104,8 @@ def test_the_list_says_what_is_there_and_how_to_get_the_rest(capsys, tmp_path):
     ("changes", "message"),
     [
         ({"metric": "accuracy"}, "task animals: metric='accuracy' must be one of top_1, top_5, mean_per_class"),
+        ({"metric": "roc_auc"}, "task animals: roc_auc is no metric of 3 classes"),
+        ({"metric": "top_5"}, "task animals: top_5 is no metric of 3 classes"),
         ({"kind": "probe"}, "task animals: kind='probe' must be one of zero_shot, retrieval"),
         ({"class_names": ["a", "b"]}, "task animals: 2 class names for 3 folders"),
         ({"class_names": ["a"], "labels": ["a", "b"]}, "task animals: 1 class_names for 2 labels"),

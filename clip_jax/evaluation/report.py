@@ -30,6 +30,7 @@ SHORT = {
     "top_1": "top-1",
     "top_5": "top-5",
     "mean_per_class": "mean per class",
+    "mean_top_1_top_5": "mean of top-1 and top-5",
     "calibration_error": "calibration error",
     "average_precision_11": "11-point average precision",
     "roc_auc": "ROC AUC",
@@ -37,6 +38,7 @@ SHORT = {
 MEANING = {
     "top_1": "the share of pictures whose right class is the model's first answer.",
     "top_5": "the share of pictures whose right class is among the model's first five answers.",
+    "mean_top_1_top_5": "the mean of those two.",
     "mean_per_class": "the share of right first answers within each class, averaged over the classes, so that rare "
     "classes count as much as frequent ones.",
     "calibration_error": "how far the probability that the model states and the share of answers that are right lie "

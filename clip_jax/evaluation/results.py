@@ -18,8 +18,8 @@ class TaskResult:
       name, title, kind, metric: as the task has them (:mod:`clip_jax.evaluation.registry`); ``metric`` is the one that
         the task is known by, a key of ``metrics``.
       metrics: of zero-shot classification ``top_1``, ``top_5``, ``mean_per_class``, ``calibration_error`` and, where
-        the task asks for it, ``average_precision_11`` or ``roc_auc``; of retrieval ``image_to_text_recall@1`` and so
-        on.
+        the task asks for it, ``mean_top_1_top_5``, ``average_precision_11`` or ``roc_auc``; of retrieval
+        ``image_to_text_recall@1`` and so on.
       counts: ``images``, and ``classes`` or ``texts``.
       chance: what guessing gets, by metric.
       baseline: what the nearest mean picture gets, by metric; empty without one.

@@ -60,6 +60,9 @@ class ClassificationTask:
         said, pictures = self._open(task.source)
         self._class_of = class_numbers(f"task {task.name}", said, names, labels, task)
         self.class_names = list(names) or list(self._class_of)
+        count = len(self.class_names)
+        if (task.metric in ("top_5", "mean_top_1_top_5") and count < 5) or (task.metric == "roc_auc" and count != 2):
+            raise ValueError(f"task {task.name}: {task.metric} is no metric of {count} classes")
         self._several = task.metric == "average_precision_11"
         self.pictures, self._classes = self._known(said, pictures)
         self._baseline = self._known(*self._open(task.pixel_baseline)) if task.pixel_baseline else None
@@ -122,6 +125,8 @@ class ClassificationTask:
         labels = self._labels(self._classes)
         classified = classify(embeddings, weights, embedder.logit_scale, labels)
         metrics = single_label_metrics(classified, labels)
+        if self.task.metric == "mean_top_1_top_5":
+            metrics["mean_top_1_top_5"] = (metrics["top_1"] + metrics["top_5"]) / 2
         if self.task.metric == "roc_auc":
             metrics |= two_class_metrics(embeddings, weights, labels)
         return metrics, classified._asdict() | {"labels": labels}
@@ -135,7 +140,8 @@ class ClassificationTask:
         if self._several:
             return {"average_precision_11": sum(map(len, self._classes)) / (len(self._classes) * count)}
         top = {f"top_{k}": k / count for k in (1, 5) if k <= count}
-        return top | {"mean_per_class": 1 / count} | ({"roc_auc": 0.5} if self.task.metric == "roc_auc" else {})
+        asked = {"roc_auc": 0.5, "mean_top_1_top_5": sum(top.values()) / 2}
+        return top | {"mean_per_class": 1 / count} | {k: v for k, v in asked.items() if k == self.task.metric}
 
     def _nearest_mean_picture(self) -> dict[str, float]:
         pictures, classes = self._baseline

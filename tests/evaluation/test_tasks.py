@@ -209,3 +209,13 @@ def test_embeddings_that_are_not_finite_are_a_line(embedder_on, folders, mesh_of
     embedder = Embedder(model, mesh_of((4, 2)), batch_size=24).with_variables(variables)
     with pytest.raises(FloatingPointError, match="colours: 37 of 37 embeddings are not finite"):
         score(embedder, colours_task(), folders)
+
+
+def test_the_mean_of_top_1_and_top_5_is_there_where_it_is_asked_for(embedder_on, tmp_path):
+    for number in range(7):
+        (tmp_path / f"c{number}").mkdir()
+        Image.new("RGB", (16, 16), (number * 30, 9, 200)).save(tmp_path / f"c{number}/1.png")
+    task = colours_task(source=f"image_folder:{tmp_path}", metric="mean_top_1_top_5")
+    result = score(embedder_on((1, 1)), task)
+    assert result.metrics["mean_top_1_top_5"] == (result.metrics["top_1"] + result.metrics["top_5"]) / 2
+    assert result.chance["mean_top_1_top_5"] == pytest.approx((1 / 7 + 5 / 7) / 2)
