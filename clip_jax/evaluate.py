@@ -13,16 +13,23 @@ import logging
 import os
 import sys
 import time
+from typing import NoReturn
 
 import absl.logging
 from etils import epath
 
+from clip_jax.evaluation.results import MissingTask
 from clip_jax.models.presets import ACTIVATIONS
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Raises ValueError if the flags do not go together; one line."""
-    parser = argparse.ArgumentParser(prog="python -m clip_jax.evaluate", description="Scores a model on tasks.")
+    parser = Parser(prog="python -m clip_jax.evaluate", description="Scores a model on tasks.")
     parser.add_argument("--model", help="a run, or weights of OpenAI, open_clip or Hugging Face")
     parser.add_argument("--tasks", default="", help="tasks, groups or files of tasks, separated by commas; see --list")
     parser.add_argument("--output", type=epath.Path, help="a folder for results.json and report.html")
@@ -100,9 +107,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from clip_jax.cache import cache_folder
     from clip_jax.evaluation.remembered import remembering
     from clip_jax.evaluation.report import write_report
-    from clip_jax.evaluation.results import TaskResult, write_results
+    from clip_jax.evaluation.results import Results, write_results
     from clip_jax.evaluation.tasks import Evaluations, Extras
-    from clip_jax.evaluation.zero_shot import classifier_weights
+    from clip_jax.evaluation.zero_shot import classifier_of
     from clip_jax.loading import load
     from clip_jax.training.checkpoint import CheckpointError
     from clip_jax.training.metrics import read_metrics
@@ -110,40 +117,66 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     absl.logging.set_verbosity(absl.logging.FATAL)  # orbax warns of every option that follows from another
     logging.getLogger("clip_jax").setLevel(logging.WARNING)
     first_host = jax.process_index() == 0
+    output = _writable(arguments.output) if arguments.output and first_host else None
     try:
         model = load(arguments.model, arguments.batch_size, arguments.dtype, arguments.activation)
     except CheckpointError as error:
         raise ValueError(str(error)) from None
     evaluations = Evaluations(tasks, model.preset.vision.image_size, arguments.data)
-    for task in evaluations.missing if first_host else ():
-        how_to_get = f"; get it: {task.how_to_get}" if task.how_to_get else ""
-        print(f"missing: {task.name}: {task.reason}{how_to_get}", file=sys.stderr)
+    if first_host:
+        for task in evaluations.missing:
+            print(f"missing: {_line(task)}", file=sys.stderr)
+        for task in evaluations.broken:
+            print(f"error: {_line(task)}", file=sys.stderr)
     if not evaluations:
+        if evaluations.broken:
+            return 2
         raise ValueError("none of these tasks has its data here")
-    started = time.monotonic()
-
-    def tell(task: TaskResult) -> None:
-        if first_host:
-            value = f"{task.metric} {task.metrics[task.metric]:.2%}"
-            print(f"{task.name:28} {value:40} after {time.monotonic() - started:,.0f} s", flush=True)
 
     embedder = model.embedder
     classifier = remembering(
-        lambda names, templates: classifier_weights(embedder.encode_text, names, templates),
-        f"{model.digest} {arguments.dtype}",
-        cache_folder("classifiers"),
+        classifier_of(embedder), f"{model.digest} {model.preset} {arguments.dtype}", cache_folder("classifiers")
     )
+    started, told = time.monotonic(), len(evaluations.missing) + len(evaluations.broken)
+
+    def tell(results: Results) -> None:
+        nonlocal told
+        if not first_host:
+            return
+        if len(results.missing) > told:
+            told += 1
+            print(f"error: {_line(results.missing[-1])}", file=sys.stderr, flush=True)
+            return
+        task = results.tasks[-1]
+        value = f"{task.metric} {task.metrics[task.metric]:.2%}"
+        print(f"{task.name:28} {value:40} after {time.monotonic() - started:,.0f} s", flush=True)
+        if output:  # after each: what comes next may take hours
+            write_results(output, results)
+
     extras = Extras(True, arguments.synthetic_shift, arguments.linear_probe)
-    results = evaluations.score(embedder, str(arguments.model), model.name, extras, classifier, tell)
-    if first_host:
+    results = evaluations.score(embedder, classifier, str(arguments.model), model.name, extras, tell, again=False)
+    if first_host and results.tasks:
         print(f"\n{results.table()}")
-        if arguments.output:
+        if output:
             run = epath.Path(arguments.model)
             history = read_metrics(run) if (run / "metrics.jsonl").exists() else []
-            write_results(arguments.output, results)
-            write_report(arguments.output, results, history)
-            print(f"\nin {arguments.output}: report.html (open it in a browser), results.json")
-    return 0
+            write_results(output, results)
+            write_report(output, results, history)
+            print(f"\nin {output}: report.html (open it in a browser), results.json")
+    return 2 if len(results.missing) > len(evaluations.missing) else 0
+
+
+def _line(task: MissingTask) -> str:
+    return f"{task.name}: {task.reason}" + (f"; get it: {task.how_to_get}" if task.how_to_get else "")
+
+
+def _writable(folder: epath.Path) -> epath.Path:
+    """The folder, made if it is not there; raises OSError now rather than after hours if it cannot be written to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / ".writable"
+    probe.write_text("")
+    probe.unlink()
+    return folder
 
 
 if __name__ == "__main__":

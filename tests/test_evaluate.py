@@ -78,7 +78,8 @@ def test_two_outputs_are_compared(run, tmp_path, capsys):
         assert main([f"--model={run}", "--tasks=emoji_unseen_both", f"--output={tmp_path / name}"]) == 0
     capsys.readouterr()
     assert main(["--compare", str(tmp_path / "one"), str(tmp_path / "other"), f"--output={tmp_path / 'both'}"]) == 0
-    assert "+0.0" in capsys.readouterr().out.replace("0.0 [", "+0.0 [")
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"  {run}")]
+    assert len(rows) == 2 and rows[1].endswith(" +0.0 [+0.0, +0.0]"), rows
     assert (tmp_path / "both/comparison.html").exists()
 
 
@@ -104,13 +105,13 @@ def test_the_list_says_what_is_there_and_how_to_get_the_rest(capsys, tmp_path):
     ("changes", "message"),
     [
         ({"metric": "accuracy"}, "task animals: metric='accuracy' must be one of top_1, top_5, mean_per_class"),
-        ({"metric": "roc_auc"}, "task animals: roc_auc is no metric of 3 classes"),
-        ({"metric": "top_5"}, "task animals: top_5 is no metric of 3 classes"),
+        ({"metric": "roc_auc"}, "error: animals: roc_auc is no metric of 3 classes"),
+        ({"metric": "top_5"}, "error: animals: top_5 is no metric of 3 classes"),
         ({"kind": "probe"}, "task animals: kind='probe' must be one of zero_shot, retrieval"),
-        ({"class_names": ["a", "b"]}, "task animals: 2 class names for 3 folders"),
+        ({"class_names": ["a", "b"]}, "error: animals: 2 class names for 3 folders"),
         ({"class_names": ["a"], "labels": ["a", "b"]}, "task animals: 1 class_names for 2 labels"),
-        ({"templates": ["a photo"]}, "task animals: the template 'a photo' must have one {}"),
-        ({"prompts": "imagenette"}, "no prompts 'imagenette'"),
+        ({"templates": ["a photo"]}, "error: animals: the template 'a photo' must have one {}"),
+        ({"prompts": "imagenette"}, "error: animals: no prompts 'imagenette'"),
         ({"metrics": "top_1"}, "a task has no 'metrics'; did you mean 'metric'?"),
         ({"class_names": "a,b"}, 'class_names must be a list of texts, not "a,b"'),
         ({"other_classes": 1}, "other_classes must be true or false, not 1"),
@@ -118,6 +119,7 @@ def test_the_list_says_what_is_there_and_how_to_get_the_rest(capsys, tmp_path):
         ({"source": "image_folder:{data}/empty"}, "empty has no folders; it must have one for each class"),
         ({"source": "image_folder:{data}/nothing"}, "none of these tasks has its data here"),
         ({"source": "pictures"}, "'pictures' names no source"),
+        ({"name": "../animals"}, "a task's name is letters, digits, _, - and . only, not '../animals'"),
     ],
 )
 def test_a_mistake_in_a_task_is_a_line(run, task_file, tmp_path, capsys, changes, message):
@@ -138,6 +140,8 @@ def test_a_mistake_in_a_task_is_a_line(run, task_file, tmp_path, capsys, changes
         (["--model=/nowhere", "--tasks=digits"], "/nowhere: there is no such file or folder"),
         (["--compare", "/nowhere", "/elsewhere"], "/nowhere"),
         (["--compare", "/nowhere"], "at least two"),
+        (["--compare"], "expected at least one argument"),
+        (["--modl=x"], "unrecognized arguments: --modl=x"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_a_line(capsys, arguments, message):
@@ -158,3 +162,37 @@ def test_weights_that_are_not_finite_are_a_line(run, tmp_path, capsys):
     capsys.readouterr()
     (line,) = mistake(capsys, f"--model={tmp_path / 'weights'}", "--tasks=emoji_unseen_both")
     assert "emoji_unseen_both: 205 of 205 embeddings are not finite" in line
+
+
+def test_what_was_scored_is_kept_when_another_task_fails(run, task_file, tmp_path, capsys):
+    (tmp_path / "torn/a").mkdir(parents=True)
+    (tmp_path / "torn/a/1.png").write_bytes(b"no picture")
+    (tmp_path / "torn.json").write_text(
+        json.dumps({"name": "torn", "kind": "zero_shot", "source": f"image_folder:{tmp_path}/torn"})
+    )
+    output = tmp_path / "out"
+    tasks = f"{tmp_path}/torn.json,{task_file()},{tmp_path}/broken.json"
+    (tmp_path / "broken.json").write_text(json.dumps({"name": "broken", "kind": "retrieval", "source": "nothing"}))
+    assert main([f"--model={run}", f"--tasks={tasks}", f"--data={tmp_path}", f"--output={output}"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and errors[0].startswith("error: broken: ") and "1.png: no picture" in errors[1]
+    results = json.loads((output / "results.json").read_text())
+    assert results["tasks"].keys() == {"animals"} and results["missing"].keys() == {"torn", "broken"}
+    assert "1.png: no picture" in (output / "report.html").read_text()
+
+
+def test_an_output_that_cannot_be_is_told_before_anything_is_scored(run, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (line,) = mistake(capsys, f"--model={run}", "--tasks=emoji_unseen_both", f"--output={tmp_path / 'file'}")
+    assert str(tmp_path / "file") in line
+
+
+def test_a_damaged_memory_of_class_names_is_made_anew(run, task_file, tmp_path):
+    arguments = [f"--model={run}", f"--tasks={task_file()}", f"--data={tmp_path}", f"--output={tmp_path / 'out'}"]
+    assert main(arguments) == 0
+    (file,) = (tmp_path / "cache/clip_jax/classifiers").iterdir()
+    content, results = file.read_bytes(), (tmp_path / "out/results.json").read_text()
+    for damage in (b"", content[:50], b"junk" * 40):
+        file.write_bytes(damage)
+        assert main(arguments) == 0
+        assert file.read_bytes() == content and (tmp_path / "out/results.json").read_text() == results

@@ -14,7 +14,7 @@ import warnings
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageFilter, ImageOps
+from PIL import ExifTags, Image, ImageFilter, ImageOps, UnidentifiedImageError
 
 try:
     import cykooz_resizer
@@ -118,7 +118,10 @@ def _decode(
         raise
     except Exception as error:  # Pillow's decoders let whatever a broken file provokes escape
         reason = "too_large" if isinstance(error, Image.DecompressionBombError) else "undecodable"
-        raise ImageError(" ".join(str(error).split()) or type(error).__name__, reason) from error
+        message = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            message = "no picture, or of a format that is not read"  # Pillow's names an object in memory
+        raise ImageError(message, reason) from error
 
 
 def _open(data: bytes) -> Image.Image:

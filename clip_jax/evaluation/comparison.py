@@ -196,7 +196,11 @@ def _read_results(folder: epath.Path) -> dict:
         record = json.loads(path.read_text(encoding="utf-8"))
         model = record["model"]
         tasks = {
-            name: {"title": task.get("title", ""), "metric": task["metric"], "metrics": dict(task["metrics"])}
+            name: {
+                "title": task.get("title", ""),
+                "metric": task["metric"],
+                "metrics": {metric: float(value) for metric, value in task["metrics"].items()},
+            }
             for name, task in record["tasks"].items()
         }
     except (ValueError, KeyError, TypeError, AttributeError):

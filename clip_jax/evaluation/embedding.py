@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clip_jax.data.tokenizer import tokenize
+from clip_jax.evaluation.pictures import all_gather_objects, raise_first
 from clip_jax.models.clip import CLIP, normalize_images
 from clip_jax.models.presets import ResNetPreset
 from clip_jax.training.sharding import batch_sharding, replicated
@@ -71,7 +72,8 @@ class Embedder:
     def encode_image(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """uint8 ``[M, S, S, 3]`` to image_embeddings float32 ``[M, D]`` of unit length.
 
-        ``images`` is an array, or a sequence of M pictures that several threads may ask for at once.
+        ``images`` is an array, or :class:`clip_jax.evaluation.pictures.Pictures`. Raises ValueError on all hosts where
+        a picture cannot be read on one.
         """
         return self._in_batches(self._encode_image, images)
 
@@ -96,10 +98,10 @@ class Embedder:
         return self._in_batches(self._encode_text, tokens)
 
     def _in_batches(self, encode: Callable, rows: Sequence[np.ndarray]) -> np.ndarray:
-        sharding, first = batch_sharding(self._mesh), np.asarray(rows[0])
+        sharding, first = batch_sharding(self._mesh), _like_a_row(rows)
         needed = -(-len(rows) // self._mesh.size)
         batch_size = min(self._batch_size, self._mesh.size << (needed - 1).bit_length())
-        results, under_way = [], None
+        results, under_way, problems = [], None, []
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for start in range(0, len(rows), batch_size):
 
@@ -111,8 +113,11 @@ class Embedder:
                     if isinstance(rows, np.ndarray):
                         result[: len(wanted)] = rows[wanted.start : wanted.stop]
                     else:
-                        for place, row in enumerate(pool.map(rows.__getitem__, wanted)):
-                            result[place] = row
+                        try:
+                            for place, row in enumerate(pool.map(rows.__getitem__, wanted)):
+                                result[place] = row
+                        except (ValueError, OSError) as error:
+                            problems.append(str(error))  # told at the end: other hosts wait for this batch
                     return result
 
                 batch = jax.make_array_from_callback((batch_size, *first.shape), sharding, part)
@@ -121,4 +126,10 @@ class Embedder:
                     results.append(np.asarray(under_way))
                 under_way = result
         results.append(np.asarray(under_way))
+        raise_first([problem for of_host in all_gather_objects(problems) for problem in of_host])
         return np.concatenate(results)[: len(rows)]
+
+
+def _like_a_row(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Of the shape and dtype of each of them."""
+    return rows[0] if isinstance(rows, np.ndarray) else rows.like

@@ -11,12 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from clip_jax.evaluation.metrics import calibration
 from clip_jax.evaluation.robustness import logit, predicted_shift
 
 PICTURE_SIDE = 160  # px
 CRISP_SIDE = 64  # px; smaller pictures are drawings or nearly so, where JPEG would show
 MOST_POINTS = 800  # of a curve: more than a plot has pixels
-BINS = 10  # of probability
 PERCENT_TICKS = (0.1, 0.5, 1, 2, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 98, 99, 99.5, 99.9)
 BLUE, ORANGE, GREY, GREEN = "#2563a8", "#d9730d", "#6e7781", "#1a7f37"
 _STYLE = {
@@ -110,13 +110,11 @@ def reliability_figure(confidence: np.ndarray, right: np.ndarray) -> Figure:
       right: whether it is right, bool ``[M]``.
     """
     figure, axes = axes_of(4.6, 4.2)
-    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    counts = np.bincount(bins, minlength=BINS)
-    filled = counts > 0
-    accuracy = 100 * np.bincount(bins, right, BINS)[filled] / counts[filled]
-    stated = 100 * np.bincount(bins, confidence, BINS)[filled] / counts[filled]
-    centres = (np.arange(BINS)[filled] + 0.5) * 100 / BINS
-    axes.bar(centres, accuracy, width=0.9 * 100 / BINS, color="#c7dbf0", edgecolor=BLUE, linewidth=0.8)
+    _, stated, accuracy, counts = calibration(confidence, right)
+    filled, bins = counts > 0, len(counts)
+    stated, accuracy = 100 * stated[filled], 100 * accuracy[filled]
+    centres = (np.arange(bins)[filled] + 0.5) * 100 / bins
+    axes.bar(centres, accuracy, width=0.9 * 100 / bins, color="#c7dbf0", edgecolor=BLUE, linewidth=0.8)
     axes.plot([0, 100], [0, 100], "--", color=GREY, linewidth=1)
     axes.scatter(stated, accuracy, s=12 + 150 * counts[filled] / counts.sum(), color=BLUE, zorder=3)
     axes.set(xlabel="stated probability, %", ylabel="right, %", xlim=(0, 100), ylim=(0, 103))

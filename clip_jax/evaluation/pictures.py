@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from clip_jax.data.images import ImageError, decode_image, evaluation_transform
-from clip_jax.data.sources import PairError, Source
+from clip_jax.data.sources import MissingPackageError, Pair, PairError, Source, open_source
 
 KEPT_BYTES = 2**29  # of decoded pictures, so that an evaluation during training decodes a small set once
 
@@ -28,7 +28,7 @@ class Pictures(Sequence):
     """All pictures of a source by index, uint8 ``[S, S, 3]``; decoded once where all take little memory.
 
     Nothing takes the place of a picture that cannot be read: the result would be another. Raises ValueError then, one
-    line that names it.
+    line that names it, or OSError where what holds it is lost.
     """
 
     def __init__(self, name: str, source: Source, image_size: int):
@@ -40,6 +40,11 @@ class Pictures(Sequence):
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def like(self) -> np.ndarray:
+        """An empty picture."""
+        return np.zeros((self._image_size, self._image_size, 3), np.uint8)
+
     def __getitem__(self, index: int) -> np.ndarray:
         row = self._rows[index]
         if self._kept is None:
@@ -49,6 +54,11 @@ class Pictures(Sequence):
                 self._kept[row] = self._read(row)
             picture = self._kept[row]
         return self._change(picture, index) if self._change else picture
+
+    def forget(self) -> None:
+        """Frees what was decoded."""
+        if self._kept is not None:
+            self._kept.clear()
 
     def chosen(self, rows: Sequence[int]) -> "Pictures":
         """Those of these records of the source, in this order."""
@@ -74,6 +84,30 @@ class Pictures(Sequence):
             raise ValueError(f"{self._name}: {key}: {error}") from None
 
 
+def open_on_all_hosts(name: str) -> Source:
+    """Opens a source where every host can, and fails on all where one cannot: the others would wait for it.
+
+    Raises:
+      FileNotFoundError: the data, or what reads it, is not there.
+      ValueError: it is not as it should be, or not the same on all hosts.
+    """
+    source, problem = None, ("", "")
+    try:
+        source = open_source(name)
+    except (FileNotFoundError, MissingPackageError) as error:
+        problem = ("missing", str(error))
+    except (ValueError, OSError) as error:
+        problem = ("broken", str(error))
+    outcomes = all_gather_objects((*problem, len(source) if source is not None else 0))
+    for host, (kind, message, _) in enumerate(outcomes):
+        if kind:
+            where = f" (host {host})" if len(outcomes) > 1 else ""
+            raise (FileNotFoundError if kind == "missing" else ValueError)(message + where)
+    if len(set(outcomes)) > 1:
+        raise ValueError(f"{name} has {' and '.join(f'{count:,}' for _, _, count in outcomes)} pictures on the hosts")
+    return source
+
+
 def read_said(name: str, source: Source) -> list[Said]:
     """Classes and captions of all records, in their order; every host reads a part and gets all.
 
@@ -82,20 +116,30 @@ def read_said(name: str, source: Source) -> list[Said]:
     """
     hosts, host = jax.process_count(), jax.process_index()
     rows = range(len(source) * host // hosts, len(source) * (host + 1) // hosts)
+    said = getattr(source, "said", None)  # of a source that knows without reading the picture
+
+    def read(index: int) -> Said:
+        label, captions = said(index) if said else _label_and_captions(source[index])
+        return Said([one for one in label.split("\n") if one], list(captions))
+
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            part: list[Said] | str = list(pool.map(lambda index: _said(source[index]), rows))
-    except PairError as error:
+            part: list[Said] | str = list(pool.map(read, rows))
+    except (PairError, OSError) as error:
         part = f"{name}: {error}"
     parts = all_gather_objects(part)
-    problems = [part for part in parts if isinstance(part, str)]
+    raise_first([part for part in parts if isinstance(part, str)])
+    return [one for part in parts for one in part]
+
+
+def _label_and_captions(pair: Pair) -> tuple[str, Sequence[str]]:
+    return pair.label, pair.captions
+
+
+def raise_first(problems: Sequence[str]) -> None:
+    """Raises ValueError with the first of the problems that hosts have told each other, if there is one."""
     if problems:
         raise ValueError(problems[0])
-    return [said for part in parts for said in part]
-
-
-def _said(pair) -> Said:
-    return Said([label for label in pair.label.split("\n") if label], list(pair.captions))
 
 
 def all_gather_objects(value: object) -> list:

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import pathlib
+import re
 
 KINDS = ("zero_shot", "retrieval")
 METRICS = {
@@ -21,7 +22,8 @@ class Task:
       kind: one of ``KINDS``.
       source: the pictures, as :mod:`clip_jax.data.sources` names them; ``{data}`` stands for ``--data``.
       title: for people.
-      metric: the one that the task is known by, of ``METRICS[kind]``; in a paper's task, the paper's.
+      metric: the one that the task is known by, of ``METRICS[kind]``, whose first it is if it isn't said; in a paper's
+        task, the paper's.
       prompts: a file of ``prompts/``, without ``.json``, with class names and templates.
       class_names: instead of those of ``prompts``.
       labels: what the source calls the classes, in the same order; empty where that is their number or name.
@@ -40,7 +42,7 @@ class Task:
     kind: str
     source: str
     title: str = ""
-    metric: str = "top_1"
+    metric: str = ""
     prompts: str = ""
     class_names: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
@@ -56,8 +58,12 @@ class Task:
 
     def __post_init__(self) -> None:
         """Raises ValueError if a value is not one of those that there are."""
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", self.name, re.ASCII):
+            raise ValueError(f"a task's name is letters, digits, _, - and . only, not {self.name[:40]!r}")
         if self.kind not in KINDS:
             raise ValueError(f"task {self.name}: kind={self.kind!r} must be one of {', '.join(KINDS)}")
+        if not self.metric:
+            object.__setattr__(self, "metric", METRICS[self.kind][0])
         if self.metric not in METRICS[self.kind]:
             raise ValueError(f"task {self.name}: metric={self.metric!r} must be one of {', '.join(METRICS[self.kind])}")
         if self.labels and self.class_names and len(self.labels) != len(self.class_names):
@@ -261,7 +267,6 @@ TASKS: tuple[Task, ...] = (
         "retrieval",
         "karpathy:{data}/flickr30k/dataset_flickr30k.json?split=test",
         "Flickr30k",
-        metric="image_to_text_recall@1",
         groups=RETRIEVAL,
         published="flickr30k",
         how_to_get="the pictures must be asked for at https://shannon.cs.illinois.edu/DenotationGraph; they and, of "
@@ -273,7 +278,6 @@ TASKS: tuple[Task, ...] = (
         "retrieval",
         "tfds:coco_captions/test",
         "COCO, Karpathy's test split",
-        metric="image_to_text_recall@1",
         groups=RETRIEVAL,
         published="coco_retrieval",
         how_to_get="tfds build coco_captions --file_format=array_record",
@@ -292,7 +296,6 @@ TASKS: tuple[Task, ...] = (
         "retrieval",
         "emoji:noto,twemoji/held_out",
         "Emoji of concepts never trained on",
-        metric="image_to_text_recall@1",
         first_caption=True,
         groups=("ships",),
     ),
@@ -301,7 +304,6 @@ TASKS: tuple[Task, ...] = (
         "retrieval",
         "emoji:openmoji/held_out",
         "Emoji of concepts and in a style never trained on",
-        metric="image_to_text_recall@1",
         first_caption=True,
         groups=("ships",),
     ),
@@ -327,7 +329,7 @@ TASKS: tuple[Task, ...] = (
         "retrieval",
         CLIP_ART,
         "Open Clip Art",
-        metric="image_to_text_recall@1",
+        groups=("open_clipart",),
         how_to_get=GET_CLIP_ART,
     ),
     Task(
@@ -335,7 +337,9 @@ TASKS: tuple[Task, ...] = (
         "zero_shot",
         f"{CLIP_ART}?label=label",
         "Categories of Open Clip Art",
+        metric=MEAN,
         prompts="open_clipart",
+        groups=("open_clipart",),
         how_to_get=GET_CLIP_ART,
     ),
 )
@@ -373,7 +377,7 @@ def _means(name: str, task: Task) -> bool:
 def _read_file(name: str) -> list[Task]:
     try:
         content = json.loads(pathlib.Path(name).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is no JSON: {error}") from None
     try:
         return [_from_json(entry) for entry in (content if isinstance(content, list) else [content])]

@@ -20,11 +20,11 @@ from clip_jax.evaluation.figures import (
 )
 from clip_jax.evaluation.registry import TASKS
 from clip_jax.evaluation.results import MissingTask, Results, TaskResult
-from clip_jax.evaluation.robustness import effective_robustness, fit_standard_line
+from clip_jax.evaluation.retrieval import RECALL_AT
+from clip_jax.evaluation.robustness import LEAST_SHARE, effective_robustness, fit_standard_line
 
 MISTAKES, WORST_CLASSES, SHOWN_PREDICTIONS, SHOWN_QUERIES = 12, 10, 3, 12
 SAMPLES, ALL_SAMPLES = 36, 180  # of a task, and about so many of all together: what keeps a page of 30 tasks small
-RECALL_AT = (1, 5, 10)
 DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"}
 SHORT = {
     "top_1": "top-1",
@@ -245,7 +245,9 @@ def _natural_shift(tasks: list[TaskResult], published: dict) -> Html:
             for name, tables in groups.items()
         }
         standard = points["trained on ImageNet"]
-        line = fit_standard_line(*standard) if len(set(standard[0])) > 1 else None
+        # A model with next to no right answers, as ResNet-50 on the set made of its mistakes, has no place on a line.
+        fitted = [(x, y) for x, y in zip(*standard, strict=True) if min(y, 1 - y) > LEAST_SHARE]
+        line = fit_standard_line(*zip(*fitted, strict=True)) if len({x for x, _ in fitted}) > 1 else None
         gain = effective_robustness(imagenet, here, line) if line else None
         figure = shift_figure(points, (imagenet, here), line, xlabel="ImageNet, %", ylabel="shift, %")
         alt = f"{title}: {percent(here)} % against {percent(imagenet)} % on ImageNet"
@@ -290,7 +292,8 @@ def _metrics_table(task: TaskResult) -> Html:
 def _published_table(task: TaskResult, published: dict) -> Html:
     """This model beside those that OpenAI published; empty where nothing is known of them."""
     main = task.metrics.get(task.metric)
-    probe = task.linear_probe.get("accuracy")
+    # Table 10 has the data set's own metric, of which a probe knows these two.
+    probe = task.linear_probe.get({"top_1": "accuracy", "mean_per_class": "mean_per_class"}.get(task.metric, ""))
     wanted = [
         ("zero-shot, measured", main, ("zero_shot", "shift")),
         ("zero-shot, in the paper", main, ("zero_shot_paper", "shift_paper")),
@@ -321,6 +324,7 @@ def _zero_shot(task: TaskResult, published: dict, samples: int) -> Html:
         _metrics_table(task),
         _published_table(task, published),
         _linear_probe(task),
+        *(f"<p>{escaped(note)}</p>" for note in task.notes),
         _zero_shot_plots(task),
         _confusions(task),
         _picture_grids(task, samples),

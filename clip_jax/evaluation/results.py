@@ -25,6 +25,7 @@ class TaskResult:
       baseline: what the nearest mean picture gets, by metric; empty without one.
       synthetic_shift: the main metric under each corruption at strengths 1 to 5; empty where not asked for.
       linear_probe: ``accuracy``, ``C`` and more; empty where not asked for.
+      notes: sentences about what was asked for and is not there.
       class_names: of zero-shot classification.
       arrays: by picture, for comparisons and the report. Zero-shot: ``labels`` int32 ``[M]`` (missing where pictures
         have several), ``best`` int32 ``[M, K]`` and ``probabilities`` float32 ``[M, K]`` of the K = min(5, C) best
@@ -45,6 +46,7 @@ class TaskResult:
     baseline: dict[str, float] = dataclasses.field(default_factory=dict)
     synthetic_shift: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     linear_probe: dict[str, float] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
     class_names: list[str] = dataclasses.field(default_factory=list)
     arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     texts: list[str] = dataclasses.field(default_factory=list)
@@ -53,13 +55,13 @@ class TaskResult:
     def as_dict(self) -> dict:
         """All but the arrays and pictures, for JSON; what is empty is left out."""
         kept = ("name", "title", "kind", "metric", "metrics", "counts", "chance", "baseline", "synthetic_shift")
-        record = {name: getattr(self, name) for name in (*kept, "linear_probe")}
-        return {name: value for name, value in record.items() if value not in ({}, "")}
+        record = {name: getattr(self, name) for name in (*kept, "linear_probe", "notes")}
+        return {name: value for name, value in record.items() if value not in ({}, [], "")}
 
 
 @dataclasses.dataclass(frozen=True)
 class MissingTask:
-    """A task whose data is not there; ``reason`` says what was looked for, ``how_to_get`` the mend."""
+    """A task that was not scored: ``reason`` says why, ``how_to_get`` the mend where its data is not there."""
 
     name: str
     title: str
@@ -114,7 +116,8 @@ class Results:
             if task.linear_probe:
                 probe = ", ".join(f"{name} {value:.4g}" for name, value in task.linear_probe.items())
                 lines.append(f"  linear probe: {probe}")
-        lines += [f"{task.name}: missing: {task.reason}" for task in self.missing]
+            lines += [f"  {note}" for note in task.notes]
+        lines += [f"{task.name} was not scored: {task.reason}" for task in self.missing]
         return "\n".join(lines)
 
 

@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.metrics import average_precision_11, calibration, mean_per_class_accuracy, roc_auc
+from clip_jax.evaluation.remembered import Classifier
 from clip_jax.evaluation.results import TOP
 from clip_jax.evaluation.similarity import Candidates
 
@@ -47,6 +49,18 @@ def classifier_weights(
     return mean / np.linalg.norm(mean, axis=1, keepdims=True)
 
 
+def classifier_of(embedder: Embedder) -> Classifier:
+    """From class names and templates to :func:`classifier_weights`; raises FloatingPointError if one is not finite."""
+
+    def classifier(class_names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
+        weights = classifier_weights(embedder.encode_text, class_names, templates)
+        if not np.isfinite(weights).all():
+            raise FloatingPointError("the embeddings of the class names are not finite; the weights are damaged")
+        return weights
+
+    return classifier
+
+
 def label_ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """How many classes stand before each row's label: int ``[M]`` from scores ``[M, C]`` and labels int ``[M]``.
 
@@ -74,23 +88,30 @@ class Classified(NamedTuple):
 
 
 def classify(
-    image_embeddings: np.ndarray, weights: np.ndarray, logit_scale: float, labels: np.ndarray | None
+    image_embeddings: np.ndarray,
+    weights: np.ndarray,
+    logit_scale: float,
+    class_names: Sequence[str],
+    labels: np.ndarray | None,
 ) -> Classified:
     """Image_embeddings ``[M, D]`` by a classifier ``[C, D]``, both of unit length, in blocks of pictures.
 
     Args:
       logit_scale: what cosines are multiplied by before the softmax.
+      class_names: of the C classes. Two of one name, as ImageNet has, cannot be told apart by anybody: the first of
+        them is then the answer, as it is of an arg max.
       labels: int ``[M]``, or None where a picture may have several.
     """
     among, count = Candidates(weights), min(TOP, len(weights))
+    _, name_of = np.unique(np.asarray(class_names), return_inverse=True)  # [C], equal for equal names
     block = max(1, BLOCK_BYTES // (8 * len(weights)))
     best, probabilities = [], []
     for start in range(0, len(image_embeddings), block):
         scores = among.scores(image_embeddings[start : start + block]).astype(np.float64)  # [block, C]
         order = scores.copy()
         if labels is not None:
-            rows = np.arange(len(scores))
-            order[rows, labels[start : start + block]] -= 1e-12  # far less than what tells two float32 cosines apart
+            own_name = name_of == name_of[labels[start : start + block]][:, None]  # [block, C]
+            order -= 1e-12 * own_name  # far less than what tells two float32 cosines apart
         found = np.argsort(-order, axis=1, kind="stable")[:, :count]
         exponentials = np.exp(logit_scale * (scores - scores.max(axis=1, keepdims=True)))
         shares = exponentials / exponentials.sum(axis=1, keepdims=True)
@@ -100,7 +121,7 @@ def classify(
 
 
 def single_label_metrics(classified: Classified, labels: np.ndarray) -> dict[str, float]:
-    """``top_1``, ``top_5`` where there are more than five classes, ``mean_per_class`` and ``calibration_error``."""
+    """``top_1``, ``top_5`` where there are five classes or more, ``mean_per_class`` and ``calibration_error``."""
     right = classified.best == labels[:, None]  # [M, K]
     metrics = {"top_1": float(right[:, 0].mean())}
     if classified.best.shape[1] == TOP:
@@ -138,10 +159,15 @@ def nearest_mean_picture_scores(
     def flat(images: np.ndarray) -> np.ndarray:
         return images.reshape(len(images), -1).astype(np.float32) / 255
 
+    def blocks(images: np.ndarray) -> list[slice]:
+        return [slice(start, start + 1024) for start in range(0, len(images), 1024)]
+
     counts = np.bincount(training_labels, minlength=num_classes)
-    means = np.zeros((num_classes, flat(pictures[:1]).shape[1]), np.float32)
-    np.add.at(means, training_labels, flat(training_pictures))
+    means = np.zeros((num_classes, training_pictures[0].size), np.float32)
+    for block in blocks(training_pictures):
+        np.add.at(means, training_labels[block], flat(training_pictures[block]))
     means /= np.maximum(counts, 1)[:, None]
-    scores = 2 * flat(pictures) @ means.T - np.square(means).sum(axis=1)
+    squares = np.square(means).sum(axis=1)
+    scores = np.concatenate([2 * flat(pictures[block]) @ means.T - squares for block in blocks(pictures)])
     scores[:, counts == 0] = -np.inf
     return scores

@@ -33,6 +33,7 @@ from clip_jax.evaluation.registry import find_tasks
 from clip_jax.evaluation.report import write_report
 from clip_jax.evaluation.results import Results, write_results
 from clip_jax.evaluation.tasks import Evaluations, Extras
+from clip_jax.evaluation.zero_shot import classifier_of
 from clip_jax.models.clip import INITIAL_LOGIT_SCALE, SIGMOID_INITIAL_LOGIT_BIAS, SIGMOID_INITIAL_LOGIT_SCALE
 from clip_jax.training.checkpoint import (
     Checkpointer,
@@ -115,10 +116,9 @@ def open_evaluations(config: ml_collections.ConfigDict) -> Evaluations:
     names = config.evaluation.tasks
     image_size = config.model.vision.image_size
     evaluations = Evaluations(find_tasks(names) if names else [], image_size, config.evaluation.data)
-    if evaluations.missing:
-        missing = evaluations.missing[0]
-        how = f"; {missing.how_to_get}" if missing.how_to_get else ""
-        raise ValueError(f"config.evaluation.tasks={names}: {missing.name} is missing: {missing.reason}{how}")
+    for task in (*evaluations.missing, *evaluations.broken):
+        how = f"; get it: {task.how_to_get}" if task.how_to_get else ""
+        raise ValueError(f"config.evaluation.tasks={names}: {task.name}: {task.reason}{how}")
     return evaluations
 
 
@@ -408,7 +408,10 @@ def evaluate(run: Run, embedder: Embedder, state: TrainState, writer: MetricWrit
     """Scores the state, and writes ``eval/<step>.json`` and the metrics; ``final`` adds the baseline."""
     step = int(state.step)
     embedder = embedder.with_variables(state.variables)
-    results = run.evaluations.score(embedder, str(run.workdir), run.config.model.name, Extras(baseline=final))
+    extras = Extras(baseline=final)
+    results = run.evaluations.score(embedder, classifier_of(embedder), str(run.workdir), run.config.model.name, extras)
+    for task in results.missing:  # no reason to end a training
+        logger.warning("step %d  %s was not scored: %s", step, task.name, task.reason)
     if run.evaluations:
         writer.write(step, results.scalars())
     if run.evaluations and jax.process_index() == 0:

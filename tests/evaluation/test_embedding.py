@@ -93,6 +93,8 @@ def test_pictures_are_asked_for_one_by_one_and_each_once(one_by_one, embedder):
     images, asked = pictures(37), []
 
     class Pictures(Sequence):
+        like = images[0]
+
         def __len__(self):
             return len(images)
 
@@ -101,7 +103,7 @@ def test_pictures_are_asked_for_one_by_one_and_each_once(one_by_one, embedder):
             return images[index]
 
     np.testing.assert_allclose(embedder.encode_image(Pictures()), embedder.encode_image(images), rtol=0, atol=2e-6)
-    assert sorted(asked) == sorted([0, *range(37)])  # the first is asked for its shape as well
+    assert sorted(asked) == list(range(37))
 
 
 def test_features_are_what_the_projection_takes(model, variables_of, embedder):

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from shards import picture, write_tar
 
 from clip_jax.data.sources import open_source
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.pictures import Pictures, Said, read_said
 from clip_jax.evaluation.registry import Task
 from clip_jax.evaluation.tasks import Evaluations, Extras, class_numbers
+from clip_jax.evaluation.zero_shot import classifier_of
 from clip_jax.models.clip import CLIP
 from clip_jax.models.presets import CLIPPreset, TextTransformerPreset, VisionTransformerPreset
 
@@ -48,8 +50,11 @@ def folders(tmp_path_factory):
 
 
 def score(embedder, task, data="", **extras):
-    (result,) = Evaluations([task], 16, str(data)).score(embedder, "model", "tiny", Extras(**extras)).tasks
-    return result
+    evaluations = Evaluations([task], 16, str(data))
+    assert not evaluations.missing and not evaluations.broken, [*evaluations.missing, *evaluations.broken]
+    results = evaluations.score(embedder, classifier_of(embedder), "model", "tiny", Extras(**extras))
+    assert not results.missing, results.missing
+    return results.tasks[0]
 
 
 def colours_task(**changes):
@@ -78,12 +83,11 @@ def test_a_classification_is_the_same_on_one_device_and_on_eight(embedder_on, fo
     assert one.synthetic_shift == eight.synthetic_shift and one.synthetic_shift.keys() > {"blur", "noise"}
     assert one.linear_probe["accuracy"] > 0.9
     assert one.linear_probe["accuracy"] == eight.linear_probe["accuracy"]
-    (picture,) = {one.picture(36).shape}
-    assert picture == (16, 16, 3) and one.picture(36)[..., 0].mean() > 150
+    assert one.picture(36).shape == (16, 16, 3) and one.picture(36)[..., 0].mean() > 150
 
 
 def test_a_retrieval_is_the_same_on_one_device_and_on_eight(embedder_on):
-    task = Task("emoji", "retrieval", "emoji:openmoji/held_out", metric="image_to_text_recall@1", first_caption=True)
+    task = Task("emoji", "retrieval", "emoji:openmoji/held_out", first_caption=True)
     one, eight = (score(embedder_on(shape), task) for shape in ((1, 1), (2, 4)))
     same(one, eight)
     assert one.counts == {"images": 205, "texts": 205}
@@ -128,37 +132,90 @@ def said(*labels):
     return [Said([label], []) for label in labels]
 
 
-FOLDERS = colours_task()
-TABLE = colours_task(source="csv:x.csv")
+@pytest.mark.parametrize(
+    ("found", "names", "labels", "folders", "expected"),
+    [
+        (said("b", "a", "b"), (), (), False, {"b": 0, "a": 1}),
+        (said("dog", "cat"), ("cat", "dog", "bird"), (), False, {"cat": 0, "dog": 1, "bird": 2}),
+        (said("2", "0"), ("cat", "dog", "bird"), (), False, {"2": 2, "0": 0}),
+        (said("00002", "00001"), ("zero", "one", "two"), (), True, {"00002": 2, "00001": 1}),
+        (said("1", "0"), ("cat", "cat"), (), False, {"1": 1, "0": 0}),
+        (said("n02", "n01"), ("cat", "dog"), (), True, {"n01": 0, "n02": 1}),
+        (said("n02"), ("cat", "dog"), ("n01", "n02"), False, {"n01": 0, "n02": 1}),
+    ],
+)
+def test_classes_are_found_by_label_name_number_or_folder(found, names, labels, folders, expected):
+    assert class_numbers(found, names, labels, folders) == expected
 
 
 @pytest.mark.parametrize(
-    ("found", "names", "labels", "task", "expected"),
+    ("found", "names", "labels", "folders", "message"),
     [
-        (said("b", "a", "b"), (), (), TABLE, {"b": 0, "a": 1}),
-        (said("dog", "cat"), ("cat", "dog", "bird"), (), TABLE, {"cat": 0, "dog": 1, "bird": 2}),
-        (said("2", "0"), ("cat", "dog", "bird"), (), TABLE, {"2": 2, "0": 0}),
-        (said("00002", "00001"), ("zero", "one", "two"), (), FOLDERS, {"00002": 2, "00001": 1}),
-        (said("n02", "n01"), ("cat", "dog"), (), FOLDERS, {"n01": 0, "n02": 1}),
-        (said("n02"), ("cat", "dog"), ("n01", "n02"), TABLE, {"n01": 0, "n02": 1}),
+        (said("0", "7"), ("cat", "dog"), (), False, "labels go up to 7, which needs 8 class names, but there are 2"),
+        (said("a", "b", "c"), ("cat", "dog"), (), True, "2 class names for 3 folders"),
+        (said("a"), ("cat", "dog"), (), False, "'a' is none of its 2 class names"),
+        (said("a"), ("cat", "dog"), ("a",), False, "2 class names for 1 labels"),
+        (said("0", "1"), (), (), False, "its classes are numbers; give their class_names"),
+        (said("cat"), ("cat", "cat"), (), False, "the class name 'cat' is there twice"),
     ],
 )
-def test_classes_are_found_by_label_name_number_or_folder(found, names, labels, task, expected):
-    assert class_numbers("task x", found, names, labels, task) == expected
-
-
-@pytest.mark.parametrize(
-    ("found", "names", "labels", "task", "message"),
-    [
-        (said("0", "7"), ("cat", "dog"), (), TABLE, "labels go up to 7, which needs 8 class names, but there are 2"),
-        (said("a", "b", "c"), ("cat", "dog"), (), FOLDERS, "2 class names for 3 folders"),
-        (said("a"), ("cat", "dog"), (), TABLE, "'a' is none of its 2 class names"),
-        (said("a"), ("cat", "dog"), ("a",), TABLE, "2 class names for 1 labels"),
-    ],
-)
-def test_class_names_that_do_not_go_with_the_labels_are_a_line(found, names, labels, task, message):
+def test_class_names_that_do_not_go_with_the_labels_are_a_line(found, names, labels, folders, message):
     with pytest.raises(ValueError, match=message):
-        class_numbers("task x", found, names, labels, task)
+        class_numbers(found, names, labels, folders)
+
+
+def test_clip_benchmarks_layout_brings_names_and_templates(embedder_on, tmp_path):
+    members = []
+    for number in range(6):
+        members += [(f"s{number}.png", picture(number)), (f"s{number}.cls", str(number % 3).encode())]
+    (tmp_path / "test").mkdir()
+    write_tar(tmp_path / "test/0.tar", members)
+    (tmp_path / "classnames.txt").write_text("cat\ndog\nbird\n")
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\n")
+    task = colours_task(source="wds:{data}/test/*.tar?caption=&label=cls", templates=())
+    (evaluation,) = Evaluations([task], 16, str(tmp_path)).tasks
+    assert evaluation.class_names == ["cat", "dog", "bird"] and evaluation._templates == ("a photo of a {}.",)
+    result = score(embedder_on((1, 1)), task, tmp_path)
+    np.testing.assert_array_equal(result.arrays["labels"], [0, 1, 2, 0, 1, 2])
+
+
+def test_numbers_as_labels_in_json_lines_are_labels(embedder_on, tmp_path):
+    lines = []
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+        lines.append(json.dumps({"img": f"{number}.png", "label": number % 2, "text": "as Hateful Memes has it"}))
+    (tmp_path / "dev.jsonl").write_text("\n".join(lines))
+    task = colours_task(
+        source="jsonl:{data}/dev.jsonl?image=img&caption=&label=label",
+        class_names=("meme", "hateful meme"),
+        metric="roc_auc",
+    )
+    result = score(embedder_on((1, 1)), task, tmp_path)
+    np.testing.assert_array_equal(result.arrays["labels"], [0, 1, 0, 1])
+
+
+def test_a_task_that_fails_leaves_the_others_their_results(embedder_on, folders, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/torn.png").write_bytes(b"no picture")
+    torn = colours_task(name="torn", source=f"image_folder:{tmp_path}")
+    embedder = embedder_on((4, 2))
+    told = []
+    results = Evaluations([torn, colours_task()], 16, str(folders)).score(
+        embedder, classifier_of(embedder), "model", "tiny", tell=lambda results: told.append(len(results.tasks))
+    )
+    assert [task.name for task in results.tasks] == ["colours"] and told == [0, 1]
+    (failed,) = results.missing
+    assert failed.name == "torn" and failed.reason.endswith("torn.png: no picture, or of a format that is not read")
+
+
+def test_a_probe_that_cannot_be_is_a_note(embedder_on, folders):
+    embedder = embedder_on((4, 2))
+    assert score(embedder, colours_task(), folders, linear_probe=True).notes == [
+        "no linear probe: the task names no training split"
+    ]
+    task = colours_task(train="image_folder:{data}/nowhere")
+    result = score(embedder, task, folders, linear_probe=True)
+    assert result.notes == [f"no linear probe: no folder {folders}/nowhere"] and "top_1" in result.metrics
 
 
 def test_a_picture_that_cannot_be_decoded_is_named(tmp_path):
@@ -189,7 +246,8 @@ def test_kept_pictures_are_decoded_once(folders, monkeypatch):
     monkeypatch.setattr("clip_jax.evaluation.pictures.KEPT_BYTES", 0)
     pictures, before = Pictures("colours", open_source(f"image_folder:{folders}/test"), 16), len(reads)
     monkeypatch.setattr(pictures, "_read", lambda row: reads.append(row) or np.zeros((16, 16, 3), np.uint8))
-    list(pictures), list(pictures)
+    for _ in range(2):
+        list(pictures)
     assert len(reads) == before + 2 * 37
 
 
@@ -207,8 +265,9 @@ def test_embeddings_that_are_not_finite_are_a_line(embedder_on, folders, mesh_of
     variables = nn.meta.unbox(variables)
     variables["params"]["vision"]["projection"]["kernel"] *= np.nan
     embedder = Embedder(model, mesh_of((4, 2)), batch_size=24).with_variables(variables)
-    with pytest.raises(FloatingPointError, match="colours: 37 of 37 embeddings are not finite"):
-        score(embedder, colours_task(), folders)
+    evaluations = Evaluations([colours_task()], 16, str(folders))
+    (failed,) = evaluations.score(embedder, lambda names, templates: np.eye(3, 16), "model", "tiny").missing
+    assert failed.reason.startswith("37 of 37 embeddings are not finite")
 
 
 def test_the_mean_of_top_1_and_top_5_is_there_where_it_is_asked_for(embedder_on, tmp_path):

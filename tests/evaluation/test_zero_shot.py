@@ -102,6 +102,9 @@ def test_unknown_prompts_are_answered_with_those_that_there_are():
         load_prompts("imagenette")
 
 
+NAMES = [f"class {number}" for number in range(12)]
+
+
 def unit(x):
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
@@ -121,7 +124,7 @@ def example(request):
 def test_what_is_counted_from_the_best_classes_is_the_accuracy(example, monkeypatch):
     images, weights, labels = example
     monkeypatch.setattr("clip_jax.evaluation.zero_shot.BLOCK_BYTES", 8 * 12 * 7)  # seven pictures at a time
-    classified = classify(images, weights, 10.0, labels)
+    classified = classify(images, weights, 10.0, NAMES, labels)
     scores = images.astype(np.float64) @ weights.T.astype(np.float64)
     metrics = single_label_metrics(classified, labels)
     assert metrics["top_1"] == top_k_accuracy(scores, labels, 1)
@@ -138,14 +141,29 @@ def test_classes_that_are_equal_tie_and_are_never_right():
     weights[31] = weights[2]  # of 40 columns by 33 a matrix product rounds the two differently
     labels = np.full(500, 2, np.int32)
     images = unit(weights[labels] + 0.01 * random.normal(size=(500, 33)))
-    assert single_label_metrics(classify(images, weights, 1.0, labels), labels)["top_1"] == 0
+    names = [f"class {number}" for number in range(40)]
+    assert single_label_metrics(classify(images, weights, 1.0, names, labels), labels)["top_1"] == 0
     labels[:] = 31
-    assert single_label_metrics(classify(images, weights, 1.0, labels), labels)["top_1"] == 0
+    assert single_label_metrics(classify(images, weights, 1.0, names, labels), labels)["top_1"] == 0
+
+
+def test_of_classes_of_one_name_the_first_is_the_answer_as_of_an_arg_max():
+    random = np.random.default_rng(1)
+    weights = unit(random.normal(size=(40, 33)))
+    weights[31] = weights[2]
+    names = [f"class {number}" for number in range(40)]
+    names[31] = names[2]  # as ImageNet has two of sunglasses
+    images = unit(weights[np.full(500, 2)] + 0.01 * random.normal(size=(500, 33)))
+    for label, expected in ((2, 1), (31, 0)):
+        labels = np.full(500, label, np.int32)
+        found = classify(images, weights, 1.0, names, labels)
+        assert single_label_metrics(found, labels)["top_1"] == expected
+        assert (found.best[:, :2] == [2, 31]).all()
 
 
 def test_probabilities_are_the_softmax_of_all_classes(example):
     images, weights, labels = example
-    classified = classify(images, weights, 20.0, labels)
+    classified = classify(images, weights, 20.0, NAMES, labels)
     logits = 20 * images.astype(np.float64) @ weights.T.astype(np.float64)
     shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(
@@ -156,5 +174,5 @@ def test_probabilities_are_the_softmax_of_all_classes(example):
 
 def test_fewer_than_five_classes_have_no_top_5():
     images, weights, labels = np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32), np.arange(3, dtype=np.int32)
-    metrics = single_label_metrics(classify(images, weights, 100.0, labels), labels)
+    metrics = single_label_metrics(classify(images, weights, 100.0, NAMES[:3], labels), labels)
     assert "top_5" not in metrics and metrics["top_1"] == metrics["mean_per_class"] == 1

@@ -32,18 +32,25 @@ def trained(tmp_path_factory) -> pathlib.Path:
     return workdir
 
 
-def evaluate(model: pathlib.Path, data: pathlib.Path, output: pathlib.Path, processes: int, devices: int) -> dict:
-    tasks = f"{data}/task.json,emoji_unseen_both"
-    arguments = [f"--model={model}", f"--tasks={tasks}", f"--output={output}", "--linear-probe", "--batch-size=24"]
+def start_hosts(*arguments: str, processes: int, devices: int, caches: pathlib.Path) -> tuple[list[str], list[int]]:
+    """What each host printed and how it ended; each has a cache of its own, as hosts with own disks have."""
     pod = pod_variables(processes) if processes > 1 else [{}]
-    cache = {"XDG_CACHE_HOME": str(output / "cache")}
-    started = [start(*arguments, devices=devices, module="clip_jax.evaluate", **one, **cache) for one in pod]
+    started = [
+        start(*arguments, devices=devices, module="clip_jax.evaluate", **one, XDG_CACHE_HOME=f"{caches}/{number}")
+        for number, one in enumerate(pod)
+    ]
     try:
-        outputs = [finish(process) for process in started]
+        return [finish(process) for process in started], [process.returncode for process in started]
     finally:
         for process in started:
             kill(process)
-    assert all(process.returncode == 0 for process in started), outputs
+
+
+def evaluate(model: pathlib.Path, data: pathlib.Path, output: pathlib.Path, processes: int, devices: int) -> dict:
+    tasks = f"{data}/task.json,emoji_unseen_both"
+    arguments = [f"--model={model}", f"--tasks={tasks}", f"--output={output}", "--linear-probe", "--batch-size=24"]
+    outputs, codes = start_hosts(*arguments, processes=processes, devices=devices, caches=output / "caches")
+    assert not any(codes), outputs
     assert sum("noise, 41 images, 2 classes:" in printed for printed in outputs) == 1  # one host speaks
     return json.loads((output / "results.json").read_text())["tasks"]
 
@@ -59,6 +66,29 @@ def test_one_device_eight_and_two_processes_of_three_score_alike(trained, data, 
     assert one["noise"]["linear_probe"].keys() > {"accuracy"}
     for processes, devices in ((1, 8), (2, 3)):
         assert_same(one, evaluate(trained, data, tmp_path / f"{processes}", processes, devices))
+
+
+def test_what_one_host_cannot_read_is_told_by_all_and_what_it_knows_is_known_to_all(trained, data, tmp_path):
+    torn, twice = tmp_path / "torn", tmp_path / "twice"
+    (torn / "cat").mkdir(parents=True)
+    for number in range(12):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(torn / f"cat/{number:02}.png")
+    (torn / "cat/11.png").write_bytes(b"no picture")  # which the second host embeds
+    tasks = [
+        {"name": "torn", "kind": "zero_shot", "source": f"image_folder:{torn}"},
+        {"name": "one", "kind": "zero_shot", "source": f"image_folder:{data}"},
+        # The same names again, of which by now the first host alone has the embeddings on its disk.
+        {"name": "other", "kind": "zero_shot", "source": f"image_folder:{data}"},
+    ]
+    twice.mkdir()
+    (twice / "tasks.json").write_text(json.dumps(tasks))
+    arguments = [f"--model={trained}", f"--tasks={twice}/tasks.json", f"--output={tmp_path}/out", "--batch-size=24"]
+    outputs, codes = start_hosts(*arguments, processes=2, devices=1, caches=tmp_path / "caches")
+    assert codes == [2, 2], outputs
+    assert "error: torn: " in outputs[0] and "11.png: no picture" in outputs[0]
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["tasks"]["one"]["metrics"] == results["tasks"]["other"]["metrics"]
+    assert not (tmp_path / "caches/1/clip_jax/classifiers").exists()
 
 
 @pytest.mark.slow

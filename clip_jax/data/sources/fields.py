@@ -44,7 +44,7 @@ class Fields:
         captions, weights = [], []
         fields = self.captions or ((self.label, 1.0),)
         for field, weight in fields:
-            value = get(field)
+            value = get(field) if self.captions else list(filter(None, self.label_of(get).split("\n")))
             texts = value if isinstance(value, list | tuple) else [] if value is None else [value]
             for text in texts:
                 if not isinstance(text, str):

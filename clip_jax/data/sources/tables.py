@@ -57,11 +57,20 @@ class TableSource:
     def __len__(self) -> int:
         return len(self._ends)
 
-    def __getitem__(self, index: int) -> Pair:
+    def _row(self, index: int) -> Row:
         start = int(self._ends[index - 1]) if index else 0
         row = Row(*msgpack.unpackb(self._rows[start : int(self._ends[index])].tobytes()))
         if row.problem:
             raise PairError(row.problem[1], row.problem[0])
+        return row
+
+    def said(self, index: int) -> tuple[str, list[str]]:
+        """Label and captions without reading the picture; raises PairError as ``__getitem__`` does."""
+        row = self._row(index)
+        return row.label, row.captions
+
+    def __getitem__(self, index: int) -> Pair:
+        row = self._row(index)
         path = join(self._root, row.image)
         try:
             image = read_whole(path)
