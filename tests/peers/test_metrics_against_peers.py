@@ -11,7 +11,7 @@ import pytest
 from clip_jax.data.tokenizer import tokenize
 from clip_jax.evaluation.metrics import mean_per_class_accuracy, roc_auc
 from clip_jax.evaluation.retrieval import RECALL_AT, ranks
-from clip_jax.evaluation.zero_shot import classifier_weights, top_k_accuracy
+from clip_jax.evaluation.zero_shot import classifier_weights, classify, single_label_metrics, top_k_accuracy
 from clip_jax.models.presets import CLIPPreset, TextTransformerPreset, VisionTransformerPreset
 
 torch = pytest.importorskip("torch")
@@ -52,11 +52,27 @@ def peer_recall(scores, query_ids, candidate_ids, k):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_top_k_accuracy_is_clip_benchmarks(seed):
-    scores = unit_vectors(seed, 300) @ unit_vectors(seed + 100, 12).T
+def test_zero_shot_metrics_of_embeddings_are_clip_benchmarks_and_scikit_learns(seed):
+    images, weights = unit_vectors(seed, 300), unit_vectors(seed + 100, 12)
     labels = np.random.default_rng(seed).integers(0, 12, 300)
-    ours = [top_k_accuracy(scores, labels, k) for k in (1, 5)]
-    assert ours == pytest.approx(peer_top_k(scores, labels, (1, 5)))
+    names = [f"class {number}" for number in range(12)]
+    ours = single_label_metrics(classify(images, weights, 100.0, names, labels), labels)
+    scores = images @ weights.T
+    assert [ours["top_1"], ours["top_5"]] == pytest.approx(peer_top_k(scores, labels, (1, 5)))
+    balanced = sklearn_metrics.balanced_accuracy_score(labels, scores.argmax(axis=1))
+    assert ours["mean_per_class"] == pytest.approx(balanced)
+
+
+def test_classes_of_one_name_are_answered_as_by_an_arg_max():
+    images, weights = unit_vectors(0, 300), unit_vectors(1, 12)
+    weights[7] = weights[2]
+    names = [f"class {number}" for number in range(12)]
+    names[7] = names[2]
+    labels = np.random.default_rng(0).choice([2, 7, 5], 300)
+    ours = single_label_metrics(classify(images, weights, 100.0, names, labels), labels)["top_1"]
+    scores = images @ weights.T
+    scores[:, 7] = scores[:, 2]  # of which a product may have rounded one otherwise
+    assert ours == pytest.approx((scores.argmax(axis=1) == labels).mean())
 
 
 @pytest.mark.parametrize("seed", range(3))
