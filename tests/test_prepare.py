@@ -105,7 +105,8 @@ def test_a_worker_that_is_killed_is_told_in_one_line(tmp_path):
 
 
 def test_ctrl_c_ends_it_at_once_and_in_one_line(tmp_path):
-    process = start("convert", "emoji:noto,twemoji,openmoji/all", str(tmp_path / "out"), *CONVERT)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background ignores it
+    process = start("convert", "emoji:noto,twemoji,openmoji/all", str(tmp_path / "out"), *CONVERT, preexec_fn=heard)
     wait_until(lambda: list((tmp_path / "out").glob("parts/*.note")), process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the workers as well
     _, errors = process.communicate(timeout=trial.DEADLINE)
