@@ -5,6 +5,9 @@ PEERS_VENV ?= .venv-peers
 # Large pages for the arrays of each step: 10 to 15 % of a step's time on CPU (glibc 2.35 or newer; ignored elsewhere).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
+# Two processes, each file in one of them. More of them would take the cores from the tests that start pods.
+IN_PARALLEL ?= -n 2 --dist loadfile
+
 define make_venv
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "clip_jax needs Python 3.11 or newer; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
@@ -20,10 +23,10 @@ quickstart: $(VENV)/.base  ## train a small CLIP on the pairs that ship, and rep
 	$(VENV)/bin/python -m clip_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: $(VENV)/.test  ## every test but the slow ones and those that need the PyTorch peers
-	$(VENV)/bin/python -m pytest -m "not slow" --ignore=tests/peers
+	$(VENV)/bin/python -m pytest $(IN_PARALLEL) -m "not slow" --ignore=tests/peers
 
 test-nightly: $(VENV)/.test  ## the slow ones as well
-	$(VENV)/bin/python -m pytest --ignore=tests/peers
+	$(VENV)/bin/python -m pytest $(IN_PARALLEL) --ignore=tests/peers
 
 test-peers: $(PEERS_VENV)/.peers  ## compare with PyTorch's CLIPs, live
 	$(PEERS_VENV)/bin/python -m pytest -m "not slow" tests/peers

@@ -94,7 +94,7 @@ def test_a_wrong_key_is_told_with_the_nearest_right_one(capsys):
         ("--config.optimizer.epsilon=-1", "epsilon must be positive"),
         ("--config.data.augmentation.grayscale=1.5", "must be in [0, 1]"),
         ("--config.model.text.vocab_size=100", "at least the tokenizer's 49408"),
-        ("--config.evaluation.tasks=birdsnap", "birdsnap is missing: no folder"),
+        ("--config.evaluation.tasks=birdsnap", "birdsnap: no folder"),
         ("--config.model.vision.activation=relu", "vision.activation='relu' must be one of quick_gelu, gelu"),
         ("--config.model.text.activation=GELU", "text.activation='GELU' must be one of quick_gelu, gelu"),
         ("--config.model.vision.mlp_ratio=0", "config.model.vision.mlp_ratio=0.0 leaves nothing of width"),
@@ -243,7 +243,7 @@ def test_data_whose_first_picture_is_broken_is_refused(capsys, tmp_path, picture
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("kind", ["folder", "csv"])
+@pytest.mark.parametrize("kind", ["folder", pytest.param("csv", marks=pytest.mark.slow)])
 def test_vit_l14_at_reduced_depth_trains_two_steps_on_eight_pictures(capsys, tmp_path, pictures, kind):
     source = f"folder:{pictures}" if kind == "folder" else f"csv:{tmp_path}/pairs.csv?image=path&caption=text"
     assert main(small_vit_l14(source, tmp_path / "run")) == 0
