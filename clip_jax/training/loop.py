@@ -319,6 +319,12 @@ def train_steps(
                 logger.info("step %d  %s", step, results.line())
         log.flush()
     except (InputError, TooManyBadSamplesError, OSError) as error:
+        if interruption.requested and isinstance(error, InputError):
+            # The signal has reached the workers as well, and ended them before the loop came to look.
+            if step > saved:
+                log.flush()
+                checkpointer.save(step, state, position, run.data_fingerprint)
+            return state
         # Too many bad samples are found by all hosts at the same step; of the rest other hosts know nothing.
         if step > saved and (jax.process_count() == 1 or isinstance(error, TooManyBadSamplesError)):
             save_before_leaving(checkpointer, log, step, metrics, state, position, run.data_fingerprint)
