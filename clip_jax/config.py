@@ -47,6 +47,7 @@ NOT_PART_OF_A_RUN = (
     "loss.block_size",
     "model.remat",
     "model.scan_unroll",
+    "model.fused_attention",
     "init_from",  # read by a run that has no checkpoint of its own
     "data.source",  # the fingerprint of what it holds is compared instead, so data may be moved
 )
@@ -75,7 +76,8 @@ def default_config(preset: str) -> ml_collections.ConfigDict:
     config.model.remat = "none"  # or "lite", "attention", "full": how much of a layer the backward pass recomputes
     config.model.patch_dropout = 0.0  # share of an image's patches that training leaves out, other ones in each step
     config.model.dtype = "bfloat16"  # of the computation; parameters are float32
-    config.model.scan_unroll = 1  # layers in one step of the scan over layers
+    config.model.scan_unroll = 0  # layers in one step of the scan over layers; 0: by the kind of device
+    config.model.fused_attention = True  # by cuDNN where that can be: on a GPU, in bfloat16; the same function
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.learning_rate = 5e-4
@@ -92,7 +94,7 @@ def default_config(preset: str) -> ml_collections.ConfigDict:
     config.loss.kind = "softmax"  # the paper's; or "sigmoid", SigLIP's
     # Of the softmax loss: "gather", or "blockwise" for batches whose similarities do not fit; auto: by their size.
     config.loss.form = "auto"
-    config.loss.block_size = 1_024  # of the blockwise form, and of the sigmoid loss
+    config.loss.block_size = 0  # of the blockwise form, and of the sigmoid loss; 0: by the kind of device
 
     config.mesh = ml_collections.ConfigDict()
     config.mesh.fsdp = 0  # devices that share one copy of the parameters; 0: by the model and a device's memory
@@ -268,12 +270,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
         "checkpoint_every",
         "checkpoints_to_keep",
         "evaluation.batch_size",
-        "loss.block_size",
     ):
         check(flatten(config)[key] > 0, f"config.{key} must be positive")
-    check(config.mesh.fsdp >= 0, "config.mesh.fsdp must not be negative")
-    check(config.eval_every >= 0, "config.eval_every must not be negative")
-    check(data.num_workers >= 0, "config.data.num_workers must not be negative")
+    for key in ("mesh.fsdp", "eval_every", "data.num_workers", "model.scan_unroll", "loss.block_size"):
+        check(flatten(config)[key] >= 0, f"config.{key} must not be negative")
     check(data.min_image_side > 0, f"config.data.min_image_side={data.min_image_side} must be positive")
     check(data.max_aspect_ratio >= 1, f"config.data.max_aspect_ratio={data.max_aspect_ratio} must be at least 1")
     check(0 <= data.max_bad_share <= 1, f"config.data.max_bad_share={data.max_bad_share} must be in [0, 1]")
@@ -288,7 +288,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     check(
         config.loss.form in LOSS_FORMS, f"config.loss.form={config.loss.form!r} must be one of {', '.join(LOSS_FORMS)}"
     )
-    sizes = {name: value for name, value in flatten(model).items() if isinstance(value, int)}
+    sizes = {name: value for name, value in flatten(model).items() if type(value) is int and name != "scan_unroll"}
     too_small = [f"config.model.{name}={value} must be positive" for name, value in sizes.items() if value <= 0]
     problems.extend(too_small)
     if not too_small:

@@ -14,6 +14,7 @@ from clip_jax.data.images import ImageError, decode_image, evaluation_transform,
 from clip_jax.data.tokenizer import VOCAB_SIZE
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.zero_shot import classifier_weights
+from clip_jax.models.backends import backend_of
 from clip_jax.models.clip import CLIP
 from clip_jax.models.transformer import unstack_layers
 from clip_jax.training.sharding import batch_sharding, make_mesh
@@ -41,6 +42,7 @@ class LoadedModel:
             initial_logit_bias=0.0 if "logit_bias" in weights.variables["params"] else None,
             dtype=jnp.dtype(dtype),
             batch_sharding=batch_sharding(mesh),
+            **backend_of(mesh.devices.flat[0]).fields(weights.preset, dtype),
         )
         variables = place_variables(unstack_layers(weights.variables), model, mesh)
         self.preset = weights.preset

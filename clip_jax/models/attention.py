@@ -1,7 +1,8 @@
-"""Softmax attention with its gradient written out, and the projections into heads and out of them."""
+"""Softmax attention, its gradient written out or fused in cuDNN, and the projections into heads and out of them."""
 
 import functools
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,24 +15,38 @@ Parts = tuple[jax.Array, ...]  # of sequences that attend to one another as if t
 
 
 class QueryKeyValue(Linear):
-    """The fused projection ``[W, 3 * W]`` of a block, split into heads."""
+    """The projections ``[W, 3 * W]`` of a block, split into heads as :func:`attention` or the fused one takes them."""
+
+    for_fused_attention: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, num_heads: int, which: Sequence[int] = (0, 1, 2)) -> Parts:
-        """``[B, L, W]`` to those of query (0), key (1) and value (2) that are asked for, ``[B, heads, D, L]`` each."""
+        """``[B, L, W]`` to those of query (0), key (1) and value (2) that are asked for, ``[B, heads, D, L]`` each.
+
+        For fused attention they are ``[B, L, heads, D]``.
+        """
         kernel, bias = self.parameters(x.shape[-1])
-        projected = into_heads(x, kernel, bias, num_heads, which)
+        split = into_heads_by_position if self.for_fused_attention else into_heads
+        projected = split(x, kernel, bias, num_heads, which)
         return tuple(checkpoint_name(shard_batch(y, self.batch_sharding), "qkv") for y in projected)
 
 
 class AttentionOutput(Linear):
-    """A linear layer over all heads' features, from ``[B, heads, D, L]`` to ``[B, L, features]``."""
+    """A linear layer over all heads' features, from what either form of attention returns to ``[B, L, features]``."""
+
+    for_fused_attention: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        _, num_heads, head_width, _ = x.shape
-        kernel, bias = self.parameters(num_heads * head_width)
-        y = out_of_heads(x, kernel.reshape(num_heads, head_width, -1)) + bias
+        """From ``[B, heads, D, L]``, or from ``[B, L, heads, D]`` for fused attention."""
+        if self.for_fused_attention:
+            x = x.reshape(*x.shape[:2], -1)  # [B, L, heads * D]
+            kernel, bias = self.parameters(x.shape[-1])
+            y = matrix_product(x, kernel) + bias
+        else:
+            _, num_heads, head_width, _ = x.shape
+            kernel, bias = self.parameters(num_heads * head_width)
+            y = out_of_heads(x, kernel.reshape(num_heads, head_width, -1)) + bias
         return checkpoint_name(shard_batch(y, self.batch_sharding), "attention_output")
 
 
@@ -65,6 +80,16 @@ def out_of_heads(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(
         x, kernel, cpu=merged, default=lambda x, kernel: jnp.einsum("bhdl,hdw->blw", x, kernel)
     )
+
+
+def into_heads_by_position(x: jax.Array, kernel: jax.Array, bias: jax.Array, num_heads: int, which: Sequence[int]):
+    """The same as :func:`into_heads`, ``[B, L, heads, D]`` each.
+
+    On a GPU a product each, so that none has to be copied out of a common result, nor the gradients into one.
+    """
+    kernels, biases = jnp.split(kernel, 3, axis=1), jnp.split(bias, 3)
+    thirds = (matrix_product(x, kernels[i]) + biases[i] for i in which)
+    return tuple(y.reshape(*x.shape[:2], num_heads, -1) for y in thirds)
 
 
 @jax.custom_vjp
@@ -161,3 +186,36 @@ def _attention_backward(saved, gradients):
 
 
 attention.defvjp(_attention_forward, _attention_backward)
+
+
+FUSED_IMPLEMENTATION = "cudnn"  # of ``jax.nn.dot_product_attention``
+FUSED_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's primitive, whose results its gradient needs
+
+
+class Seen(NamedTuple):
+    """Which keys a query sees in :func:`fused_attention`.
+
+    With ``causal`` those up to its own position; with ``num_keys`` int32 ``[B]`` the first so many of its sequence.
+    """
+
+    causal: bool = False
+    num_keys: jax.Array | None = None
+
+
+def fused_attention(query: jax.Array, key: jax.Array, value: jax.Array, seen: Seen) -> jax.Array:
+    """The same function as :func:`attention`, by cuDNN on a GPU: no scores come to memory, in either direction.
+
+    Args:
+      query: bfloat16 ``[B, Q, heads, D]``; Q is even or 1, D a multiple of 8 up to 128.
+      key: ``[B, K, heads, D]``; K is even, which JAX asks for where there is a gradient.
+      value: the same.
+      seen: which keys a query sees.
+
+    Returns:
+      ``[B, Q, heads, D]``, in the query's dtype.
+    """
+    # One query has no scores worth fusing.
+    implementation = FUSED_IMPLEMENTATION if query.shape[1] > 1 else "xla"
+    return jax.nn.dot_product_attention(
+        query, key, value, is_causal=seen.causal, key_value_seq_lengths=seen.num_keys, implementation=implementation
+    )

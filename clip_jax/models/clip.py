@@ -51,8 +51,10 @@ class CLIP(nn.Module):
     Without ``scan_layers`` each layer of a transformer has parameters of its own (``unstack_layers``): a scan copies a
     layer's parameters out of the stack at each step, which costs more than it saves where nothing is trained.
     ``class_token_apart`` carries a Vision Transformer's class token beside its patches, which is the same function and
-    what a TPU is faster with. ``batch_sharding`` says how the first axis of every activation is split over devices;
-    None leaves it open. With an ``initial_logit_bias`` there is a parameter ``logit_bias``, for the sigmoid loss.
+    what a TPU is faster with; ``fused_attention`` is the same function by cuDNN, for GPUs, in bfloat16
+    (:mod:`clip_jax.models.backends` chooses both). ``batch_sharding`` says how the first axis of every activation is
+    split over devices; None leaves it open. With an ``initial_logit_bias`` there is a parameter ``logit_bias``, for the
+    sigmoid loss.
     """
 
     preset: CLIPPreset
@@ -60,6 +62,7 @@ class CLIP(nn.Module):
     scan_layers: bool = True
     scan_unroll: int = 1
     class_token_apart: bool = False
+    fused_attention: bool = False
     initial_logit_scale: float = INITIAL_LOGIT_SCALE
     initial_logit_bias: float | None = None
     dtype: jnp.dtype = jnp.float32
@@ -74,7 +77,7 @@ class CLIP(nn.Module):
             "batch_sharding": self.batch_sharding,
         }
 
-        layers = {"scan_layers": self.scan_layers}
+        layers = {"scan_layers": self.scan_layers, "fused_attention": self.fused_attention}
         if isinstance(self.preset.vision, ResNetPreset):
             self.vision = ResNet(**dataclasses.asdict(self.preset.vision), **shared)
         else:

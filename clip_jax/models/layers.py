@@ -6,17 +6,37 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from clip_jax.models.backends import backend_of
 
 Initializer = Callable[..., jax.Array]
 
 
-def shard_batch(x: jax.Array, sharding: jax.sharding.Sharding | None) -> jax.Array:
+def shard_batch(x: jax.Array, sharding: jax.sharding.NamedSharding | None) -> jax.Array:
     """Keeps the first axis split over the devices; without a sharding, as on one device, does nothing.
 
     Said of every activation: parameters are split as well, and left to itself the compiler prefers to move the
-    activations of the whole batch to where a parameter's part is, instead of gathering that parameter.
+    activations of the whole batch to where a parameter's part is, instead of gathering that parameter. For GPUs it also
+    says that the features of a position lie together in memory.
     """
-    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+    if sharding is None:
+        return x
+    x = jax.lax.with_sharding_constraint(x, sharding)
+    if not backend_of(sharding.mesh.devices.flat[0]).row_major:
+        return x
+    # On each device's part: of several devices' the compiler would gather the whole.
+    return jax.shard_map(row_major, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=sharding.spec)(x)
+
+
+def row_major(x: jax.Array) -> jax.Array:
+    """Keeps the compiler from laying ``x`` out, or its gradient, with the batch last.
+
+    A product takes its operands in any layout, and XLA hands the one that it chose on to all that they are made of. For
+    GPUs it put the batch last in the last layer, hence in a whole tower, and transposed before the other products
+    (``python -m benchmarks.gpu_program --forms``).
+    """
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 def torch_linear_init(fan_in: int) -> Initializer:

@@ -198,7 +198,7 @@ class ResNet(nn.Module):
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         kept = {"dtype": self.dtype, "batch_sharding": self.batch_sharding}
         block = functools.partial(
-            nn.remat(Bottleneck, prevent_cse=False) if self.remat != "none" else Bottleneck,
+            nn.remat(Bottleneck, prevent_cse=self.scan_unroll > 1) if self.remat != "none" else Bottleneck,
             train=train,
             batch_norm=self.batch_norm,
             **kept,

@@ -26,6 +26,7 @@ class TextTransformer(nn.Module):
     remat: str = "none"
     scan_layers: bool = True
     scan_unroll: int = 1
+    fused_attention: bool = False
     dtype: jnp.dtype = jnp.float32
     batch_sharding: jax.sharding.Sharding | None = None
 
@@ -50,6 +51,7 @@ class TextTransformer(nn.Module):
             remat=self.remat,
             scan_layers=self.scan_layers,
             scan_unroll=self.scan_unroll,
+            fused_attention=self.fused_attention,
             dtype=self.dtype,
             batch_sharding=self.batch_sharding,
             name="transformer",

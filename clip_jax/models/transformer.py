@@ -13,7 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from clip_jax.models.attention import AttentionOutput, Parts, QueryKeyValue, attention
+from clip_jax.models.attention import (
+    FUSED_FORWARD,
+    AttentionOutput,
+    Parts,
+    QueryKeyValue,
+    Seen,
+    attention,
+    fused_attention,
+)
 from clip_jax.models.layers import Initializer, LayerNorm, Linear, shard_batch, torch_linear_init
 
 # What the backward pass finds saved: nothing but a layer's input; what attention gave and the norms' few numbers; or
@@ -24,6 +32,16 @@ REMAT_POLICIES = {
     "attention": jax.checkpoint_policies.save_only_these_names(*_FROM_ATTENTION),
     "lite": jax.checkpoint_policies.save_only_these_names(*_FROM_ATTENTION, "qkv", "fc1"),
 }
+
+
+def remat_policy(remat: str, with_fused_attention: bool) -> Callable[..., bool] | None:
+    """What of a layer is saved; of fused attention, which names nothing inside, what its primitive returns."""
+    policy = REMAT_POLICIES[remat]
+    if policy is None or not with_fused_attention:
+        return policy
+    return jax.checkpoint_policies.save_from_both_policies(
+        policy, lambda primitive, *_, **__: primitive.name == FUSED_FORWARD
+    )
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -75,6 +93,7 @@ class ResidualAttentionBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), for each part ``[B, L, W]``.
 
     Several parts are the same function as one sequence of them; see :func:`attention`, also for ``visible``. With
+    ``fused_attention`` there is one part of even length, and ``visible`` is what :func:`fused_attention` takes. With
     ``reading`` ``[B, 1, W]``, one position of each sequence, that position alone is computed: it attends to all.
     """
 
@@ -82,18 +101,22 @@ class ResidualAttentionBlock(nn.Module):
     mlp_width: int
     activation: str
     initializers: BlockInitializers
+    fused_attention: bool = False
     dtype: jnp.dtype = jnp.float32
     batch_sharding: jax.sharding.Sharding | None = None
 
     @nn.compact
-    def __call__(self, parts: Parts, visible: jax.Array | None = None, reading: jax.Array | None = None) -> Parts:
+    def __call__(
+        self, parts: Parts, visible: jax.Array | Seen | None = None, reading: jax.Array | None = None
+    ) -> Parts:
         width, init, zeros = parts[0].shape[-1], self.initializers, nn.initializers.zeros
         shared = {"dtype": self.dtype, "batch_sharding": self.batch_sharding}
         ln_1, ln_2 = LayerNorm(self.dtype, name="ln_1"), LayerNorm(self.dtype, name="ln_2")
-        qkv = QueryKeyValue(3 * width, ("embed", "qkv"), init.qkv, zeros, **shared, name="qkv")
+        layout = {"for_fused_attention": self.fused_attention}
+        qkv = QueryKeyValue(3 * width, ("embed", "qkv"), init.qkv, zeros, **shared, **layout, name="qkv")
         output_axes = ("heads", "embed")
         attention_output = AttentionOutput(
-            width, output_axes, init.attention_output, zeros, **shared, name="attention_output"
+            width, output_axes, init.attention_output, zeros, **shared, **layout, name="attention_output"
         )
         fc1_bias, fc2_bias = torch_linear_init(width), torch_linear_init(self.mlp_width)
         fc1 = Linear(self.mlp_width, ("embed", "mlp"), init.fc1, fc1_bias, **shared, name="fc1")
@@ -106,7 +129,10 @@ class ResidualAttentionBlock(nn.Module):
         else:
             parts, queries = (reading,), qkv(ln_1(reading), self.num_heads, (0,))
             keys, values = zip(*(qkv(x, self.num_heads, (1, 2)) for x in normed), strict=True)
-        attended = attention(queries, keys, values, visible)
+        if self.fused_attention:
+            attended = (fused_attention(*queries, *keys, *values, visible),)
+        else:
+            attended = attention(queries, keys, values, visible)
         parts = tuple(x + attention_output(y) for x, y in zip(parts, attended, strict=True))
         parts = tuple(x + fc2(activation(checkpoint_name(fc1(ln_2(x)), "fc1"))) for x in parts)
         return tuple(shard_batch(x, self.batch_sharding) for x in parts)
@@ -143,6 +169,7 @@ class Transformer(nn.Module):
     remat: str = "none"
     scan_layers: bool = True
     scan_unroll: int = 1
+    fused_attention: bool = False
     dtype: jnp.dtype = jnp.float32
     batch_sharding: jax.sharding.Sharding | None = None
 
@@ -158,7 +185,9 @@ class Transformer(nn.Module):
           causal_end: int32 ``[B]``, which position that is, where each sees only itself and those before it.
         """
         visible = visible_to_read = None
-        if causal_end is not None:
+        if self.fused_attention:
+            parts, visible, visible_to_read = even_and_seen(*parts, causal_end)
+        elif causal_end is not None:
             position = jnp.arange(parts[0].shape[1])
             visible = position[:, None] <= position  # [K, Q]
             visible_to_read = (position <= causal_end[:, None])[:, None, :, None]  # [B, 1, K, 1]
@@ -167,6 +196,7 @@ class Transformer(nn.Module):
             "mlp_width": self.mlp_width,
             "activation": self.activation,
             "initializers": self.initializers,
+            "fused_attention": self.fused_attention,
             "dtype": self.dtype,
             "batch_sharding": self.batch_sharding,
         }
@@ -191,8 +221,26 @@ class Transformer(nn.Module):
         def layer(parts: Parts, parameters: dict) -> tuple[Parts, None]:
             return block.apply({"params": parameters}, parts, visible), None
 
+        unroll = max(1, min(self.scan_unroll, self.num_layers - 1))
         if self.remat != "none":
-            layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
+            # The compiler cannot see that a scan's step is computed twice; of several layers in one it could, and would
+            # keep what is to be computed again.
+            policy = remat_policy(self.remat, self.fused_attention)
+            layer = jax.checkpoint(layer, prevent_cse=unroll > 1, policy=policy)
         before, last = (jax.tree.map(operator.itemgetter(part), stacked) for part in (slice(-1), -1))
-        parts, _ = jax.lax.scan(layer, parts, before, unroll=max(1, min(self.scan_unroll, self.num_layers - 1)))
+        parts, _ = jax.lax.scan(layer, parts, before, unroll=unroll)
         return block.apply({"params": last}, parts, visible_to_read, read(parts))[0][:, 0]
+
+
+def even_and_seen(x: jax.Array, causal_end: jax.Array | None) -> tuple[Parts, Seen, Seen]:
+    """One part ``[B, L, W]``, with one more position if L is odd; what each position sees, and what the one read sees.
+
+    No position of ``x`` sees the one that is added.
+    """
+    batch, length, _ = x.shape
+    if length % 2:
+        x = jnp.pad(x, [(0, 0), (0, 1), (0, 0)])
+    if causal_end is not None:
+        return (x,), Seen(causal=True), Seen(num_keys=causal_end + 1)
+    seen = Seen(num_keys=jnp.full((batch,), length, jnp.int32)) if length % 2 else Seen()
+    return (x,), seen, seen

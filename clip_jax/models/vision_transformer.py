@@ -55,6 +55,7 @@ class VisionTransformer(nn.Module):
     scan_layers: bool = True
     scan_unroll: int = 1
     class_token_apart: bool = False
+    fused_attention: bool = False
     dtype: jnp.dtype = jnp.float32
     batch_sharding: jax.sharding.Sharding | None = None
 
@@ -96,6 +97,7 @@ class VisionTransformer(nn.Module):
             remat=self.remat,
             scan_layers=self.scan_layers,
             scan_unroll=self.scan_unroll,
+            fused_attention=self.fused_attention,
             dtype=self.dtype,
             batch_sharding=self.batch_sharding,
             name="transformer",

@@ -108,11 +108,11 @@ class Program:
 
 def read_program(text: str) -> Program:
     """Counts what a scheduled HLO module, given as text, does from its start to its end."""
-    return _Walk(parse_module(text)).run()
+    return Walk(parse_module(text)).run()
 
 
-class _Walk:
-    """Goes through a module as it runs."""
+class Walk:
+    """Goes through a module as it runs, and counts each operation that runs by itself in :meth:`leaf`."""
 
     def __init__(self, module: Module):
         self._module = module
@@ -149,7 +149,7 @@ class _Walk:
                     for channel in self._channels(instruction, computation):
                         open_collectives[channel] = collective
             else:
-                cycles = self._leaf(instruction, computation, times, caller)
+                cycles = self.leaf(instruction, computation, times, caller)
             total += cycles
             for collective in open_collectives.values():
                 collective.overlapped_cycles += cycles
@@ -162,7 +162,7 @@ class _Walk:
         branches = branches or [instruction.attribute(f"{which}_computation") for which in ("true", "false")]
         before, best = self._program, None
         for branch in branches:
-            walk = _Walk(self._module)
+            walk = Walk(self._module)
             cycles = walk._walk(branch, times, instruction.op_name or caller)
             if best is None or cycles > best[0]:
                 best = (cycles, walk._program)
@@ -232,11 +232,11 @@ class _Walk:
         name = instruction.op_name or source.op_name
         return Collective(kind, max(sides), source.group_size(self._module.num_devices), times, asynchronous, name)
 
-    def _leaf(self, instruction: Instruction, computation: Computation, times: int, caller: str) -> int:
+    def leaf(self, instruction: Instruction, computation: Computation, times: int, caller: str) -> int:
         """Counts an operation that runs by itself, and returns its cycles."""
-        flops = self._matmul_flops(instruction, computation)
+        flops = self.matmul_flops(instruction, computation)
         self._program.matmul_flops += times * flops
-        self._program.hbm_bytes += times * self._hbm_bytes(instruction, computation)
+        self._program.hbm_bytes += times * self.hbm_bytes(instruction, computation)
         cycles = instruction.estimated_cycles
         if cycles is None:
             target = re.search(r'custom_call_target="(\w+)"', instruction.attributes)
@@ -244,16 +244,16 @@ class _Walk:
             if target and target[1] not in ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"):
                 self._program.not_counted[target[1]] += times
             elif instruction.opcode not in FREE and not target and large:
-                origin = label_of(self._op_name(instruction) or caller)
+                origin = label_of(self.op_name(instruction) or caller)
                 self._program.not_counted[f"{instruction.opcode} of {origin}"] += times
             return 0
-        name = self._op_name(instruction) or caller
+        name = self.op_name(instruction) or caller
         work = "matrix products" if flops else "elementwise, reductions and copies"
         self._program.cycles[part_of(name), direction_of(name), work, label_of(name)] += times * cycles
         return cycles
 
-    def _op_name(self, instruction: Instruction) -> str:
-        """Its own, or the longest of what is fused into it."""
+    def op_name(self, instruction: Instruction) -> str:
+        """An operation's own, or the longest of what is fused into it."""
         if instruction.op_name:
             return instruction.op_name
         if instruction.name not in self._names:
@@ -261,12 +261,12 @@ class _Walk:
             self._names[instruction.name] = max(names, key=len, default="")
         return self._names[instruction.name]
 
-    def _matmul_flops(self, instruction: Instruction, computation: Computation) -> int:
+    def matmul_flops(self, instruction: Instruction, computation: Computation) -> int:
         if instruction.opcode in PRODUCTS:
             return convolution_flops(computation, instruction)
         return sum(convolution_flops(where, one) for where, one in self._inner(instruction) if one.opcode in PRODUCTS)
 
-    def _hbm_bytes(self, instruction: Instruction, computation: Computation) -> int:
+    def hbm_bytes(self, instruction: Instruction, computation: Computation) -> int:
         """Read from and written to HBM; of an array that is only sliced or updated in place, the slice."""
         opcode = instruction.opcode
         if opcode in (

@@ -7,15 +7,16 @@ texts travel around the devices, and each device compares those that are with it
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from clip_jax.models.backends import backend_of
 from clip_jax.training.sharding import BATCH_AXES
 
 LOSS_FORMS = ("gather", "blockwise")
-BLOCK_SIZE = 1024  # by the TPU compiler's estimate, 512 takes a fifth longer and 2,048 as long
 GATHERED_LOGITS_BYTES = 64 * 2**20
 
 ROWS, WHOLE = PartitionSpec(BATCH_AXES), PartitionSpec()
@@ -25,6 +26,13 @@ Metrics = dict[str, jax.Array]
 METRIC_SPECS = {"image_to_text_accuracy": WHOLE, "text_to_image_accuracy": WHOLE, "pair_losses": ROWS}
 # Of a block of images or texts, or with one more leading axis of all of a device's: {name: float32 [block, ...]}.
 Block = dict[str, jax.Array]
+
+
+class Products(NamedTuple):
+    """How float32 matrices are multiplied: embeddings with one another, and the logits' gradients with embeddings."""
+
+    similarities: Callable[[jax.Array, jax.Array], jax.Array]
+    gradients: Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def choose_form(global_batch_size: int, num_devices: int) -> str:
@@ -51,7 +59,7 @@ def contrastive_loss(
     logit_scale: jax.Array,
     mesh: Mesh,
     form: str = "gather",
-    block_size: int = BLOCK_SIZE,
+    block_size: int = 0,
 ) -> tuple[jax.Array, Metrics]:
     """Symmetric InfoNCE; each device computes its rows of the N x N similarities, once.
 
@@ -61,7 +69,8 @@ def contrastive_loss(
       logit_scale: float32 scalar, the natural logarithm of the inverse temperature.
       mesh: the ``("data", "fsdp")`` mesh.
       form: one of ``LOSS_FORMS``; they differ in memory and time, not in result. See :func:`choose_form`.
-      block_size: the blockwise form holds at most ``[block_size, block_size]`` logits. Any size fits any batch.
+      block_size: the blockwise form holds at most ``[block_size, block_size]`` logits. Any size fits any batch; 0 is
+        the one for this kind of device (:mod:`clip_jax.models.backends`).
 
     Returns:
       The loss, a float32 scalar, and ``image_to_text_accuracy`` and ``text_to_image_accuracy`` within the batch beside
@@ -73,10 +82,15 @@ def contrastive_loss(
     if form not in LOSS_FORMS:
         raise ValueError(f"unknown form of the loss: {form!r}; known are {', '.join(LOSS_FORMS)}")
     if form == "blockwise":
+        block_size = block_size or backend_of(mesh.devices.flat[0]).loss_block_size
         return _blockwise_loss(image_embeddings, text_embeddings, logit_scale, mesh, block_size)
     # check_vma verifies that what is returned as replicated is, and makes the gradients of replicated inputs sums.
     sharded = jax.shard_map(
-        _gathered_loss, mesh=mesh, in_specs=(ROWS, ROWS, WHOLE), out_specs=(WHOLE, METRIC_SPECS), check_vma=True
+        functools.partial(_gathered_loss, products=_products_on(mesh)),
+        mesh=mesh,
+        in_specs=(ROWS, ROWS, WHOLE),
+        out_specs=(WHOLE, METRIC_SPECS),
+        check_vma=True,
     )
     return sharded(image_embeddings, text_embeddings, logit_scale)
 
@@ -87,7 +101,7 @@ def sigmoid_loss(
     logit_scale: jax.Array,
     logit_bias: jax.Array,
     mesh: Mesh,
-    block_size: int = BLOCK_SIZE,
+    block_size: int = 0,
 ) -> tuple[jax.Array, Metrics]:
     """SigLIP's loss (arXiv 2303.15343, section 3.2 and algorithm 1): every pair is judged by itself.
 
@@ -100,7 +114,7 @@ def sigmoid_loss(
       logit_scale: float32 scalar, the natural logarithm of the inverse temperature; SigLIP starts at log 10.
       logit_bias: float32 scalar; SigLIP starts at -10.
       mesh: the ``("data", "fsdp")`` mesh.
-      block_size: at most ``[block_size, block_size]`` logits are held.
+      block_size: at most ``[block_size, block_size]`` logits are held; 0 as for :func:`contrastive_loss`.
 
     Returns:
       The loss, a float32 scalar, and ``image_to_text_accuracy`` and ``text_to_image_accuracy`` within the batch beside
@@ -109,18 +123,21 @@ def sigmoid_loss(
     Raises:
       ValueError: a batch that cannot be divided among the devices.
     """
+    block_size = block_size or backend_of(mesh.devices.flat[0]).loss_block_size
     return _sigmoid_loss(image_embeddings, text_embeddings, logit_scale, logit_bias, mesh, block_size)
 
 
 # The gathered form: autodiff of the rows.
 
 
-def _gathered_loss(images: jax.Array, texts: jax.Array, logit_scale: jax.Array) -> tuple[jax.Array, Metrics]:
+def _gathered_loss(
+    images: jax.Array, texts: jax.Array, logit_scale: jax.Array, *, products: Products
+) -> tuple[jax.Array, Metrics]:
     local = images.shape[0]
     all_max = functools.partial(jax.lax.pmax, axis_name=BATCH_AXES)
     total = _total(images)
     all_texts = jax.lax.all_gather(texts, BATCH_AXES, tiled=True)  # [N, D]
-    logits = jnp.exp(logit_scale) * _products(images, all_texts.T)  # [N / devices, N]
+    logits = jnp.exp(logit_scale) * products.similarities(images, all_texts.T)  # [N / devices, N]
 
     columns = _pair_numbers(local)
     positives = jnp.take_along_axis(logits, columns[:, None], axis=1)[:, 0]  # [N / devices]
@@ -154,7 +171,7 @@ def _blockwise_loss(images, texts, logit_scale, mesh, block_size):
 
 def _blockwise_forward(images, texts, logit_scale, mesh, block_size):
     forward = jax.shard_map(
-        functools.partial(_blockwise_sums, block_size=block_size),
+        functools.partial(_blockwise_sums, block_size=block_size, products=_products_on(mesh)),
         mesh=mesh,
         in_specs=(ROWS, ROWS, WHOLE),
         out_specs=(WHOLE, METRIC_SPECS, ROWS),
@@ -165,7 +182,7 @@ def _blockwise_forward(images, texts, logit_scale, mesh, block_size):
 
 def _blockwise_backward(mesh, block_size, saved, cotangents):
     backward = jax.shard_map(
-        functools.partial(_blockwise_gradients, block_size=block_size),
+        functools.partial(_blockwise_gradients, block_size=block_size, products=_products_on(mesh)),
         mesh=mesh,
         in_specs=(ROWS, ROWS, WHOLE, ROWS, WHOLE),
         out_specs=(ROWS, ROWS, WHOLE),
@@ -176,11 +193,11 @@ def _blockwise_backward(mesh, block_size, saved, cotangents):
 _blockwise_loss.defvjp(_blockwise_forward, _blockwise_backward)
 
 
-def _blockwise_sums(images, texts, logit_scale, *, block_size):
+def _blockwise_sums(images, texts, logit_scale, *, block_size, products):
     """The loss, the metrics, and for each of the device's pairs its logit and the log-sums of all others' with it."""
 
     def visit(image: Block, text: Block) -> tuple[Block, Block]:
-        logits = jnp.exp(logit_scale) * _products(image["embedding"], text["embedding"].T)
+        logits = jnp.exp(logit_scale) * products.similarities(image["embedding"], text["embedding"].T)
         own, others = _pairings(image, text)
         negatives = jnp.where(others, logits, LEAST)
         return (
@@ -201,15 +218,15 @@ def _blockwise_sums(images, texts, logit_scale, *, block_size):
     return _all_mean(losses) / 2, metrics, sums
 
 
-def _blockwise_gradients(images, texts, logit_scale, sums, cotangent, *, block_size):
+def _blockwise_gradients(images, texts, logit_scale, sums, cotangent, *, block_size, products):
     positives = sums["positive"]
     image_log_sums, text_log_sums = (jnp.logaddexp(sums[name], positives) for name in ("by_image", "by_text"))
 
     def visit(image: Block, text: Block) -> tuple[Block, Block]:
-        logits = jnp.exp(logit_scale) * _products(image["embedding"], text["embedding"].T)
+        logits = jnp.exp(logit_scale) * products.similarities(image["embedding"], text["embedding"].T)
         _, others = _pairings(image, text)
         softmaxes = jnp.exp(logits - image["log_sum"][:, None]) + jnp.exp(logits - text["log_sum"])
-        return _embedding_gradients(jnp.where(others, softmaxes, 0), image, text)
+        return _embedding_gradients(jnp.where(others, softmaxes, 0), image, text, products)
 
     by_image, by_text = _ring(
         visit,
@@ -249,7 +266,7 @@ def _sigmoid_loss(images, texts, logit_scale, logit_bias, mesh, block_size):
 
 def _sigmoid_forward(images, texts, logit_scale, logit_bias, mesh, block_size):
     forward = jax.shard_map(
-        functools.partial(_sigmoid_loss_and_gradients, block_size=block_size),
+        functools.partial(_sigmoid_loss_and_gradients, block_size=block_size, products=_products_on(mesh)),
         mesh=mesh,
         in_specs=(ROWS, ROWS, WHOLE, WHOLE),
         out_specs=(WHOLE, METRIC_SPECS, (ROWS, ROWS, WHOLE, WHOLE)),
@@ -265,12 +282,12 @@ def _sigmoid_backward(mesh, block_size, gradients, cotangents):
 _sigmoid_loss.defvjp(_sigmoid_forward, _sigmoid_backward)
 
 
-def _sigmoid_loss_and_gradients(images, texts, logit_scale, logit_bias, *, block_size):
+def _sigmoid_loss_and_gradients(images, texts, logit_scale, logit_bias, *, block_size, products):
     def visit(image: Block, text: Block) -> tuple[Block, Block]:
-        logits = jnp.exp(logit_scale) * _products(image["embedding"], text["embedding"].T) + logit_bias
+        logits = jnp.exp(logit_scale) * products.similarities(image["embedding"], text["embedding"].T) + logit_bias
         own, others = _pairings(image, text)
         slopes = jnp.where(others, jax.nn.sigmoid(logits), 0)
-        image_gradients, text_gradients = _embedding_gradients(slopes, image, text)
+        image_gradients, text_gradients = _embedding_gradients(slopes, image, text, products)
         negatives = jnp.where(others, logits, LEAST)  # softplus(LEAST) = 0
         return image_gradients | {
             "greatest": negatives.max(axis=1),
@@ -299,9 +316,15 @@ def _sigmoid_loss_and_gradients(images, texts, logit_scale, logit_bias, *, block
 # What they share. All of it runs under shard_map, on one device's images and texts.
 
 
-def _products(left: jax.Array, right: jax.Array) -> jax.Array:
-    """Full float32 products: a TPU's default would round similarities to bfloat16, 0.4 % of a logit of 100."""
-    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
+def _products_on(mesh: Mesh) -> Products:
+    """In float32, or in what GPUs are quick with.
+
+    A TPU's default would round the similarities' operands to bfloat16, 0.4 % of a logit of 100. TF32 rounds them to 11
+    bits, an eighth of that. The gradients' may be bfloat16, which their sums will be rounded to in the towers.
+    """
+    backend = backend_of(mesh.devices.flat[0])
+    precisions = backend.similarity_precision, backend.embedding_gradient_precision
+    return Products(*(functools.partial(jnp.matmul, precision=precision) for precision in precisions))
 
 
 def _all_sum(x: jax.Array) -> jax.Array:
@@ -329,11 +352,11 @@ def _pairings(image: Block, text: Block) -> tuple[jax.Array, jax.Array]:
     return real & same, real & ~same
 
 
-def _embedding_gradients(slopes: jax.Array, image: Block, text: Block) -> tuple[Block, Block]:
+def _embedding_gradients(slopes: jax.Array, image: Block, text: Block, products: Products) -> tuple[Block, Block]:
     """Of a sum of products of images and texts, each times its slope."""
     return (
-        {"gradient": _products(slopes, text["embedding"])},
-        {"gradient": _products(slopes.T, image["embedding"])},
+        {"gradient": products.gradients(slopes, text["embedding"])},
+        {"gradient": products.gradients(slopes.T, image["embedding"])},
     )
 
 

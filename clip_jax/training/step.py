@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from clip_jax.config import model_preset
 from clip_jax.data.sources import source_names
+from clip_jax.models.backends import backend_of
 from clip_jax.models.clip import (
     CLIP,
     MAX_LOGIT_SCALE,
@@ -76,18 +77,19 @@ def _state_bytes(config: ml_collections.ConfigDict) -> int:
 
 def make_model(config: ml_collections.ConfigDict, mesh: Mesh) -> CLIP:
     """The model that ``config.model`` describes, its activations split over the mesh by their first axis."""
-    model = config.model
+    model, preset = config.model, model_preset(config)
+    backend = backend_of(mesh.devices.flat[0])
     sigmoid = {
         "initial_logit_scale": SIGMOID_INITIAL_LOGIT_SCALE,
         "initial_logit_bias": SIGMOID_INITIAL_LOGIT_BIAS,
     }
     return CLIP(
-        model_preset(config),
+        preset,
         remat=model.remat,
-        scan_unroll=model.scan_unroll,
-        class_token_apart=mesh.devices.flat[0].platform == "tpu",
+        scan_unroll=model.scan_unroll or backend.scan_unroll(model.remat),
         dtype=jnp.dtype(model.dtype),
         batch_sharding=batch_sharding(mesh),
+        **backend.fields(preset, model.dtype, model.fused_attention),
         **(sigmoid if config.loss.kind == "sigmoid" else {}),
     )
 
