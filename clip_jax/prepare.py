@@ -77,6 +77,9 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     clipart.add_argument("png", type=pathlib.Path, metavar="PNG_FOLDER", help="such as /usr/share/openclipart/png")
     clipart.add_argument("svg", type=pathlib.Path, metavar="SVG_FOLDER", help="such as /usr/share/openclipart/svg")
+    clipart.add_argument(
+        "--part", choices=openclipart.PARTS, default="all", help="held_out: a tenth of the names, train: the others"
+    )
     add_output(clipart)
 
     inspect = add("inspect", _inspect, "Tells what a source holds, and how much of it is bad.")
@@ -170,7 +173,7 @@ def _convert(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _openclipart(arguments: argparse.Namespace, rest: list[str]) -> None:
-    source = openclipart.OpenClipart(arguments.png, arguments.svg)
+    source = openclipart.OpenClipart(arguments.png, arguments.svg, arguments.part)
     _write(source, openclipart.SOURCE_NAME, arguments, openclipart.LICENCE)
 
 

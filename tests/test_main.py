@@ -308,7 +308,7 @@ def test_a_resnets_run_is_known_again_though_json_has_lists_for_its_tuples(tmp_p
             prepare(changed, str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["quickstart", *PUBLISHED])
+@pytest.mark.parametrize("name", ["quickstart", "clipart_vit_s16", *PUBLISHED])
 def test_every_config_takes_overrides_and_passes_its_own_checks(name):
     config, workdir, _ = parse_arguments(
         [f"--config=configs/{name}.py", "--config.steps=5", "--config.data.source=folder:/pictures"]
@@ -341,5 +341,6 @@ def test_only_vit_l14_at_336_pixels_starts_from_another_run():
 def test_every_packaged_config_is_tested_here():
     assert {file.stem for file in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py")} == {
         "quickstart",
+        "clipart_vit_s16",
         *PUBLISHED,
     }

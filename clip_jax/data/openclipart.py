@@ -1,7 +1,7 @@
 """Pairs of the Open Clip Art Library as Debian packages it: drawings in the public domain with titles and keywords.
 
     apt-get install openclipart-png openclipart-svg
-    python -m clip_jax.prepare openclipart /usr/share/openclipart/png /usr/share/openclipart/svg OUTPUT
+    python -m clip_jax.prepare openclipart /usr/share/openclipart/png /usr/share/openclipart/svg OUTPUT [--part=train]
 
 The pictures are the PNGs; what they show is in the RDF metadata of the SVGs of the same names, and in the folders.
 """
@@ -27,6 +27,8 @@ MOST_WITH_ONE_NAME = 20  # the library has 1,375 stars that differ in the number
 AUTHORS_PREFIX = re.compile(r"^clipart by .* - ", re.IGNORECASE)
 WORD = re.compile(r"[A-ZÀ-Þ]?[a-zà-ÿ]+|[A-ZÀ-Þ]+(?![a-zà-ÿ])")
 EMPTY_KEYWORDS = {"hash", "unsorted", "special"}  # "hash" is what a script left there
+PARTS = ("all", "train", "held_out")
+ONE_HELD_OUT_OF = 10  # names
 SHORTEST_NAME = 3  # letters, of a drawing of a collection: "fc28" and "sm 13" are no words
 
 
@@ -101,17 +103,21 @@ def captions_of(name: str, keywords: Iterable[str], category: str) -> list[str]:
 
 
 class OpenClipart:
-    """All drawings in the order of their paths; the key is the path, the label is the top folder.
+    """The drawings of a part in the order of their paths; the key is the path, the label is the top folder.
+
+    Of ``PARTS``, "held_out" has about a tenth of the names and "train" the others, so that no name is in both.
 
     A record that cannot be used is a PairError: ``no_title``, ``not_public_domain``, ``duplicate_picture`` (an earlier
     one has the same bytes), ``too_many_alike`` (more than 20 have its name), ``damaged_record``.
 
     Raises:
       FileNotFoundError: a folder is missing.
-      ValueError: there is no PNG below the first.
+      ValueError: there is no PNG below the first, or no such part.
     """
 
-    def __init__(self, png_folder: pathlib.Path, svg_folder: pathlib.Path):
+    def __init__(self, png_folder: pathlib.Path, svg_folder: pathlib.Path, part: str = "all"):
+        if part not in PARTS:
+            raise ValueError(f"no part {part!r} of the clip art; there are {', '.join(PARTS)}")
         for folder in (png_folder, svg_folder):
             if not folder.is_dir():
                 raise FileNotFoundError(f"no folder {folder}; see python -m clip_jax.prepare openclipart --help")
@@ -119,7 +125,9 @@ class OpenClipart:
         paths = sorted(path.relative_to(png_folder).with_suffix("").as_posix() for path in png_folder.rglob("*.png"))
         if not paths:
             raise ValueError(f"no .png below {png_folder}; see python -m clip_jax.prepare openclipart --help")
-        self._entries, self._fingerprint = _read_entries(paths, png_folder, svg_folder)
+        entries, digest = _read_entries(paths, png_folder, svg_folder)
+        self._entries = [entry for entry in entries if part in ("all", _part_of(entry))]
+        self._fingerprint = digest if part == "all" else f"{digest} {part}"
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -141,6 +149,13 @@ def _png(folder: pathlib.Path, path: str) -> pathlib.Path:
 
 def _category(path: str) -> str:
     return path.partition("/")[0].replace("_", " ")
+
+
+def _part_of(entry: Entry) -> str:
+    """By the name alone: drawings of one name are often much the same."""
+    name = entry.captions[0].lower() if entry.captions else entry.path
+    number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])
+    return "train" if number % ONE_HELD_OUT_OF else "held_out"
 
 
 def _read_entries(paths: list[str], pngs: pathlib.Path, svgs: pathlib.Path) -> tuple[list[Entry], str]:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from clip_jax.data.openclipart import LICENCE, Metadata, OpenClipart, captions_of, name_of, read_metadata
+from clip_jax.data.openclipart import LICENCE, PARTS, Metadata, OpenClipart, captions_of, name_of, read_metadata
 from clip_jax.data.sources import PairError
 
 PUBLIC_DOMAIN = "http://web.resource.org/cc/PublicDomain"
@@ -38,8 +38,8 @@ class Library:
             else:
                 Image.new("RGBA", (3, 3), (color or self._count, self._count // 256, 0, 128)).save(file)
 
-    def open(self):
-        return OpenClipart(self.png, self.svg)
+    def open(self, part="all"):
+        return OpenClipart(self.png, self.svg, part)
 
 
 @pytest.fixture
@@ -154,3 +154,29 @@ def test_missing_folders_are_named(tmp_path, library):
 
 def test_the_licence_is_the_public_domain():
     assert "public domain" in LICENCE
+
+
+def test_a_tenth_of_the_names_is_held_out_and_no_name_is_in_both_parts(library):
+    for number in range(120):
+        name = f"thing {number}".translate(str.maketrans("0123456789", "abcdefghij"))
+        for copy in ("one", "two"):
+            library.add(f"things/{number}_{copy}", name)
+    library.add("things/nameless", "")
+    keys, names = {}, {}
+    for part in PARTS:
+        source = library.open(part)
+        pairs = [source[index] for index in range(len(source)) if "nameless" not in source._entries[index].path]
+        keys[part], names[part] = {pair.key for pair in pairs}, {pair.captions[0] for pair in pairs}
+    assert len(keys["all"]) == 240
+    assert keys["train"] | keys["held_out"] == keys["all"]
+    assert not names["train"] & names["held_out"]
+    assert 5 <= len(names["held_out"]) <= 30
+    assert len(keys["held_out"]) == 2 * len(names["held_out"])
+    assert len({library.open(part).fingerprint() for part in PARTS}) == 3
+    assert sum(reasons(library.open(part))["no_title"] for part in ("train", "held_out")) == 1
+
+
+def test_a_part_that_is_not_there_is_named(library):
+    library.add("things/pear", "pear")
+    with pytest.raises(ValueError, match="no part 'test' of the clip art; there are all, train, held_out"):
+        library.open("test")
