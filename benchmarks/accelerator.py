@@ -6,7 +6,8 @@ python -m benchmarks.accelerator --table=runs/accelerator.json
 
 Random data. Each measurement has a process of its own with a deadline, warms up, and takes the median of rounds that
 end when the device is done; ours and open_clip's take turns. Batches double until one does not fit. Ours is measured
-with each remat policy and each form of the loss, open_clip's with and without compiling and gradient checkpointing.
+with each remat policy and form of the loss, and without what :mod:`clip_jax.models.backends` chose for the device;
+open_clip's with and without compiling and gradient checkpointing.
 Tables go to stdout, and all of it to a JSON report, which is written anew after each measurement. With ``--minutes``
 the most important comes first, and what was left out is listed. ``--small`` tries everything at sizes for a CPU.
 """
@@ -44,6 +45,7 @@ MODELS = ("ViT-L/14", "ViT-B/32", "ViT-B/16", "RN50")  # the most important firs
 FIRST_BATCH = {"ViT-L/14": 128, "ViT-B/16": 256, "ViT-B/32": 512, "RN50": 256}
 LARGEST_BATCH = 32_768  # the paper's
 LOSSES = tuple(form for form in LOSS_FORMS if form != "auto")  # which is one of the others
+BLOCK_SIZES = (1_024, 4_096, 16_384)  # beside the one that clip_jax.models.backends chose
 SMALLEST_BATCH = 8
 SMALL_MODEL = "ViT-tiny"
 DEADLINE_S = 420  # of one measurement; compiling the largest model takes the most of it
@@ -98,7 +100,7 @@ def whole_plan(models: list[str]) -> list[Duel]:
     order += [losses(8_192), losses(131_072)]
     order += [duel for duels in others for duel in duels[2:4]]
     order += [duel for duels in (first, *others) for duel in duels[4:]]
-    order += embeddings(models[0], 64)
+    order += [*choices(models[0]), *embeddings(models[0], 64)]
     for model in models[1:]:
         order += [*embeddings(model, 512), *embeddings(model, 64), *starts(model, 64)]
     return order
@@ -141,9 +143,19 @@ def steps(model: str) -> list[Duel]:
     return [Duel("step", {"model": model}, duel, FIRST_BATCH.get(model, 128), LARGEST_BATCH) for duel in duels]
 
 
+def choices(model: str) -> list[Duel]:
+    """Ours without what ``clip_jax.models.backends`` chose for the device, at one batch size."""
+    best_guess = {"remat": "lite", "loss": LOSSES[0]}
+    others = ({}, {"scan_unroll": 1}, {"fused_attention": False})
+    batch_size = FIRST_BATCH.get(model, 128)
+    settings = tuple(("clip_jax", best_guess | other) for other in others)
+    return [Duel("step", {"model": model}, settings, batch_size, batch_size)]
+
+
 def losses(pairs: int, width: int = 768) -> Duel:
-    """Ours in float32; open_clip's with bfloat16 similarities, as it trains, and in float32."""
+    """Ours in float32, with other blocks too; open_clip's with bfloat16 similarities, as it trains, and in float32."""
     ours = [("clip_jax", {"loss": form}) for form in LOSSES]
+    ours += [("clip_jax", {"loss": "blockwise", "block_size": size}) for size in BLOCK_SIZES if size < pairs]
     theirs = [
         ("open_clip", {"compiled": compiled, "precision": precision})
         for precision in ("bfloat16", "float32")

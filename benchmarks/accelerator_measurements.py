@@ -54,10 +54,11 @@ def status_of(error: BaseException) -> str:
 
 
 def config_of(case: dict, setting: dict) -> ml_collections.ConfigDict:
-    """The paper's config of ``case["model"]`` with what ``setting`` says of batch, recomputation and loss."""
+    """The paper's config of ``case["model"]`` with what ``setting`` says of batch, recomputation, form and loss."""
     config = default_config(case["model"])
     config.global_batch_size = setting["batch_size"]
-    config.model.remat = setting.get("remat", config.model.remat)
+    for name in ("remat", "scan_unroll", "fused_attention"):
+        config.model[name] = setting.get(name, config.model[name])
     config.loss.form = setting.get("loss", config.loss.form)
     return config
 
@@ -336,13 +337,14 @@ def our_loss(spec: dict) -> dict:
     import jax.numpy as jnp
 
     from benchmarks.loss import embeddings
-    from clip_jax.training.loss import BLOCK_SIZE, contrastive_loss
+    from clip_jax.training.loss import contrastive_loss
     from clip_jax.training.sharding import make_mesh
 
     mesh = make_mesh(1, jax.devices()[:1])
+    form, block_size = spec["setting"]["loss"], spec["setting"].get("block_size", 0)
 
     def loss(*inputs: jax.Array):
-        return contrastive_loss(*inputs, mesh, form=spec["setting"]["loss"], block_size=BLOCK_SIZE)
+        return contrastive_loss(*inputs, mesh, form, block_size)
 
     inputs = *map(jnp.array, embeddings(spec["case"]["pairs"], spec["case"]["width"])), jnp.float32(LOGIT_SCALE)
     function = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))

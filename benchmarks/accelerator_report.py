@@ -78,6 +78,8 @@ def label(setting: dict) -> str:
     for name, value in setting.items():
         if name == "compiled":
             words.append("compiled" if value else "eager")
+        elif name == "fused_attention":
+            words.append("attention fused" if value else "attention not fused")
         elif isinstance(value, bool):
             words += [name] if value else []
         elif name == "precision":

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import accelerator
 from benchmarks.accelerator import Bench, Duel, measure_all, next_batch, plan, refusal, run_alone
 from benchmarks.accelerator_measurements import NotThereError, config_of, status_of, timed
-from benchmarks.accelerator_report import best, left_out, number, ratio, summarise, tables, with_shares
+from benchmarks.accelerator_report import best, label, left_out, number, ratio, summarise, tables, with_shares
 from clip_jax.config import LOSS_FORMS, REMAT_POLICIES
 
 REPOSITORY = pathlib.Path(__file__).parent.parent.parent
@@ -123,6 +123,10 @@ def test_a_part_or_model_that_is_not_there_is_refused(option, capsys):
     assert option.partition("=")[2] in capsys.readouterr().err
 
 
+def settings_of(duels: list[Duel], what: str | int) -> list[dict]:
+    return [setting for duel in duels if what in duel.case.values() for _, setting in duel.settings]
+
+
 def test_the_plan_has_every_policy_and_form_of_the_config_and_starts_with_the_largest_model():
     duels = plan(accelerator.PARTS)
     steps = [duel for duel in duels if duel.part == "step"]
@@ -133,10 +137,16 @@ def test_the_plan_has_every_policy_and_form_of_the_config_and_starts_with_the_la
         assert ours == {(policy, form) for policy in REMAT_POLICIES for form in LOSS_FORMS if form != "auto"}
         theirs = [setting for side, setting in settings if side == "open_clip"]
         assert len(theirs) == 4
+    others = [item for item in settings_of(duels, "ViT-L/14") if {"scan_unroll", "fused_attention"} & set(item)]
+    assert [item.get("fused_attention", True) for item in others] == [True, False]  # the backend's choices taken back
     assert {duel.case["pairs"] for duel in duels if duel.part == "loss"} == {8_192, 32_768, 131_072}
+    blocks = {setting["block_size"] for setting in settings_of(duels, 131_072) if "block_size" in setting}
+    assert blocks == set(accelerator.BLOCK_SIZES)
     assert {duel.part for duel in plan(["loss", "start"])} == {"loss", "start"}
     config = config_of({"model": "RN50"}, {"batch_size": 256, "remat": "full", "loss": "blockwise"})
     assert (config.global_batch_size, config.model.remat, config.loss.form) == (256, "full", "blockwise")
+    assert config.model.fused_attention
+    assert not config_of({"model": "RN50"}, {"batch_size": 256, "fused_attention": False}).model.fused_attention
 
 
 @pytest.mark.parametrize(
@@ -262,6 +272,12 @@ def test_the_tables_are_those_of_the_docs(report, tmp_path, capsys):
     row = "| clip_jax remat lite, loss gather | 256.0 (30.0 GB) | 320.0 (30.0 GB) | does not fit |"
     assert row in lines
     assert lines[-1] == "- no time for: embed RN50 texts (2 settings)"
+
+
+def test_a_setting_is_named_by_what_differs_from_the_usual():
+    assert label({"batch_size": 8, "remat": "lite", "fused_attention": False}) == "remat lite, attention not fused"
+    assert label({"compiled": False, "checkpointing": True}) == "eager, checkpointing"
+    assert label({"loss": "blockwise", "block_size": 1_024}) == "loss blockwise, block_size 1024"
 
 
 @pytest.mark.parametrize(
