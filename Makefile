@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PEERS_VENV ?= .venv-peers
+CUDA_VENV ?= .venv-cuda
 # Large pages for the arrays of each step: 10 to 15 % of a step's time on CPU (glibc 2.35 or newer; ignored elsewhere).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
@@ -17,7 +18,7 @@ define make_venv
 endef
 
 .NOTPARALLEL:
-.PHONY: quickstart test test-nightly test-peers test-peers-nightly lint format bench lock clean
+.PHONY: quickstart test test-nightly test-peers test-peers-nightly test-cuda lint format bench lock clean
 
 quickstart: $(VENV)/.base  ## train a small CLIP on the pairs that ship, and report
 	$(VENV)/bin/python -m clip_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
@@ -33,6 +34,9 @@ test-peers: $(PEERS_VENV)/.peers  ## compare with PyTorch's CLIPs, live
 
 test-peers-nightly: $(PEERS_VENV)/.peers  ## the largest models with every peer as well
 	$(PEERS_VENV)/bin/python -m pytest tests/peers
+
+test-cuda: $(CUDA_VENV)/.cuda  ## what XLA's compiler makes for GPUs; none is needed
+	$(CUDA_VENV)/bin/python -m pytest tests/benchmarks/test_gpu_program.py
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -60,6 +64,9 @@ $(VENV)/.test: setup.py constraints.txt
 $(VENV)/.dev: setup.py constraints.txt
 	$(call make_venv,$(VENV),.[dev$(,)test])
 
+$(CUDA_VENV)/.cuda: setup.py constraints.txt
+	$(call make_venv,$(CUDA_VENV),.[cuda$(,)test])
+
 $(PEERS_VENV)/.peers: setup.py constraints.txt
 	$(call make_venv,$(PEERS_VENV),.[peers$(,)test])
 
@@ -75,6 +82,6 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf $(VENV) $(PEERS_VENV) build *.egg-info
+	rm -rf $(VENV) $(PEERS_VENV) $(CUDA_VENV) build *.egg-info
 
 , := ,

@@ -1,15 +1,16 @@
 """One accelerator: training, the loss, embedding and starting, here and in open_clip (PyTorch), on the same device.
 
-python -m benchmarks.accelerator [--only=ceilings,step,loss,embed,start] [--models=ViT-L/14] [--minutes=N] [--small]
-    [--output=runs/accelerator.json]
+python -m benchmarks.accelerator [--only=check,ceilings,step,loss,embed,start] [--models=ViT-L/14] [--minutes=N]
+    [--resume] [--small] [--output=runs/accelerator.json]
 python -m benchmarks.accelerator --table=runs/accelerator.json
 
 Random data. Each measurement has a process of its own with a deadline, warms up, and takes the median of rounds that
 end when the device is done; ours and open_clip's take turns. Batches double until one does not fit. Ours is measured
 with each remat policy and form of the loss, and without what :mod:`clip_jax.models.backends` chose for the device;
 open_clip's with and without compiling and gradient checkpointing.
-Tables go to stdout, and all of it to a JSON report, which is written anew after each measurement. With ``--minutes``
-the most important comes first, and what was left out is listed. ``--small`` tries everything at sizes for a CPU.
+Before all, one step with cuDNN's attention is compared with one without. Tables go to stdout, and all of it to a JSON
+report, which is written anew after each measurement. With ``--minutes`` the most important comes first, and what was
+left out is listed; with ``--resume`` a later run goes on from there. ``--small`` tries everything at sizes for a CPU.
 """
 
 import argparse
@@ -47,15 +48,15 @@ LARGEST_BATCH = 32_768  # the paper's
 LOSSES = tuple(form for form in LOSS_FORMS if form != "auto")  # which is one of the others
 BLOCK_SIZES = (1_024, 4_096, 16_384)  # beside the one that clip_jax.models.backends chose
 SMALLEST_BATCH = 8
+CHECKED_BATCH = 8
 SMALL_MODEL = "ViT-tiny"
 DEADLINE_S = 420  # of one measurement; compiling the largest model takes the most of it
 LEAST_S = 15  # with less time left nothing is started
 GAIN = 1.03  # a batch twice as large that brings less than this can wait for the rest
 REPOSITORY = pathlib.Path(__file__).parent.parent
 
-# Without these the two sides would take the memory from each other, and JAX a quarter less than there is.
+# By default JAX leaves a quarter of the memory alone.
 ENVIRONMENT = {
-    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
     "CUDA_VISIBLE_DEVICES": "0",
 }
@@ -94,13 +95,13 @@ def plan(parts: Iterable[str], models: Iterable[str] = MODELS, small: bool = Fal
 
 def whole_plan(models: list[str]) -> list[Duel]:
     first, others = steps(models[0]), [steps(model) for model in models[1:]]
-    order = [*ceilings(8_192, 2**30), *first[:2], losses(32_768), *first[2:4]]
+    order = [*checks(models), *ceilings(8_192, 2**30), *first[:2], losses(32_768), *first[2:4], *choices(models[0])]
     order += [*embeddings(models[0], 512), *starts(models[0], 64)]
     order += [duel for duels in others for duel in duels[:2]]
     order += [losses(8_192), losses(131_072)]
     order += [duel for duels in others for duel in duels[2:4]]
     order += [duel for duels in (first, *others) for duel in duels[4:]]
-    order += [*choices(models[0]), *embeddings(models[0], 64)]
+    order += embeddings(models[0], 64)
     for model in models[1:]:
         order += [*embeddings(model, 512), *embeddings(model, 64), *starts(model, 64)]
     return order
@@ -118,9 +119,15 @@ def small_plan() -> list[Duel]:
     def without_compiling(duel: Duel) -> Duel:
         return duel._replace(settings=tuple(item for item in duel.settings if not item[1].get("compiled")))
 
-    others = [losses(512, width=64), *embeddings(SMALL_MODEL, 8), *starts(SMALL_MODEL, 8)]
+    others = [losses(2_048, width=64), *embeddings(SMALL_MODEL, 8), *starts(SMALL_MODEL, 8)]
     training = [Duel("step", case, settings, 8, 8) for settings in (first, second)]
-    return [*ceilings(256, 2**22), *training, *map(without_compiling, others)]
+    training += choices(SMALL_MODEL, batch_size=8)
+    return [*checks([SMALL_MODEL]), *ceilings(256, 2**22), *training, *map(without_compiling, others)]
+
+
+def checks(models: list[str]) -> list[Duel]:
+    """What no other measurement would notice: that cuDNN's attention trains as the written one does."""
+    return [Duel("check", {"model": model}, (("clip_jax", {}),), CHECKED_BATCH, CHECKED_BATCH) for model in models]
 
 
 def ceilings(matrix_size: int, copied_bytes: int) -> list[Duel]:
@@ -138,27 +145,28 @@ def steps(model: str) -> list[Duel]:
         for compiled in (True, False)
         for checkpointing in (False, True)
     ]
+    if model.startswith("RN"):
+        theirs += [("open_clip", setting | {"channels_last": True}) for _, setting in theirs[:2]]
     duels = [tuple(filter(None, pair)) for pair in zip_longest(ours, theirs)]
     duels += [(("clip_jax", {"remat": policy, "loss": form}),) for form in other_forms for policy in REMAT_POLICIES]
     return [Duel("step", {"model": model}, duel, FIRST_BATCH.get(model, 128), LARGEST_BATCH) for duel in duels]
 
 
-def choices(model: str) -> list[Duel]:
+def choices(model: str, batch_size: int | None = None) -> list[Duel]:
     """Ours without what ``clip_jax.models.backends`` chose for the device, at one batch size."""
-    best_guess = {"remat": "lite", "loss": LOSSES[0]}
-    others = ({}, {"scan_unroll": 1}, {"fused_attention": False})
-    batch_size = FIRST_BATCH.get(model, 128)
-    settings = tuple(("clip_jax", best_guess | other) for other in others)
+    batch_size = batch_size or FIRST_BATCH.get(model, 128)
+    taken_back = ({"scan_unroll": 1}, {"fused_attention": False})
+    settings = tuple(("clip_jax", {"remat": "lite", "loss": LOSSES[0]} | one) for one in taken_back)
     return [Duel("step", {"model": model}, settings, batch_size, batch_size)]
 
 
 def losses(pairs: int, width: int = 768) -> Duel:
-    """Ours in float32, with other blocks too; open_clip's with bfloat16 similarities, as it trains, and in float32."""
+    """Ours as it trains, with other blocks too; open_clip's with similarities in bfloat16, as it trains, and better."""
     ours = [("clip_jax", {"loss": form}) for form in LOSSES]
     ours += [("clip_jax", {"loss": "blockwise", "block_size": size}) for size in BLOCK_SIZES if size < pairs]
     theirs = [
         ("open_clip", {"compiled": compiled, "precision": precision})
-        for precision in ("bfloat16", "float32")
+        for precision in ("bfloat16", "tf32", "float32")
         for compiled in (False, True)
     ]
     settings = tuple(setting for pair in zip_longest(ours, theirs) for setting in pair if setting)
@@ -201,13 +209,23 @@ def next_batch(duel: Duel, tried: list[tuple[int | None, str]]) -> int | None:
     return 0
 
 
+def identity(spec: dict) -> str:
+    """The same for the same measurement of this and of another run."""
+    return json.dumps([spec[name] for name in ("part", "side", "case", "setting")], sort_keys=True)
+
+
 def measure_all(
-    duels: Iterable[Duel], measure: Callable[[dict], dict], seconds_left: Callable[[], float]
+    duels: Iterable[Duel],
+    measure: Callable[[dict], dict],
+    seconds_left: Callable[[], float],
+    before: Iterable[dict] = (),
 ) -> Iterator[dict]:
     """Yields each measurement as it is done, or as "no time" for the next of each setting when the time is over.
 
-    A duel whose larger batches bring nothing any more goes on when all others are through.
+    A duel whose larger batches bring nothing any more goes on when all others are through. What is among ``before``,
+    the measurements of another report, is not measured again, unless it failed or there was no time for it.
     """
+    known = {identity(item): item for item in before if item["status"] in ("ok", "does not fit")}
     queue = deque((duel, [[] for _ in duel.settings]) for duel in duels)
     while queue:
         duel, histories = queue.popleft()
@@ -219,7 +237,9 @@ def measure_all(
                 continue
             whole = dict(setting) if batch_size is None else {"batch_size": batch_size, **setting}
             spec = {"part": duel.part, "side": side, "case": duel.case, "setting": whole}
-            result = measure(spec) if seconds_left() >= LEAST_S else {"status": "no time"}
+            result = known.get(identity(spec))
+            if result is None:
+                result = measure(spec) if seconds_left() >= LEAST_S else {"status": "no time"}
             history.append((batch_size, result))
             yield spec | result
             statuses = [(size, result["status"]) for size, result in history]
@@ -279,7 +299,8 @@ class Bench:
     def probe(self) -> dict:
         """Asks what there is; the result's status is not "ok" where not even JAX works."""
         spec = {"part": "probe", "side": "clip_jax", "case": {}, "setting": {}}
-        self.found = run_alone(spec, DEADLINE_S, self.environment)
+        both = self.environment | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # so that PyTorch finds memory beside JAX
+        self.found = run_alone(spec, DEADLINE_S, both)
         return self.found
 
     def measure(self, spec: dict) -> dict:
@@ -350,6 +371,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--small", action="store_true", help="a tiny model and tiny sizes: all parts on a CPU in minutes"
     )
+    parser.add_argument("--resume", action="store_true", help="keep what the report at --output has already")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/accelerator.json"))
     parser.add_argument("--table", type=pathlib.Path, metavar="REPORT", help="print the tables of a report and stop")
     typed = sys.argv[1:] if arguments is None else arguments
@@ -363,6 +385,7 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--{name}: there is no {', '.join(sorted(unknown))}, but {', '.join(known)}")
     with tempfile.TemporaryDirectory() as caches:
         seconds = options.minutes and 60 * options.minutes
+        before = json.loads(options.output.read_text()) if options.resume and options.output.exists() else {}
         bench = Bench(options.small, seconds, pathlib.Path(caches))
         found = bench.probe()
         if found["status"] != "ok":
@@ -371,6 +394,10 @@ def main(arguments: list[str] | None = None) -> int:
         if reason := refusal(found["device"]["platform"], options.small):
             print(reason, file=sys.stderr)
             return 2
+        for name in ("device", "versions"):
+            if before and before[name] != found[name]:
+                print(f"--resume: {options.output} is of another {name}: {before[name]}", file=sys.stderr)
+                return 2
         report = {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": shlex.join(["python", "-m", "benchmarks.accelerator", *typed]),
@@ -388,7 +415,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         measurements: list[dict] = []
         duels = plan(parts, models, options.small)
-        for item in measure_all(duels, bench.measure, bench.seconds_left):
+        for item in measure_all(duels, bench.measure, bench.seconds_left, before.get("measurements", ())):
             print(progress(item), file=sys.stderr, flush=True)
             measurements.append(item)
             # A device may be taken away at any time: what has been measured stays.

@@ -19,10 +19,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
+import optax
 
 from benchmarks.random_data import random_batch
 from clip_jax.config import default_config, model_preset
@@ -33,6 +34,7 @@ LONG_SECONDS = 4.0
 ROUND_SECONDS = 0.25  # a round has as many runs as take so long: waiting after each short one would be measured, too
 MOST_RUNS = 10  # of a round, since each that is under way may have memory of its own
 LEAST_ROUNDS = 3
+CHECK_TOLERANCE = 0.02  # bfloat16 differs from float32 by about a tenth of this
 LOGIT_SCALE = float(np.log(1 / 0.07))
 COPIES = 4  # batches in one call of embedding, so that reading one may overlap with computing the next
 PIXELS_AT_ONCE = 256  # pictures that are normalised together, so that this is not what needs most memory
@@ -162,6 +164,13 @@ def jax_peak() -> dict:
     return {"peak_bytes": stats.get("peak_bytes_in_use")}
 
 
+def program_peak(compiled: Any) -> dict:
+    """What a program needs, arguments and results included; :func:`jax_peak` has what choosing kernels took as well."""
+    memory = compiled.memory_analysis()
+    sizes = memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes
+    return {"peak_bytes": sum(sizes) - memory.alias_size_in_bytes}
+
+
 def torch_waits(torch: Any, target: str) -> tuple[Callable[[Any], None], Callable[[], dict]]:
     """What waits for the device, and what reads the peak of its memory."""
     if target == "cpu":
@@ -208,8 +217,15 @@ def torch_ceiling(spec: dict) -> dict:
 # A training step
 
 
-def our_trainer(spec: dict) -> Callable[[], Any]:
-    """A function that does one step, as ``clip_jax.main`` does it from a config, on the first device alone."""
+class Trainer(NamedTuple):
+    """``step()`` does one step and returns its metrics; ``state()`` is what the steps so far made."""
+
+    step: Callable[[], dict]
+    state: Callable[[], Any]
+
+
+def our_trainer(spec: dict) -> Trainer:
+    """As ``clip_jax.main`` trains from a config, on the first device alone."""
     import jax
 
     from clip_jax.training.optimizer import make_optimizer
@@ -223,12 +239,12 @@ def our_trainer(spec: dict) -> Callable[[], Any]:
     state = create_state(model, optimizer, config.seed, mesh)
     batch = to_global_batch(random_batch(model_preset(config), config.global_batch_size), mesh)
 
-    def step() -> Any:
+    def step() -> dict:
         nonlocal state
         state, metrics = train_step(state, batch)
-        return state.step, metrics
+        return metrics
 
-    return step
+    return Trainer(step, lambda: state)
 
 
 def open_clip_model(spec: dict) -> tuple[Any, Any, str]:
@@ -252,6 +268,8 @@ def open_clip_trainer(spec: dict) -> Callable[[], Any]:
     config = config_of(spec["case"], spec["setting"])
     if spec["setting"]["checkpointing"]:
         model.set_grad_checkpointing()
+    layout = torch.channels_last if spec["setting"].get("channels_last") else torch.contiguous_format
+    model = model.to(memory_format=layout)
     forward = torch.compile(model.train()) if spec["setting"]["compiled"] else model.train()
     loss_fn = open_clip.ClipLoss()
     settings = config.optimizer
@@ -272,6 +290,8 @@ def open_clip_trainer(spec: dict) -> Callable[[], Any]:
         part = slice(start, start + PIXELS_AT_ONCE)
         pixels[part] = pixels_for_torch(torch, torch.from_numpy(batch["image"][part]).to(target), spec)
 
+    pixels = pixels.to(memory_format=layout)
+
     def step() -> Any:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(target, dtype=torch.bfloat16):
@@ -286,19 +306,23 @@ def open_clip_trainer(spec: dict) -> Callable[[], Any]:
     return step
 
 
-def with_pairs(spec: dict, result: dict) -> dict:
+def with_pairs(spec: dict, result: dict, loss: float) -> dict:
     from clip_jax.planning.model_flops import step_flops
 
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss}")
     batch_size = spec["setting"]["batch_size"]
     preset = model_preset(config_of(spec["case"], spec["setting"]))
     flops = sum(step_flops(preset, batch_size).values())
-    return result | {"rate": batch_size / result["seconds"], "model_flops": flops}
+    return result | {"rate": batch_size / result["seconds"], "model_flops": flops, "loss": loss}
 
 
 def our_step(spec: dict) -> dict:
     import jax
 
-    return with_pairs(spec, timed(our_trainer(spec), jax.block_until_ready, spec, jax_peak))
+    step = our_trainer(spec).step
+    result = timed(step, jax.block_until_ready, spec, jax_peak)
+    return with_pairs(spec, result, float(step()["loss"]))
 
 
 def open_clip_step(spec: dict) -> dict:
@@ -308,7 +332,37 @@ def open_clip_step(spec: dict) -> dict:
     wait(step())
     if target == "cuda":
         torch.cuda.reset_peak_memory_stats()  # of what compiling tried; JAX's cannot be reset
-    return with_pairs(spec, timed(step, wait, spec, peak))
+    result = timed(step, wait, spec, peak)
+    return with_pairs(spec, result, step().item())
+
+
+# That the fastest form trains as the plainest
+
+
+def our_check(spec: dict) -> dict:
+    """The first step's loss and gradients, with and without fused attention, in bfloat16 both.
+
+    Raises:
+      ArithmeticError: they differ by more than rounding does, or are not finite.
+    """
+    import jax
+
+    results = []
+    for fused in (True, False):
+        trainer = our_trainer(spec | {"setting": spec["setting"] | {"fused_attention": fused}})
+        loss = float(trainer.step()["loss"])
+        moments = jax.tree.map(np.asarray, optax.tree.get(trainer.state().opt_state, "mu"))  # (1 - beta1) x gradient
+        results.append((loss, moments))
+    (loss, gradients), (expected_loss, expected) = results
+    whole = math.sqrt(sum(float(np.square(leaf).sum()) for leaf in jax.tree.leaves(expected)))
+    difference = jax.tree.map(lambda a, b: float(np.linalg.norm(a - b)) / whole, gradients, expected)
+    greatest = max(jax.tree.leaves(difference))
+    if not (abs(loss - expected_loss) < CHECK_TOLERANCE * expected_loss and greatest < CHECK_TOLERANCE):
+        raise ArithmeticError(
+            f"fused attention differs: loss {loss} against {expected_loss}, gradients by up to {greatest:.2%} of all"
+        )
+    seconds = time.time() - spec["started"]
+    return {"seconds": seconds, "rate": 1 / seconds, "loss": loss, "difference": greatest}
 
 
 # From the start of the process to the end of the first step
@@ -317,7 +371,7 @@ def open_clip_step(spec: dict) -> dict:
 def our_start(spec: dict) -> dict:
     import jax
 
-    jax.block_until_ready(our_trainer(spec)())
+    jax.block_until_ready(our_trainer(spec).step())
     seconds = time.time() - spec["started"]
     return {"seconds": seconds, "rate": 1 / seconds}
 
@@ -344,11 +398,11 @@ def our_loss(spec: dict) -> dict:
     form, block_size = spec["setting"]["loss"], spec["setting"].get("block_size", 0)
 
     def loss(*inputs: jax.Array):
-        return contrastive_loss(*inputs, mesh, form, block_size)
+        return contrastive_loss(*inputs, mesh, form, block_size, "bfloat16")  # as in the default training
 
     inputs = *map(jnp.array, embeddings(spec["case"]["pairs"], spec["case"]["width"])), jnp.float32(LOGIT_SCALE)
-    function = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
-    result = timed(run_of(function, *inputs), jax.block_until_ready, spec, jax_peak)
+    function = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)).lower(*inputs).compile()
+    result = timed(run_of(function, *inputs), jax.block_until_ready, spec, lambda: program_peak(function))
     return result | {"rate": 1 / result["seconds"], "loss": float(function(*inputs)[0][0])}
 
 
@@ -359,8 +413,8 @@ def open_clip_loss(spec: dict) -> dict:
     from benchmarks.loss import embeddings
 
     setting = spec["setting"]
-    # Ours is in full float32. As open_clip trains, autocast makes bfloat16 of the similarities.
-    torch.backends.cuda.matmul.allow_tf32 = False
+    # As open_clip trains, autocast makes bfloat16 of the similarities.
+    torch.backends.cuda.matmul.allow_tf32 = setting["precision"] == "tf32"
     loss_fn = torch.compile(open_clip.ClipLoss()) if setting["compiled"] else open_clip.ClipLoss()
     arrays = *embeddings(spec["case"]["pairs"], spec["case"]["width"]), np.float32(LOGIT_SCALE)
     images, texts, logit_scale = leaves = [torch.tensor(x, device=target, requires_grad=True) for x in arrays]
@@ -374,6 +428,9 @@ def open_clip_loss(spec: dict) -> dict:
         return loss
 
     wait, peak = torch_waits(torch, target)
+    wait(run())
+    if target == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of what compiling tried
     result = timed(run, wait, spec, peak)
     return result | {"rate": 1 / result["seconds"], "loss": run().item()}
 
@@ -429,6 +486,7 @@ def open_clip_embedding(spec: dict) -> dict:
 
 MEASUREMENTS: dict[tuple[str, str], Callable[[dict], dict]] = {
     ("probe", "clip_jax"): probe,
+    ("check", "clip_jax"): our_check,
     ("ceilings", "jax"): jax_ceiling,
     ("ceilings", "pytorch"): torch_ceiling,
     ("step", "clip_jax"): our_step,

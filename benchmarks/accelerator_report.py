@@ -8,7 +8,7 @@ may choose), ``status`` ("ok", "does not fit", "failed: …", "no time" or "not 
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-PARTS = ("ceilings", "step", "loss", "embed", "start")
+PARTS = ("check", "ceilings", "step", "loss", "embed", "start")
 SIDES = ("clip_jax", "open_clip")
 CEILING_SIDES = ("jax", "pytorch")
 
@@ -43,13 +43,14 @@ def with_shares(measurements: list[dict]) -> list[dict]:
 
 
 def summarise(measurements: list[dict]) -> list[dict]:
-    """For each part and case the best setting of each side, and ``ratio`` (speed) and ``memory_ratio``, ours to theirs.
+    """For each part but the check, and each case, the best setting of each side, and ours to theirs.
 
+    ``ratio`` is that of speed, ``memory_ratio`` that of peak memory.
     Rates are pairs/s of a step, embeddings/s, flop/s and bytes/s of the ceilings, and 1/s of the loss and of a start.
     """
     cases: list[tuple[str, dict]] = []
     for item in measurements:
-        if (item["part"], item["case"]) not in cases:
+        if item["part"] != "check" and (item["part"], item["case"]) not in cases:
             cases.append((item["part"], item["case"]))
     summary = []
     for part, case in cases:
@@ -110,6 +111,11 @@ def tables(report: dict) -> str:
     lines = [f"`{report['command']}`; {device['kind']}, {report['date'][:10]}, {versions}\n"]
     by_part = {part: [item for item in measurements if item["part"] == part] for part in PARTS}
     tried = {part: [item for item in items if item["status"] != "no time"] for part, items in by_part.items()}
+    for item in tried["check"]:
+        found = (
+            f"its gradients differ by {100 * item['difference']:.2g} % of all at most" if "difference" in item else ""
+        )
+        lines.append(f"A step with and without fused attention, {item['case']['model']}: {item['status']} {found}\n")
     if tried["ceilings"]:
         units = {"matrix product": ("TFLOP/s in bfloat16", 1e12), "copy": ("GB/s, read and written", 1e9)}
         header = ["ceiling", "JAX", "PyTorch"]

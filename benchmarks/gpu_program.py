@@ -105,6 +105,8 @@ class GPUWalk(Walk):
     """Counts kernels, of which matrix products and attention are calls of libraries here."""
 
     def __init__(self, text: str):
+        if " conditional(" in text:
+            raise ValueError("the program has a conditional, of which the kernels cannot be counted")
         super().__init__(parse_module(text))
         self.kernels = Kernels()
         self.run()
@@ -140,9 +142,16 @@ def library_flops(library: str, call: Instruction, computation: Computation) -> 
     return 0
 
 
-def gpu_mesh() -> jax.sharding.Mesh:
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
-    return make_mesh(1, topology.devices)
+def hide_gpus() -> None:
+    """The compiler needs none, and must not find one: it would try kernels out, and the figures be of another kind."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    jax.config.update("jax_platforms", "cpu")
+
+
+def gpu_mesh(num_gpus: int = 1) -> jax.sharding.Mesh:
+    """GPUs of one host, which share one copy of the parameters."""
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology=f"1x1x{num_gpus}")
+    return make_mesh(num_gpus, topology.devices)
 
 
 def compile_for_gpu(function: jax.stages.Wrapped, *arguments) -> jax.stages.Compiled:
@@ -180,10 +189,17 @@ def compile_loss(mesh: jax.sharding.Mesh, pairs: int, form: str, block_size: int
     logit_scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
 
     def loss(*arguments: jax.Array):
-        return contrastive_loss(*arguments, mesh, form=form, block_size=block_size)
+        return contrastive_loss(*arguments, mesh, form, block_size, "bfloat16")  # as in the default training
 
     function = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
     return compile_for_gpu(function, embeddings, embeddings, logit_scale)
+
+
+def function_of(compiled: jax.stages.Compiled) -> str:
+    """The program without the lines of source that it was made from."""
+    return re.sub(
+        r"stack_frame_id=\d+|fingerprint_before_lhs=\"\w+\"", "", compiled.as_text().partition("StackFrames")[2]
+    )
 
 
 def print_steps(mesh: jax.sharding.Mesh, arguments: argparse.Namespace) -> None:
@@ -193,6 +209,7 @@ def print_steps(mesh: jax.sharding.Mesh, arguments: argparse.Namespace) -> None:
         batch_size = arguments.batch_size or BATCH_SIZE[model]
         for remat in arguments.remat.split(","):
             settings: dict = {}
+            program = ""
             with contextlib.ExitStack() as taken_back:
                 for name, change in FORMS.items():
                     if isinstance(change, dict):
@@ -202,6 +219,9 @@ def print_steps(mesh: jax.sharding.Mesh, arguments: argparse.Namespace) -> None:
                     start = time.perf_counter()
                     compiled, flops = compile_step(mesh, model, batch_size, remat, **settings)
                     seconds = time.perf_counter() - start
+                    before, program = program, function_of(compiled)
+                    if program == before and callable(change):
+                        raise AssertionError(f"{name}: nothing has changed")
                     kernels = GPUWalk(compiled.as_text()).kernels
                     print(
                         f"| {model} | {batch_size:,} | {remat} | {name} | {gibibytes(compiled):.1f} GiB "
@@ -240,9 +260,7 @@ def main() -> None:
     parser.add_argument("--forms", action="store_true", help="also with the choices for GPUs taken back")
     parser.add_argument("--kinds", type=int, default=0, help="name so many kinds of operations that take longest")
     arguments = parser.parse_args()
-    # The compiler needs no GPU, and must not find one: it would try kernels out, and the figures be of another kind.
-    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-    jax.config.update("jax_platforms", "cpu")
+    hide_gpus()
     mesh = gpu_mesh()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "flax"))
     print(f"for one {mesh.devices.flat[0].device_kind}, not run; {versions}")

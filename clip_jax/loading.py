@@ -42,7 +42,7 @@ class LoadedModel:
             initial_logit_bias=0.0 if "logit_bias" in weights.variables["params"] else None,
             dtype=jnp.dtype(dtype),
             batch_sharding=batch_sharding(mesh),
-            **backend_of(mesh.devices.flat[0]).fields(weights.preset, dtype),
+            **backend_of(mesh.devices.flat[0]).model_options(weights.preset, dtype),
         )
         variables = place_variables(unstack_layers(weights.variables), model, mesh)
         self.preset = weights.preset

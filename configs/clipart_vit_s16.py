@@ -35,7 +35,8 @@ def get_config():
     augmentation.erasing = 0.3
     config.data.source = "emoji:noto,twemoji/train + array_record:data/train/openclipart/pairs-*"
     config.data.num_workers = 12
-    # No name of the first two is among the pairs, nor the style of the third.
+    # Clip art and emoji of names that were left out of the clip art and of the emoji trained on, though a few of them
+    # are in the other collection; and a style of emoji that was left out.
     config.evaluation.tasks = "open_clipart,emoji_unseen_both,emoji_unseen_style"
     config.evaluation.data = "data/held_out"
     return config

@@ -28,7 +28,7 @@ AUTHORS_PREFIX = re.compile(r"^clipart by .* - ", re.IGNORECASE)
 WORD = re.compile(r"[A-ZÀ-Þ]?[a-zà-ÿ]+|[A-ZÀ-Þ]+(?![a-zà-ÿ])")
 EMPTY_KEYWORDS = {"hash", "unsorted", "special"}  # "hash" is what a script left there
 PARTS = ("all", "train", "held_out")
-ONE_HELD_OUT_OF = 10  # names
+ONE_NAME_HELD_OUT_OF = 10
 SHORTEST_NAME = 3  # letters, of a drawing of a collection: "fc28" and "sm 13" are no words
 
 
@@ -105,7 +105,8 @@ def captions_of(name: str, keywords: Iterable[str], category: str) -> list[str]:
 class OpenClipart:
     """The drawings of a part in the order of their paths; the key is the path, the label is the top folder.
 
-    Of ``PARTS``, "held_out" has about a tenth of the names and "train" the others, so that no name is in both.
+    Of ``PARTS``, "held_out" has about a tenth of the names and "train" the others. Names that differ in digits and
+    punctuation alone are one.
 
     A record that cannot be used is a PairError: ``no_title``, ``not_public_domain``, ``duplicate_picture`` (an earlier
     one has the same bytes), ``too_many_alike`` (more than 20 have its name), ``damaged_record``.
@@ -152,10 +153,11 @@ def _category(path: str) -> str:
 
 
 def _part_of(entry: Entry) -> str:
-    """By the name alone: drawings of one name are often much the same."""
-    name = entry.captions[0].lower() if entry.captions else entry.path
-    number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])
-    return "train" if number % ONE_HELD_OUT_OF else "held_out"
+    """By the letters of the name alone: drawings of one name are often much the same."""
+    name = entry.captions[0] if entry.captions else entry.path
+    letters = "".join(filter(str.isalpha, name.lower()))
+    number = int.from_bytes(hashlib.sha256(letters.encode()).digest()[:8])
+    return "train" if number % ONE_NAME_HELD_OUT_OF else "held_out"
 
 
 def _read_entries(paths: list[str], pngs: pathlib.Path, svgs: pathlib.Path) -> tuple[list[Entry], str]:

@@ -192,30 +192,56 @@ FUSED_IMPLEMENTATION = "cudnn"  # of ``jax.nn.dot_product_attention``
 FUSED_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's primitive, whose results its gradient needs
 
 
-class Seen(NamedTuple):
+class AttentionMask(NamedTuple):
     """Which keys a query sees in :func:`fused_attention`.
 
     With ``causal`` those up to its own position; with ``num_keys`` int32 ``[B]`` the first so many of its sequence.
+    ``padded_from`` is where keys begin that no query sees, if there are any. ``num_queries`` int32 ``[B]`` may say how
+    many queries there are: on several devices JAX would not split the numbers that it makes itself.
     """
 
     causal: bool = False
     num_keys: jax.Array | None = None
+    num_queries: jax.Array | None = None
+    padded_from: int | None = None
 
 
-def fused_attention(query: jax.Array, key: jax.Array, value: jax.Array, seen: Seen) -> jax.Array:
+def fused_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask) -> jax.Array:
     """The same function as :func:`attention`, by cuDNN on a GPU: no scores come to memory, in either direction.
 
     Args:
       query: bfloat16 ``[B, Q, heads, D]``; Q is even or 1, D a multiple of 8 up to 128.
       key: ``[B, K, heads, D]``; K is even, which JAX asks for where there is a gradient.
       value: the same.
-      seen: which keys a query sees.
+      mask: which keys a query sees.
 
     Returns:
       ``[B, Q, heads, D]``, in the query's dtype.
     """
     # One query has no scores worth fusing.
     implementation = FUSED_IMPLEMENTATION if query.shape[1] > 1 else "xla"
+    if mask.padded_from is not None:
+        key, value = (without_gradient_from(x, mask.padded_from) for x in (key, value))
     return jax.nn.dot_product_attention(
-        query, key, value, is_causal=seen.causal, key_value_seq_lengths=seen.num_keys, implementation=implementation
+        query,
+        key,
+        value,
+        is_causal=mask.causal,
+        query_seq_lengths=mask.num_queries,
+        key_value_seq_lengths=mask.num_keys,
+        implementation=implementation,
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def without_gradient_from(x: jax.Array, position: int) -> jax.Array:
+    """``[B, K, heads, D]`` as it is, its gradient zero from a position on.
+
+    cuDNN may leave the gradients of keys beyond a sequence's length as it found their memory (openxla/xla#44867).
+    """
+    return x
+
+
+without_gradient_from.defvjp(
+    lambda x, position: (x, None), lambda position, _, gradient: (gradient.at[:, position:].set(0),)
+)

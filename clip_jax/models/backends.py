@@ -55,7 +55,7 @@ class Backend:
         """Layers in one step of the scan, for what ``remat`` keeps: one, or more than any tower has."""
         return 1_000 if self.unrolled_scan and remat in ("none", "lite") else 1
 
-    def fields(self, preset: CLIPPreset, dtype: jnp.dtype, fused_attention: bool = True) -> dict[str, bool]:
+    def model_options(self, preset: CLIPPreset, dtype: jnp.dtype, fused_attention: bool = True) -> dict[str, bool]:
         """Those of ``CLIP`` with this preset, computing in ``dtype``; cuDNN's attention has no float32."""
         towers = [preset.text] if isinstance(preset.vision, ResNetPreset) else [preset.vision, preset.text]
         fits = all(tower.width / tower.num_heads in FUSED_HEAD_WIDTHS for tower in towers)

@@ -15,10 +15,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from clip_jax.models.attention import (
     FUSED_FORWARD,
+    AttentionMask,
     AttentionOutput,
     Parts,
     QueryKeyValue,
-    Seen,
     attention,
     fused_attention,
 )
@@ -35,7 +35,10 @@ REMAT_POLICIES = {
 
 
 def remat_policy(remat: str, with_fused_attention: bool) -> Callable[..., bool] | None:
-    """What of a layer is saved; of fused attention, which names nothing inside, what its primitive returns."""
+    """What of a layer is saved.
+
+    Of fused attention what its primitive returns: there are no names inside, and it would be computed twice.
+    """
     policy = REMAT_POLICIES[remat]
     if policy is None or not with_fused_attention:
         return policy
@@ -107,7 +110,7 @@ class ResidualAttentionBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, parts: Parts, visible: jax.Array | Seen | None = None, reading: jax.Array | None = None
+        self, parts: Parts, visible: jax.Array | AttentionMask | None = None, reading: jax.Array | None = None
     ) -> Parts:
         width, init, zeros = parts[0].shape[-1], self.initializers, nn.initializers.zeros
         shared = {"dtype": self.dtype, "batch_sharding": self.batch_sharding}
@@ -186,7 +189,7 @@ class Transformer(nn.Module):
         """
         visible = visible_to_read = None
         if self.fused_attention:
-            parts, visible, visible_to_read = even_and_seen(*parts, causal_end)
+            parts, visible, visible_to_read = pad_to_even_length(*parts, causal_end, self.batch_sharding)
         elif causal_end is not None:
             position = jnp.arange(parts[0].shape[1])
             visible = position[:, None] <= position  # [K, Q]
@@ -232,8 +235,10 @@ class Transformer(nn.Module):
         return block.apply({"params": last}, parts, visible_to_read, read(parts))[0][:, 0]
 
 
-def even_and_seen(x: jax.Array, causal_end: jax.Array | None) -> tuple[Parts, Seen, Seen]:
-    """One part ``[B, L, W]``, with one more position if L is odd; what each position sees, and what the one read sees.
+def pad_to_even_length(
+    x: jax.Array, causal_end: jax.Array | None, batch_sharding: jax.sharding.NamedSharding | None
+) -> tuple[Parts, AttentionMask, AttentionMask]:
+    """One part ``[B, L, W]``, with one more position if L is odd, and masks for all positions and for the one read.
 
     No position of ``x`` sees the one that is added.
     """
@@ -241,6 +246,12 @@ def even_and_seen(x: jax.Array, causal_end: jax.Array | None) -> tuple[Parts, Se
     if length % 2:
         x = jnp.pad(x, [(0, 0), (0, 1), (0, 0)])
     if causal_end is not None:
-        return (x,), Seen(causal=True), Seen(num_keys=causal_end + 1)
-    seen = Seen(num_keys=jnp.full((batch,), length, jnp.int32)) if length % 2 else Seen()
-    return (x,), seen, seen
+        return (x,), AttentionMask(causal=True), AttentionMask(num_keys=causal_end + 1)
+    if not length % 2:
+        return (x,), AttentionMask(), AttentionMask()
+    # Split as the batch is: cuDNN takes each device's part of both.
+    num_keys, num_queries = (
+        shard_batch(jnp.full((batch,), n, jnp.int32), batch_sharding) for n in (length, length + 1)
+    )
+    mask = AttentionMask(num_keys=num_keys, num_queries=num_queries, padded_from=length)
+    return (x,), mask, AttentionMask(num_keys=num_keys)

@@ -240,7 +240,9 @@ def train(run: Run) -> bool:
         else:
             state, position = create_state(model, optimizer, config.seed, mesh), 0
         _log_start(run, state)
-        embedder = Embedder(model, mesh, config.evaluation.batch_size)
+        # Evaluation runs now and then, with many lengths of text: it is compiled as small as it can be.
+        small = model.clone(scan_unroll=max(1, config.model.scan_unroll))
+        embedder = Embedder(small, mesh, config.evaluation.batch_size)
         train_step = make_train_step(config, model, optimizer, mesh)
         with Interruption() as interruption:
             state = train_steps(run, train_step, state, position, checkpointer, writer, embedder, interruption)

@@ -29,10 +29,13 @@ Block = dict[str, jax.Array]
 
 
 class Products(NamedTuple):
-    """How float32 matrices are multiplied: embeddings with one another, and the logits' gradients with embeddings."""
+    """How float32 matrices are multiplied: embeddings with one another, and the logits' gradients with embeddings.
 
-    similarities: Callable[[jax.Array, jax.Array], jax.Array]
-    gradients: Callable[[jax.Array, jax.Array], jax.Array]
+    The gathered form, which JAX differentiates, multiplies all as the first.
+    """
+
+    embeddings: Callable[[jax.Array, jax.Array], jax.Array]
+    logit_gradients: Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def choose_form(global_batch_size: int, num_devices: int) -> str:
@@ -60,6 +63,7 @@ def contrastive_loss(
     mesh: Mesh,
     form: str = "gather",
     block_size: int = 0,
+    dtype: jnp.dtype = jnp.float32,
 ) -> tuple[jax.Array, Metrics]:
     """Symmetric InfoNCE; each device computes its rows of the N x N similarities, once.
 
@@ -68,9 +72,11 @@ def contrastive_loss(
       text_embeddings: the same; row i belongs to image i.
       logit_scale: float32 scalar, the natural logarithm of the inverse temperature.
       mesh: the ``("data", "fsdp")`` mesh.
-      form: one of ``LOSS_FORMS``; they differ in memory and time, not in result. See :func:`choose_form`.
+      form: one of ``LOSS_FORMS``; they differ in memory and time, and but for rounding not in result. See
+        :func:`choose_form`.
       block_size: the blockwise form holds at most ``[block_size, block_size]`` logits. Any size fits any batch; 0 is
         the one for this kind of device (:mod:`clip_jax.models.backends`).
+      dtype: in which the towers compute, and go on with the gradients of their embeddings.
 
     Returns:
       The loss, a float32 scalar, and ``image_to_text_accuracy`` and ``text_to_image_accuracy`` within the batch beside
@@ -81,12 +87,13 @@ def contrastive_loss(
     """
     if form not in LOSS_FORMS:
         raise ValueError(f"unknown form of the loss: {form!r}; known are {', '.join(LOSS_FORMS)}")
+    products = _products_on(mesh, dtype)
     if form == "blockwise":
         block_size = block_size or backend_of(mesh.devices.flat[0]).loss_block_size
-        return _blockwise_loss(image_embeddings, text_embeddings, logit_scale, mesh, block_size)
+        return _blockwise_loss(image_embeddings, text_embeddings, logit_scale, mesh, block_size, products)
     # check_vma verifies that what is returned as replicated is, and makes the gradients of replicated inputs sums.
     sharded = jax.shard_map(
-        functools.partial(_gathered_loss, products=_products_on(mesh)),
+        functools.partial(_gathered_loss, products=products),
         mesh=mesh,
         in_specs=(ROWS, ROWS, WHOLE),
         out_specs=(WHOLE, METRIC_SPECS),
@@ -102,6 +109,7 @@ def sigmoid_loss(
     logit_bias: jax.Array,
     mesh: Mesh,
     block_size: int = 0,
+    dtype: jnp.dtype = jnp.float32,
 ) -> tuple[jax.Array, Metrics]:
     """SigLIP's loss (arXiv 2303.15343, section 3.2 and algorithm 1): every pair is judged by itself.
 
@@ -115,6 +123,7 @@ def sigmoid_loss(
       logit_bias: float32 scalar; SigLIP starts at -10.
       mesh: the ``("data", "fsdp")`` mesh.
       block_size: at most ``[block_size, block_size]`` logits are held; 0 as for :func:`contrastive_loss`.
+      dtype: as for :func:`contrastive_loss`.
 
     Returns:
       The loss, a float32 scalar, and ``image_to_text_accuracy`` and ``text_to_image_accuracy`` within the batch beside
@@ -124,7 +133,8 @@ def sigmoid_loss(
       ValueError: a batch that cannot be divided among the devices.
     """
     block_size = block_size or backend_of(mesh.devices.flat[0]).loss_block_size
-    return _sigmoid_loss(image_embeddings, text_embeddings, logit_scale, logit_bias, mesh, block_size)
+    products = _products_on(mesh, dtype)
+    return _sigmoid_loss(image_embeddings, text_embeddings, logit_scale, logit_bias, mesh, block_size, products)
 
 
 # The gathered form: autodiff of the rows.
@@ -137,7 +147,7 @@ def _gathered_loss(
     all_max = functools.partial(jax.lax.pmax, axis_name=BATCH_AXES)
     total = _total(images)
     all_texts = jax.lax.all_gather(texts, BATCH_AXES, tiled=True)  # [N, D]
-    logits = jnp.exp(logit_scale) * products.similarities(images, all_texts.T)  # [N / devices, N]
+    logits = jnp.exp(logit_scale) * products.embeddings(images, all_texts.T)  # [N / devices, N]
 
     columns = _pair_numbers(local)
     positives = jnp.take_along_axis(logits, columns[:, None], axis=1)[:, 0]  # [N / devices]
@@ -164,14 +174,14 @@ def _gathered_loss(
 # The blockwise form: the texts go around once for the sums of the softmax, and again for the gradients.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _blockwise_loss(images, texts, logit_scale, mesh, block_size):
-    return _blockwise_forward(images, texts, logit_scale, mesh, block_size)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _blockwise_loss(images, texts, logit_scale, mesh, block_size, products):
+    return _blockwise_forward(images, texts, logit_scale, mesh, block_size, products)[0]
 
 
-def _blockwise_forward(images, texts, logit_scale, mesh, block_size):
+def _blockwise_forward(images, texts, logit_scale, mesh, block_size, products):
     forward = jax.shard_map(
-        functools.partial(_blockwise_sums, block_size=block_size, products=_products_on(mesh)),
+        functools.partial(_blockwise_sums, block_size=block_size, products=products),
         mesh=mesh,
         in_specs=(ROWS, ROWS, WHOLE),
         out_specs=(WHOLE, METRIC_SPECS, ROWS),
@@ -180,9 +190,9 @@ def _blockwise_forward(images, texts, logit_scale, mesh, block_size):
     return (loss, metrics), (images, texts, logit_scale, sums)
 
 
-def _blockwise_backward(mesh, block_size, saved, cotangents):
+def _blockwise_backward(mesh, block_size, products, saved, cotangents):
     backward = jax.shard_map(
-        functools.partial(_blockwise_gradients, block_size=block_size, products=_products_on(mesh)),
+        functools.partial(_blockwise_gradients, block_size=block_size, products=products),
         mesh=mesh,
         in_specs=(ROWS, ROWS, WHOLE, ROWS, WHOLE),
         out_specs=(ROWS, ROWS, WHOLE),
@@ -197,7 +207,7 @@ def _blockwise_sums(images, texts, logit_scale, *, block_size, products):
     """The loss, the metrics, and for each of the device's pairs its logit and the log-sums of all others' with it."""
 
     def visit(image: Block, text: Block) -> tuple[Block, Block]:
-        logits = jnp.exp(logit_scale) * products.similarities(image["embedding"], text["embedding"].T)
+        logits = jnp.exp(logit_scale) * products.embeddings(image["embedding"], text["embedding"].T)
         own, others = _pairings(image, text)
         negatives = jnp.where(others, logits, LEAST)
         return (
@@ -223,7 +233,7 @@ def _blockwise_gradients(images, texts, logit_scale, sums, cotangent, *, block_s
     image_log_sums, text_log_sums = (jnp.logaddexp(sums[name], positives) for name in ("by_image", "by_text"))
 
     def visit(image: Block, text: Block) -> tuple[Block, Block]:
-        logits = jnp.exp(logit_scale) * products.similarities(image["embedding"], text["embedding"].T)
+        logits = jnp.exp(logit_scale) * products.embeddings(image["embedding"], text["embedding"].T)
         _, others = _pairings(image, text)
         softmaxes = jnp.exp(logits - image["log_sum"][:, None]) + jnp.exp(logits - text["log_sum"])
         return _embedding_gradients(jnp.where(others, softmaxes, 0), image, text, products)
@@ -259,14 +269,14 @@ def _merge_exponential_sums(one: Block, other: Block) -> Block:
 # asked for, the compiler leaves out the gradients' products.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _sigmoid_loss(images, texts, logit_scale, logit_bias, mesh, block_size):
-    return _sigmoid_forward(images, texts, logit_scale, logit_bias, mesh, block_size)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _sigmoid_loss(images, texts, logit_scale, logit_bias, mesh, block_size, products):
+    return _sigmoid_forward(images, texts, logit_scale, logit_bias, mesh, block_size, products)[0]
 
 
-def _sigmoid_forward(images, texts, logit_scale, logit_bias, mesh, block_size):
+def _sigmoid_forward(images, texts, logit_scale, logit_bias, mesh, block_size, products):
     forward = jax.shard_map(
-        functools.partial(_sigmoid_loss_and_gradients, block_size=block_size, products=_products_on(mesh)),
+        functools.partial(_sigmoid_loss_and_gradients, block_size=block_size, products=products),
         mesh=mesh,
         in_specs=(ROWS, ROWS, WHOLE, WHOLE),
         out_specs=(WHOLE, METRIC_SPECS, (ROWS, ROWS, WHOLE, WHOLE)),
@@ -275,7 +285,7 @@ def _sigmoid_forward(images, texts, logit_scale, logit_bias, mesh, block_size):
     return (loss, metrics), gradients
 
 
-def _sigmoid_backward(mesh, block_size, gradients, cotangents):
+def _sigmoid_backward(mesh, block_size, products, gradients, cotangents):
     return jax.tree.map(lambda gradient: cotangents[0] * gradient, gradients)
 
 
@@ -284,7 +294,7 @@ _sigmoid_loss.defvjp(_sigmoid_forward, _sigmoid_backward)
 
 def _sigmoid_loss_and_gradients(images, texts, logit_scale, logit_bias, *, block_size, products):
     def visit(image: Block, text: Block) -> tuple[Block, Block]:
-        logits = jnp.exp(logit_scale) * products.similarities(image["embedding"], text["embedding"].T) + logit_bias
+        logits = jnp.exp(logit_scale) * products.embeddings(image["embedding"], text["embedding"].T) + logit_bias
         own, others = _pairings(image, text)
         slopes = jnp.where(others, jax.nn.sigmoid(logits), 0)
         image_gradients, text_gradients = _embedding_gradients(slopes, image, text, products)
@@ -316,15 +326,21 @@ def _sigmoid_loss_and_gradients(images, texts, logit_scale, logit_bias, *, block
 # What they share. All of it runs under shard_map, on one device's images and texts.
 
 
-def _products_on(mesh: Mesh) -> Products:
+def _products_on(mesh: Mesh, dtype: jnp.dtype) -> Products:
     """In float32, or in what GPUs are quick with.
 
     A TPU's default would round the similarities' operands to bfloat16, 0.4 % of a logit of 100. TF32 rounds them to 11
-    bits, an eighth of that. The gradients' may be bfloat16, which their sums will be rounded to in the towers.
+    bits, an eighth of that. The logits' gradients may be rounded to bfloat16 where what they come to will be, too.
     """
     backend = backend_of(mesh.devices.flat[0])
-    precisions = backend.similarity_precision, backend.embedding_gradient_precision
-    return Products(*(functools.partial(jnp.matmul, precision=precision) for precision in precisions))
+    rounded = jnp.dtype(dtype) == jnp.bfloat16
+    of_gradients = backend.embedding_gradient_precision if rounded else backend.similarity_precision
+    return Products(
+        *(
+            functools.partial(jnp.matmul, precision=precision)
+            for precision in (backend.similarity_precision, of_gradients)
+        )
+    )
 
 
 def _all_sum(x: jax.Array) -> jax.Array:
@@ -355,8 +371,8 @@ def _pairings(image: Block, text: Block) -> tuple[jax.Array, jax.Array]:
 def _embedding_gradients(slopes: jax.Array, image: Block, text: Block, products: Products) -> tuple[Block, Block]:
     """Of a sum of products of images and texts, each times its slope."""
     return (
-        {"gradient": products.gradients(slopes, text["embedding"])},
-        {"gradient": products.gradients(slopes.T, image["embedding"])},
+        {"gradient": products.logit_gradients(slopes, text["embedding"])},
+        {"gradient": products.logit_gradients(slopes.T, image["embedding"])},
     )
 
 

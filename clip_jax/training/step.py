@@ -89,7 +89,7 @@ def make_model(config: ml_collections.ConfigDict, mesh: Mesh) -> CLIP:
         scan_unroll=model.scan_unroll or backend.scan_unroll(model.remat),
         dtype=jnp.dtype(model.dtype),
         batch_sharding=batch_sharding(mesh),
-        **backend.fields(preset, model.dtype, model.fused_attention),
+        **backend.model_options(preset, model.dtype, model.fused_attention),
         **(sigmoid if config.loss.kind == "sigmoid" else {}),
     )
 
@@ -184,7 +184,10 @@ def make_train_step(
         return (image_embeddings, text_embeddings), updated.get("batch_stats", {})
 
     def loss(image_embeddings: jax.Array, text_embeddings: jax.Array, logit_parameters: dict):
-        form, shared = config.loss.form, {"mesh": mesh, "block_size": config.loss.block_size}
+        form, shared = (
+            config.loss.form,
+            {"mesh": mesh, "block_size": config.loss.block_size, "dtype": config.model.dtype},
+        )
         if config.loss.kind == "sigmoid":
             return sigmoid_loss(image_embeddings, text_embeddings, **logit_parameters, **shared)
         if form == "auto":

@@ -65,7 +65,7 @@ def report() -> dict:
 def test_without_pytorch_a_small_run_measures_ours_and_says_what_is_missing(tmp_path):
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\")")
     output = tmp_path / "report.json"
-    command = ["-m", "benchmarks.accelerator", "--small", "--only=ceilings,loss,step", f"--output={output}"]
+    command = ["-m", "benchmarks.accelerator", "--small", "--only=check,ceilings,loss,step", f"--output={output}"]
     paths = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])}  # so it is not found where it is there
     done = subprocess.run(
         [sys.executable, *command],
@@ -82,7 +82,7 @@ def test_without_pytorch_a_small_run_measures_ours_and_says_what_is_missing(tmp_
     assert report["left_out"] == []
     expected = [
         (duel.part, side)
-        for duel in plan(["ceilings", "loss", "step"], small=True)
+        for duel in plan(["check", "ceilings", "loss", "step"], small=True)
         for side, _ in duel.settings
         if side in ("jax", "clip_jax")
     ]
@@ -97,6 +97,8 @@ def test_without_pytorch_a_small_run_measures_ours_and_says_what_is_missing(tmp_
     assert {item["part"] for item in theirs} == {"ceilings", "loss", "step"}
     losses = {item["loss"] for item in measured if item["part"] == "loss"}
     assert max(losses) - min(losses) < 1e-5
+    (check,) = (item for item in measured if item["part"] == "check")
+    assert check["difference"] == 0  # a CPU has one form of attention
     assert f"- pytorch: {WITHOUT_TORCH}" in done.stdout.splitlines()
     assert done.stdout == tables(report)
 
@@ -129,6 +131,7 @@ def settings_of(duels: list[Duel], what: str | int) -> list[dict]:
 
 def test_the_plan_has_every_policy_and_form_of_the_config_and_starts_with_the_largest_model():
     duels = plan(accelerator.PARTS)
+    assert duels[0].part == "check"
     steps = [duel for duel in duels if duel.part == "step"]
     assert [duel.case["model"] for duel in steps[:4]] == ["ViT-L/14"] * 4
     for model in accelerator.MODELS:
@@ -136,7 +139,7 @@ def test_the_plan_has_every_policy_and_form_of_the_config_and_starts_with_the_la
         ours = {(setting["remat"], setting["loss"]) for side, setting in settings if side == "clip_jax"}
         assert ours == {(policy, form) for policy in REMAT_POLICIES for form in LOSS_FORMS if form != "auto"}
         theirs = [setting for side, setting in settings if side == "open_clip"]
-        assert len(theirs) == 4
+        assert len(theirs) == (6 if model == "RN50" else 4)
     others = [item for item in settings_of(duels, "ViT-L/14") if {"scan_unroll", "fused_attention"} & set(item)]
     assert [item.get("fused_attention", True) for item in others] == [True, False]  # the backend's choices taken back
     assert {duel.case["pairs"] for duel in duels if duel.part == "loss"} == {8_192, 32_768, 131_072}
@@ -201,6 +204,24 @@ def test_what_the_budget_does_not_reach_is_listed():
     measured = list(measure_all(duels, sizes_that_fit({"clip_jax": 64, "open_clip": 64}), lambda: next(left)))
     assert [item["status"] for item in measured] == ["ok", "ok", "no time", "no time"]
     assert left_out(measured) == ["step B (2 settings)"]
+
+
+def test_what_another_report_has_is_not_measured_again():
+    both = (("clip_jax", {}), ("open_clip", {}))
+    duels = [Duel("step", {"model": "A"}, both, 32, 64)]
+    first = list(measure_all(duels, sizes_that_fit({"clip_jax": 64, "open_clip": 32}), lambda: 1_000))
+    unfinished = [item | {"status": "no time"} if item["setting"]["batch_size"] == 64 else item for item in first]
+    asked: list[dict] = []
+
+    def measure(spec: dict) -> dict:
+        asked.append(spec)
+        return {"status": "ok", "rate": 7}
+
+    second = list(measure_all(duels, measure, lambda: 1_000, unfinished))
+    assert [spec["setting"]["batch_size"] for spec in asked] == [64, 64]
+    assert [item["rate"] for item in second] == [32, 32, 7, 7]
+    # Without time left what is known is still told.
+    assert [i["status"] for i in measure_all(duels, measure, lambda: 0, first)] == ["ok", "ok", "ok", "does not fit"]
 
 
 def test_a_process_that_takes_too_long_is_ended_and_said_to_be():

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -63,17 +64,53 @@ def test_large_products_take_the_time_of_their_operands_matrix_rate(dtype, size)
     assert seconds == pytest.approx(max(flops / MATRIX_RATES[dtype], num_bytes / BANDWIDTH))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs jax[cuda13]")
-def test_a_step_is_compiled_for_a_gpu_that_is_not_there():
-    """Alone in its process: the tests' other devices are CPUs. Layers stand apart, with cuDNN's attention in each."""
-    command = [sys.executable, "-m", "benchmarks.gpu_program", "--models=ViT-tiny", "--remat=lite", "--batch-size=64"]
+needs_the_plugin = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs jax[cuda13]: make test-cuda"
+)
+
+
+def run_alone(*arguments: str) -> str:
+    """What a process prints that has no devices but a CPU."""
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    done = subprocess.run(
-        [*command, "--only=step", "--forms", "--kinds=99"],
-        cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    rows = [line for line in done.stdout.splitlines() if line.startswith("| ViT-tiny")]
+    return done.stdout
+
+
+@needs_the_plugin
+def test_a_step_is_compiled_for_a_gpu_that_is_not_there():
+    options = ["--models=ViT-tiny", "--remat=lite", "--batch-size=64", "--only=step", "--forms", "--kinds=99"]
+    printed = run_alone("-m", "benchmarks.gpu_program", *options)
+    rows = [line for line in printed.splitlines() if line.startswith("| ViT-tiny")]
     assert len(rows) == 5
-    assert "__cudnn$fmhaSoftmaxBackward" in done.stdout.partition(rows[4])[0]
-    assert "fmha" not in done.stdout.partition(rows[4])[2]
+    assert "__cudnn$fmhaSoftmaxBackward" in printed.partition(rows[4])[0]
+    assert "fmha" not in printed.partition(rows[4])[2]
+
+
+EIGHT_GPUS = """
+from benchmarks.gpu_program import compile_step, gpu_mesh, hide_gpus
+hide_gpus()
+sizes = {"image_size": 32, "patch_size": 16, "width": 128, "num_layers": 3, "num_heads": 2}  # 5 positions
+compiled, _ = compile_step(gpu_mesh(8), "ViT-tiny", 80, "lite", vision=sizes)
+print(compiled.as_text())
+"""
+
+
+@needs_the_plugin
+def test_on_eight_gpus_each_attends_to_its_own_part_of_the_batch():
+    """80 pairs, 10 of them on each: 50 positions of pictures and 240 of texts, which no parameter has as a size."""
+    program = run_alone("-c", EIGHT_GPUS)
+    attentions = [line for line in program.splitlines() if 'custom_call_target="__cudnn$fmha' in line]
+    assert len(attentions) >= 4
+    for line in attentions:
+        shapes = re.findall(r"bf16\[(\d+),\d+,\d+,64\]", line)
+        assert shapes and set(shapes) == {"10"}
+        # The numbers of keys, where there are any, are those of the same pictures.
+        assert set(re.findall(r"s32\[(\d+)\]", line)) <= {"10"}
+    assert any("s32[10]" in line for line in attentions)
+    gathered = re.findall(r"= (.*?) all-gather(?:-start)?\(", program)
+    assert gathered
+    for shapes in gathered:
+        for sizes in re.findall(r"\[([\d,]+)\]", shapes):
+            assert not re.match(r"80,\d+,\d+", sizes), shapes

@@ -25,21 +25,21 @@ H200, V100, MI300X = (
 def test_published_models_have_fused_attention_on_a_recent_gpu_and_the_class_token_apart_on_a_tpu(name):
     preset = get_preset(name)
     apart, fused = "class_token_apart", "fused_attention"
-    assert backend_of(H200).fields(preset, jnp.bfloat16) == {apart: False, fused: True}
-    assert backend_of(TPU).fields(preset, jnp.bfloat16) == {apart: True, fused: False}
+    assert backend_of(H200).model_options(preset, jnp.bfloat16) == {apart: False, fused: True}
+    assert backend_of(TPU).model_options(preset, jnp.bfloat16) == {apart: True, fused: False}
     for device in (CPU, V100, MI300X):
-        assert backend_of(device).fields(preset, jnp.bfloat16) == {apart: False, fused: False}
+        assert backend_of(device).model_options(preset, jnp.bfloat16) == {apart: False, fused: False}
 
 
 def test_attention_is_not_fused_where_cudnn_cannot_or_it_is_not_wanted():
     preset = get_preset("ViT-B/32")
-    assert not backend_of(H200).fields(preset, jnp.float32)["fused_attention"]
-    assert not backend_of(H200).fields(preset, jnp.bfloat16, fused_attention=False)["fused_attention"]
+    assert not backend_of(H200).model_options(preset, jnp.float32)["fused_attention"]
+    assert not backend_of(H200).model_options(preset, jnp.bfloat16, fused_attention=False)["fused_attention"]
     for tower in ("vision", "text"):
         for num_heads in (2, 128):  # heads of 256 or more, and of 4 or 6
             changed = dataclasses.replace(getattr(preset, tower), num_heads=num_heads)
             other = dataclasses.replace(preset, **{tower: changed})
-            assert not backend_of(H200).fields(other, jnp.bfloat16)["fused_attention"]
+            assert not backend_of(H200).model_options(other, jnp.bfloat16)["fused_attention"]
 
 
 def test_a_gpus_layers_stand_in_one_step_where_the_backward_pass_finds_their_products():
@@ -66,18 +66,19 @@ def test_the_config_can_say_otherwise(mesh_of):
 
 
 @pytest.mark.parametrize(
-    ("device", "platform", "similarities", "gradients"),
+    ("device", "platform", "dtype", "embeddings", "gradients"),
     [
-        (TPU, "tpu", "HIGHEST", "HIGHEST"),
-        (V100, "cuda", "HIGHEST", "HIGHEST"),
-        (H200, "cuda", "lhs_precision_type = tf32", "lhs_precision_type = bf16"),
+        (TPU, "tpu", "bfloat16", "HIGHEST", "HIGHEST"),
+        (V100, "cuda", "bfloat16", "HIGHEST", "HIGHEST"),
+        (H200, "cuda", "bfloat16", "lhs_precision_type = tf32", "lhs_precision_type = bf16"),
+        (H200, "cuda", "float32", "lhs_precision_type = tf32", "lhs_precision_type = tf32"),
     ],
-    ids=["TPU", "V100", "H200"],
+    ids=["TPU", "V100", "H200", "H200 in float32"],
 )
-def test_the_losses_products_are_of_float32_but_on_a_recent_gpu(device, platform, similarities, gradients):
-    products = _products_on(SimpleNamespace(devices=np.array([device])))
+def test_the_losses_products_are_of_float32_but_on_a_recent_gpu(device, platform, dtype, embeddings, gradients):
+    products = _products_on(SimpleNamespace(devices=np.array([device])), dtype)
     x = jax.ShapeDtypeStruct((4, 4), jnp.float32)
-    for product, precision in ((products.similarities, similarities), (products.gradients, gradients)):
+    for product, precision in ((products.embeddings, embeddings), (products.logit_gradients, gradients)):
         program = jax.jit(product).trace(x, x).lower(lowering_platforms=(platform,)).as_text()
         assert precision in program
 

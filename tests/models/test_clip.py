@@ -230,9 +230,10 @@ def test_how_layers_are_computed_changes_neither_function_nor_gradients(tiny, ch
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), result, expected)
 
 
-def test_layers_that_stand_by_themselves_are_the_same_function(tiny):
+@pytest.mark.parametrize("apart", [False, True])
+def test_layers_that_stand_by_themselves_are_the_same_function(tiny, apart):
     model, params, images, tokens = tiny
-    alone = dataclasses.replace(model, scan_layers=False)
+    alone = dataclasses.replace(model, scan_layers=False, class_token_apart=apart)
     unstacked = unstack_layers(params)
     expected = jax.tree.structure(nn.meta.unbox(jax.eval_shape(alone.init, jax.random.key(0), images, tokens)))
     assert jax.tree.structure(unstacked) == expected

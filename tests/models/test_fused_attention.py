@@ -14,11 +14,11 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from clip_jax.models import attention as attention_module
-from clip_jax.models.attention import Seen, attention, fused_attention
+from clip_jax.models.attention import AttentionMask, attention, fused_attention
 from clip_jax.models.backends import FUSED_HEAD_WIDTHS
 from clip_jax.models.clip import CLIP
 from clip_jax.models.presets import CLIPPreset, TextTransformerPreset, VisionTransformerPreset
-from clip_jax.models.transformer import REMAT_POLICIES, even_and_seen, unstack_layers
+from clip_jax.models.transformer import REMAT_POLICIES, pad_to_even_length, unstack_layers
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 END = 63  # the highest id of the tiny vocabulary
@@ -92,19 +92,46 @@ def test_parameters_start_alike_with_fused_attention(without_cudnn):
     jax.tree.map(np.testing.assert_array_equal, result, params)
 
 
+def test_what_cudnn_leaves_in_the_gradients_of_padding_reaches_no_parameter(without_cudnn, monkeypatch):
+    """It may leave them as it found the memory, which may hold anything."""
+    whole = jax.nn.dot_product_attention
+
+    def leaving_padding(query, key, value, key_value_seq_lengths, query_seq_lengths, **settings):
+        def attend(query, key, value, num_keys):
+            return whole(query, key, value, key_value_seq_lengths=num_keys, **settings)  # all queries are there
+
+        if key_value_seq_lengths is None or query.shape[1] == 1:
+            return attend(query, key, value, key_value_seq_lengths)
+
+        def backward(arguments, gradient):
+            by_query, *others, _ = jax.vjp(attend, *arguments)[1](gradient)
+            padding = (jnp.arange(key.shape[1]) >= arguments[3][:, None])[:, :, None, None]
+            return by_query, *(jnp.where(padding, jnp.nan, x) for x in others), None
+
+        leaving = jax.custom_vjp(attend)
+        leaving.defvjp(lambda *arguments: (attend(*arguments), arguments), backward)
+        return leaving(query, key, value, key_value_seq_lengths)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", leaving_padding)
+    model, params = started(7)
+    fused = dataclasses.replace(model, fused_attention=True)
+    result, expected = value_and_gradients(fused, params, *inputs(7)), value_and_gradients_before(7)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), result, expected)
+
+
 @pytest.mark.parametrize("length", [5, 6])
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_position_that_makes_a_length_even_is_seen_by_no_other(without_cudnn, length, causal):
-    """Whatever it holds, hence also in a gradient."""
     ends = jnp.array([0, length - 1]) if causal else None
     random = np.random.default_rng(0)
-    (x,), seen, seen_by_the_read = even_and_seen(jnp.float32(random.normal(size=(2, length, 4))), ends)
+    x = jnp.float32(random.normal(size=(2, length, 4)))
+    (x,), mask, mask_to_read = pad_to_even_length(x, ends, None)
     assert x.shape == (2, 6, 4)
     heads = x.reshape(2, 6, 2, 2)
     read = heads[:, :1] if ends is None else heads[jnp.arange(2), ends][:, None]
     changed = heads.at[:, length:].add(1e3)
-    for query, what in ((heads[:, :length], seen), (read, seen_by_the_read)):
-        before, after = (fused_attention(query, kv, kv, what) for kv in (heads, changed))
+    for query, its_mask in ((heads[:, :length], mask), (read, mask_to_read)):
+        before, after = (fused_attention(query, kv, kv, its_mask) for kv in (heads, changed))
         np.testing.assert_array_equal(before, after)
 
 
@@ -112,7 +139,7 @@ def test_one_query_sees_the_first_keys_of_its_sequence_alone():
     random = np.random.default_rng(0)
     query, key, value = (jnp.float32(random.normal(size=(2, length, 3, 4))) for length in (1, 6, 6))
     num_keys = jnp.array([1, 4])
-    result = fused_attention(query, key, value, Seen(num_keys=num_keys))
+    result = fused_attention(query, key, value, AttentionMask(num_keys=num_keys))
     visible = (jnp.arange(6) < num_keys[:, None])[:, None, :, None]  # [B, 1, K, 1]
     (expected,) = attention(*((x.transpose(0, 2, 3, 1),) for x in (query, key, value)), visible)
     np.testing.assert_allclose(result, expected.transpose(0, 3, 1, 2), rtol=1e-5, atol=1e-6)
@@ -141,7 +168,7 @@ def test_the_widths_of_heads_that_are_fused_are_those_that_jax_lets_pass(monkeyp
     def passes(width: int) -> bool:
         x = jax.ShapeDtypeStruct((2, 4, 2, width), jnp.bfloat16)
         try:
-            jax.eval_shape(jax.grad(lambda x: fused_attention(x, x, x, Seen()).astype(jnp.float32).sum()), x)
+            jax.eval_shape(jax.grad(lambda x: fused_attention(x, x, x, AttentionMask()).astype(jnp.float32).sum()), x)
         except NotImplementedError:
             return False
         return True

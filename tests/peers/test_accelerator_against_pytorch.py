@@ -35,7 +35,7 @@ def test_all_parts_run_on_both_sides(tmp_path):
     assert [item for item in report["measurements"] if item["status"] != "ok"] == []
     assert len(report["measurements"]) == sum(len(duel.settings) for duel in plan(PARTS, small=True))
     both = [entry for entry in report["summary"] if entry["case"].get("caches") != "filled"]
-    assert {entry["part"] for entry in both} == set(PARTS)
+    assert {entry["part"] for entry in both} == set(PARTS) - {"check"}
     for entry in both:
         assert entry["ratio"] > 0
     losses = [item for item in report["measurements"] if item["part"] == "loss"]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clip_jax.training import loss as loss_module
 from clip_jax.training.loss import LOSS_FORMS, choose_form, contrastive_loss, sigmoid_loss
 from clip_jax.training.sharding import batch_sharding
 
@@ -110,6 +111,32 @@ def test_loss_gradients_and_accuracies_are_those_of_the_paper_on_every_mesh(mesh
         assert metrics["image_to_text_accuracy"] == pytest.approx(image_to_text)
         assert metrics["text_to_image_accuracy"] == pytest.approx(text_to_image)
         np.testing.assert_allclose(metrics["pair_losses"], pair_losses_reference(kind, *inputs), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize(("scale", "tolerance"), [(1 / 0.07, 2e-3), (100, 5e-3)])
+def test_products_as_gpus_make_them_are_precise_enough(mesh_of, monkeypatch, kind, scale, tolerance):
+    """Operands of 11 bits, TF32, for the similarities, and of 8, bfloat16, for the gradients; sums in float32."""
+
+    def product_of(bits):
+        def product(left, right):
+            left, right = (jax.lax.reduce_precision(x, 8, bits - 1) for x in (left, right))
+            return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
+
+        return product
+
+    monkeypatch.setattr(
+        loss_module, "_products_on", lambda mesh, dtype: loss_module.Products(*map(product_of, (11, 8)))
+    )
+    mesh = mesh_of((1, 1))
+    inputs = *embeddings(512, 64, alike=0.2), *scalars_of(kind, math.log(scale))
+    (loss, _), gradients = compile_loss(mesh, kind, 100)(*on_devices(mesh, *inputs))
+    expected_loss, expected_gradients, _ = reference_of(kind)(*inputs)
+    assert loss == pytest.approx(expected_loss, rel=tolerance)
+    for gradient, expected in zip(gradients, expected_gradients, strict=True):
+        error = np.linalg.norm(gradient - expected) / np.linalg.norm(expected)
+        assert error < tolerance
+    assert np.linalg.norm(gradients[0] - expected_gradients[0]) > 1e-6 * np.linalg.norm(expected_gradients[0])
 
 
 @pytest.mark.parametrize("block_size", [1, 5, 1000])
