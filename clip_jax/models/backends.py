@@ -7,7 +7,7 @@ class_token_apart            no      yes     no       a TPU pads 257 positions t
 fused_attention              no      no      yes      a step of ViT-L/14 in at least 225 ms, without it 276
 unrolled_scan                no      no      yes      at least 215 ms, in 58 GiB instead of 94 if nothing is recomputed
 row_major                    no      no      yes      at least 190 ms
-a product for each           no      no      yes      of queries, keys and values: at least 183 ms
+a product for each           no      no      yes      of queries, keys and values: at least 184 ms
 loss_block_size              1,024   1,024   8,192    32,768 pairs in at least 16.4 ms; by 4,096 20.2, by 1,024 27.6
 similarity_precision         float32 float32 TF32     a GPU's matrix units know no float32: docs/design.md
 embedding_gradient_precision float32 float32 bfloat16 32,768 pairs in at least 16.4 ms, by TF32 20.0
