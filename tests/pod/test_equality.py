@@ -15,7 +15,7 @@ from variants import Variant, train
 
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
 LAYOUTS = [(1, 8), (2, 4), (4, 2)]  # processes, and the devices of each
-SECONDS = 120  # for a variant
+SECONDS = 240  # for a variant, of which it takes a third where nothing else runs
 ALL = [
     Variant(*values)
     for values in itertools.product(MESHES, ("gather", "blockwise"), (1, 2), ("none", "lite", "attention", "full"))
