@@ -50,4 +50,7 @@ def test_two_classes_are_those_of_scikit_learns_single_vector(mesh_of, C):  # no
 def test_the_whole_probe_is_scikit_learns_with_the_same_regularisation(mesh_of):
     train, test = digits("pixels")
     result = linear_probe(train, test, 10, mesh_of((1, 1)))
-    assert result["accuracy"] == pytest.approx(exact(train, result["C"]).score(*test), abs=0.002)
+    # The search ends at hardly any regularisation, where the optimum is so flat that float32, and so the kind of
+    # processor, decides a few examples.
+    few = 3.5 / len(test.labels)
+    assert result["accuracy"] == pytest.approx(exact(train, result["C"]).score(*test), abs=few)
