@@ -419,7 +419,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(progress(item), file=sys.stderr, flush=True)
             measurements.append(item)
             # A device may be taken away at any time: what has been measured stays.
-            whole = finish(report, measurements, (time.monotonic() - start) / 60)
+            done = {identity(item) for item in measurements}
+            kept = [item for item in before.get("measurements", ()) if identity(item) not in done]
+            whole = finish(report, kept + measurements, (time.monotonic() - start) / 60)
             options.output.write_text(json.dumps(whole, indent=1) + "\n")
     print(tables(whole), end="")
     return 0

@@ -184,10 +184,8 @@ def make_train_step(
         return (image_embeddings, text_embeddings), updated.get("batch_stats", {})
 
     def loss(image_embeddings: jax.Array, text_embeddings: jax.Array, logit_parameters: dict):
-        form, shared = (
-            config.loss.form,
-            {"mesh": mesh, "block_size": config.loss.block_size, "dtype": config.model.dtype},
-        )
+        form = config.loss.form
+        shared = {"mesh": mesh, "block_size": config.loss.block_size, "dtype": config.model.dtype}
         if config.loss.kind == "sigmoid":
             return sigmoid_loss(image_embeddings, text_embeddings, **logit_parameters, **shared)
         if form == "auto":
