@@ -107,7 +107,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from clip_jax.cache import cache_folder
     from clip_jax.evaluation.remembered import remembering
     from clip_jax.evaluation.report import write_report
-    from clip_jax.evaluation.results import Results, write_results
+    from clip_jax.evaluation.results import Results, main_metric, write_results
     from clip_jax.evaluation.tasks import Evaluations, Extras
     from clip_jax.evaluation.zero_shot import classifier_of
     from clip_jax.loading import load
@@ -148,8 +148,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             print(f"error: {_line(results.missing[-1])}", file=sys.stderr, flush=True)
             return
         task = results.tasks[-1]
-        value = f"{task.metric} {task.metrics[task.metric]:.2%}"
-        print(f"{task.name:28} {value:40} after {time.monotonic() - started:,.0f} s", flush=True)
+        print(f"{main_metric(task):68} after {time.monotonic() - started:,.0f} s", flush=True)
         if output:  # after each: what comes next may take hours
             write_results(output, results)
 

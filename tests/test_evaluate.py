@@ -108,7 +108,12 @@ def test_the_list_says_what_is_there_and_how_to_get_the_rest(capsys, tmp_path):
         ({"metric": "roc_auc"}, "error: animals: roc_auc is no metric of 3 classes"),
         ({"metric": "top_5"}, "error: animals: top_5 is no metric of 3 classes"),
         ({"kind": "probe"}, "task animals: kind='probe' must be one of zero_shot, retrieval"),
-        ({"class_names": ["a", "b"]}, "error: animals: 2 class names for 3 folders"),
+        (
+            {"class_names": ["cat", "wolf"]},
+            "error: animals: 2 of its 3 classes are none of the task's 2 class names: 'bird'",
+        ),
+        ({"class_names": ["cat", "dog", ""]}, "error: animals: class_names has an empty entry at index 2"),
+        ({"validation": "digits:test"}, "task animals: validation has no effect with kind='zero_shot'"),
         ({"class_names": ["a"], "labels": ["a", "b"]}, "task animals: 1 class_names for 2 labels"),
         ({"templates": ["a photo"]}, "error: animals: the template 'a photo' must have one {}"),
         ({"prompts": "imagenette"}, "error: animals: no prompts 'imagenette'"),

@@ -15,8 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from clip_jax.evaluation.metrics import mean_per_class_accuracy
-from clip_jax.evaluation.zero_shot import top_k_accuracy
+from clip_jax.evaluation.zero_shot import label_ranks, rank_metrics, top_k_accuracy
 from clip_jax.training.sharding import batch_sharding, replicated
 
 MAX_ITERATIONS = 1000
@@ -91,12 +90,8 @@ def linear_probe(
 
     C = choose_C(validation_accuracy)  # noqa: N806
     probe, _ = problem.fit(C, start=fitted[C])
-    scores = probe.scores(test.features)
-    return {
-        "accuracy": top_k_accuracy(scores, test.labels, 1),
-        "mean_per_class": mean_per_class_accuracy(scores.argmax(axis=1), test.labels),
-        "C": C,
-    }
+    metrics = rank_metrics(label_ranks(probe.scores(test.features), test.labels), test.labels, num_classes)
+    return {"accuracy": metrics["top_1"], "mean_per_class": metrics["mean_per_class"], "C": C}
 
 
 def choose_C(accuracy_of: Callable[[float], float]) -> float:  # noqa: N802

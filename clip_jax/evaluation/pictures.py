@@ -18,10 +18,15 @@ KEPT_BYTES = 2**29  # of decoded pictures, so that an evaluation during training
 
 
 class Said(NamedTuple):
-    """What a source says of a picture: its classes, none if it has none, and its captions."""
+    """What a source says of an image: its classes, none if it has none, and its captions.
+
+    ``image`` is the path of its file where a source names files, so that two records of one file can be recognized;
+    else it is empty.
+    """
 
     labels: list[str]
     captions: list[str]
+    image: str = ""
 
 
 class Pictures(Sequence):
@@ -119,8 +124,8 @@ def read_said(name: str, source: Source) -> list[Said]:
     said = getattr(source, "said", None)  # of a source that knows without reading the picture
 
     def read(index: int) -> Said:
-        label, captions = said(index) if said else _label_and_captions(source[index])
-        return Said([one for one in label.split("\n") if one], list(captions))
+        label, captions, image = said(index) if said else _label_and_captions(source[index])
+        return Said([one for one in label.split("\n") if one], list(captions), image)
 
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -132,8 +137,8 @@ def read_said(name: str, source: Source) -> list[Said]:
     return [one for part in parts for one in part]
 
 
-def _label_and_captions(pair: Pair) -> tuple[str, Sequence[str]]:
-    return pair.label, pair.captions
+def _label_and_captions(pair: Pair) -> tuple[str, Sequence[str], str]:
+    return pair.label, pair.captions, ""
 
 
 def raise_first(problems: Sequence[str]) -> None:

@@ -26,10 +26,11 @@ class Task:
         task, the paper's.
       prompts: a file of ``prompts/``, without ``.json``, with class names and templates.
       class_names: instead of those of ``prompts``.
-      labels: what the source calls the classes, in the same order; empty where that is their number or name.
+      labels: what the sources call the classes, in the same order; empty where that is their number or name
+        (:mod:`clip_jax.evaluation.labels` has the rule).
       templates: instead of those of ``prompts``.
       train, validation: sources for the linear probe; without a validation split a part of ``train`` is taken.
-      other_classes: whether pictures of classes that are not among ``labels`` are there and don't count.
+      other_classes: whether images of ``source`` of other classes are left out and counted, instead of refused.
       first_caption: of retrieval, whether a picture's text is its first caption alone, which several may share; else
         all are texts, each with one right picture.
       pixel_baseline: a labelled source for the nearest mean picture; empty: none.
@@ -68,6 +69,21 @@ class Task:
             raise ValueError(f"task {self.name}: metric={self.metric!r} must be one of {', '.join(METRICS[self.kind])}")
         if self.labels and self.class_names and len(self.labels) != len(self.class_names):
             raise ValueError(f"task {self.name}: {len(self.class_names)} class_names for {len(self.labels)} labels")
+        unused = [key for key in self._unused_keys() if getattr(self, key)]
+        if unused:
+            without = "" if self.train or unused[0] != "validation" else " without train"
+            raise ValueError(
+                f"task {self.name}: {unused[0]} has no effect with kind={self.kind!r} and metric={self.metric!r}"
+                f"{without}; leave it out"
+            )
+
+    def _unused_keys(self) -> tuple[str, ...]:
+        """The attributes that would change nothing, so that setting one is a mistake."""
+        if self.kind == "retrieval":
+            names = ("prompts", "class_names", "labels", "templates", "other_classes")
+            return (*names, "train", "validation", "pixel_baseline")
+        unused = ("first_caption",) + (() if self.train else ("validation",))
+        return unused + (("pixel_baseline",) if self.metric == "average_precision_11" else ())
 
 
 def _labelled(name: str, title: str, source: str, **more) -> Task:

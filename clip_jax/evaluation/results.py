@@ -8,6 +8,9 @@ import numpy as np
 from etils import epath
 
 TOP = 5  # classes that are kept for each picture
+# What a metric is compared with, by attribute of a TaskResult, and how people call it.
+REFERENCES = {"baseline": "nearest mean picture", "largest_class": "largest class", "chance": "chance"}
+PROBE_METRICS = {"accuracy": "top_1", "mean_per_class": "mean_per_class"}  # of a linear probe, with the zero-shot name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +25,13 @@ class TaskResult:
         ``image_to_text_recall@1`` and so on.
       counts: ``images``, and ``classes`` or ``texts``.
       chance: what guessing gets, by metric.
+      largest_class: what answering each image with the largest class gets, by metric; empty for retrieval.
       baseline: what the nearest mean picture gets, by metric; empty without one.
       synthetic_shift: the main metric under each corruption at strengths 1 to 5; empty where not asked for.
       linear_probe: ``accuracy``, ``C`` and more; empty where not asked for.
-      notes: sentences about what was asked for and is not there.
+      notes: sentences about what was left out, matched loosely, asked for and not there.
+      identity: digests of the images, classes and templates, or images and texts, by which results of the same task
+        are recognized.
       class_names: of zero-shot classification.
       arrays: by picture, for comparisons and the report. Zero-shot: ``labels`` int32 ``[M]`` (missing where pictures
         have several), ``best`` int32 ``[M, K]`` and ``probabilities`` float32 ``[M, K]`` of the K = min(5, C) best
@@ -43,19 +49,33 @@ class TaskResult:
     metrics: dict[str, float]
     counts: dict[str, int]
     chance: dict[str, float] = dataclasses.field(default_factory=dict)
+    largest_class: dict[str, float] = dataclasses.field(default_factory=dict)
     baseline: dict[str, float] = dataclasses.field(default_factory=dict)
     synthetic_shift: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     linear_probe: dict[str, float] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
+    identity: dict[str, str] = dataclasses.field(default_factory=dict)
     class_names: list[str] = dataclasses.field(default_factory=list)
     arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     texts: list[str] = dataclasses.field(default_factory=list)
     picture: Callable[[int], np.ndarray] | None = None
 
+    def not_above(self, metric: str, value: float | None = None) -> list[str]:
+        """Which of chance, largest class and nearest mean picture a metric does not exceed; empty if all is well.
+
+        Args:
+          metric: a key of ``metrics``.
+          value: instead of ``metrics[metric]``, as for a linear probe.
+        """
+        value = self.metrics.get(metric) if value is None else value
+        references = {name: getattr(self, key).get(metric) for key, name in REFERENCES.items()}
+        return [name for name, level in references.items() if None not in (value, level) and value <= level + 1e-9]
+
     def as_dict(self) -> dict:
-        """All but the arrays and pictures, for JSON; what is empty is left out."""
-        kept = ("name", "title", "kind", "metric", "metrics", "counts", "chance", "baseline", "synthetic_shift")
-        record = {name: getattr(self, name) for name in (*kept, "linear_probe", "notes")}
+        """Everything but arrays and images, for JSON; empty values are left out."""
+        kept = ("name", "title", "kind", "metric", "metrics", "counts", "chance", "largest_class", "baseline")
+        record = {name: getattr(self, name) for name in (*kept, "synthetic_shift", "linear_probe", "notes", "identity")}
+        record["not_above"] = self.not_above(self.metric)
         return {name: value for name, value in record.items() if value not in ({}, [], "")}
 
 
@@ -92,33 +112,49 @@ class Results:
 
     def line(self) -> str:
         """Each task's main metric, for the log during training."""
-        return "  ".join(f"{task.name} {task.metric} {task.metrics[task.metric]:.1%}" for task in self.tasks)
+        return "  ".join(main_metric(task) for task in self.tasks)
 
     def table(self) -> str:
-        """Everything, as the lines that a finished run prints."""
-        lines = []
-        for task in self.tasks:
-            counts = ", ".join(f"{count:,} {what}" for what, count in task.counts.items())
-            columns = {"": task.metrics, "nearest mean picture": task.baseline, "chance": task.chance}
-            columns = {head: column for head, column in columns.items() if column}
-            heads = "  ".join(f"{head:>{max(7, len(head))}}" for head in columns)
-            lines.append(f"{task.name}, {counts}:".ljust(62) + heads)
-            for metric in task.metrics:
-                values = [
-                    f"{column[metric]:{max(7, len(head))}.2%}" if metric in column else " " * max(7, len(head))
-                    for head, column in columns.items()
-                ]
-                lines.append(f"  {metric:60}{'  '.join(values)}".rstrip())
-            for name, values in task.synthetic_shift.items():
-                lines.append(
-                    f"  {f'{task.metric} under {name}, strengths 1 to 5':60}" + "  ".join(f"{v:7.2%}" for v in values)
-                )
-            if task.linear_probe:
-                probe = ", ".join(f"{name} {value:.4g}" for name, value in task.linear_probe.items())
-                lines.append(f"  linear probe: {probe}")
-            lines += [f"  {note}" for note in task.notes]
+        """All results, as the lines that a finished run prints."""
+        lines = [line for task in self.tasks for line in _task_lines(task)]
         lines += [f"{task.name} was not scored: {task.reason}" for task in self.missing]
         return "\n".join(lines)
+
+
+def main_metric(task: TaskResult) -> str:
+    """Such as ``digits top_1 7.1% (not above largest class, chance)``."""
+    return f"{task.name} {task.metric} {task.metrics[task.metric]:.1%}{_mark(task.not_above(task.metric))}"
+
+
+def _mark(not_above: list[str]) -> str:
+    return f" (not above {', '.join(not_above)})" if not_above else ""
+
+
+def _task_lines(task: TaskResult) -> list[str]:
+    counts = ", ".join(f"{count:,} {what}" for what, count in task.counts.items())
+    columns = {"": task.metrics} | {name: getattr(task, key) for key, name in REFERENCES.items()}
+    columns = {head: column for head, column in columns.items() if column}
+    heads = "  ".join(f"{head:>{max(7, len(head))}}" for head in columns)
+
+    def row(name: str, metric: str, value: float) -> str:
+        cells = [column.get(metric) if head else value for head, column in columns.items()]
+        widths = [max(7, len(head)) for head in columns]
+        values = [
+            " " * width if cell is None else f"{cell:{width}.2%}" for cell, width in zip(cells, widths, strict=True)
+        ]
+        return f"  {name:60}{'  '.join(values)}{_mark(task.not_above(metric, value))}".rstrip()
+
+    lines = [f"{task.name}, {counts}:".ljust(62) + heads]
+    lines += [row(metric, metric, value) for metric, value in task.metrics.items()]
+    for name, metric in PROBE_METRICS.items():
+        if name in task.linear_probe:
+            lines.append(row(f"linear probe, {name}", metric, task.linear_probe[name]))
+    if "C" in task.linear_probe:
+        lines.append(f"  linear probe, C: {task.linear_probe['C']:.4g}")
+    for name, values in task.synthetic_shift.items():
+        label = f"{task.metric} under {name}, strengths 1 to 5"
+        lines.append(f"  {label:60}" + "  ".join(f"{value:7.2%}" for value in values))
+    return lines + [f"  note: {note}" for note in task.notes]
 
 
 def write_results(folder: epath.Path, results: Results) -> None:

@@ -15,11 +15,24 @@ class Candidates:
     def __init__(self, embeddings: np.ndarray):
         places: dict[bytes, int] = {}
         rows = np.ascontiguousarray(embeddings)
-        self._place = np.array([places.setdefault(hashlib.sha256(row).digest(), len(places)) for row in rows])
-        _, firsts = np.unique(self._place, return_index=True)
+        self.place = np.array([places.setdefault(hashlib.sha256(row).digest(), len(places)) for row in rows])
+        _, firsts = np.unique(self.place, return_index=True)
         self._distinct = rows if len(places) == len(rows) else rows[firsts]  # [distinct, D]
 
     def scores(self, queries: np.ndarray) -> np.ndarray:
         """Float32 ``[Q, D]`` to cosines float32 ``[Q, C]``."""
         scores = queries @ self._distinct.T
-        return scores if len(self._distinct) == len(self._place) else scores[:, self._place]
+        return scores if len(self._distinct) == len(self.place) else scores[:, self.place]
+
+
+def copies(embeddings: np.ndarray) -> int:
+    """The number of rows, of embeddings ``[C, D]``, that equal an earlier row."""
+    place = Candidates(embeddings).place
+    return len(place) - len(np.unique(place))
+
+
+def ties(embeddings: np.ndarray, ids: np.ndarray) -> int:
+    """The number of rows, of embeddings ``[C, D]``, that equal a row with another id; ``ids`` is int ``[C]``."""
+    place = Candidates(embeddings).place
+    pairs = np.unique(np.stack([place, ids]), axis=1)  # each embedding with each of its ids, once
+    return int((np.bincount(pairs[0])[place] > 1).sum())

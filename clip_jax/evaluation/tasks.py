@@ -1,29 +1,36 @@
-"""Tasks with their data: opened once, scored as often as wanted, by the training loop and by ``clip_jax.evaluate``."""
+"""Tasks with their data: opened once, scored any number of times, in training and by ``clip_jax.evaluate``."""
 
 import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from clip_jax.data.sources.digest import digest
 from clip_jax.evaluation import retrieval
 from clip_jax.evaluation.corruptions import CORRUPTIONS, STRENGTHS, corruption
 from clip_jax.evaluation.embedding import Embedder
+from clip_jax.evaluation.labels import check_names, choose_rows, match_classes, no_match
 from clip_jax.evaluation.linear_probe import Split, linear_probe
+from clip_jax.evaluation.metrics import average_precision_11, roc_auc
 from clip_jax.evaluation.pictures import Pictures, Said, open_on_all_hosts, read_said
 from clip_jax.evaluation.registry import Task
 from clip_jax.evaluation.remembered import Classifier
 from clip_jax.evaluation.results import MissingTask, Results, TaskResult
+from clip_jax.evaluation.similarity import copies, ties
 from clip_jax.evaluation.zero_shot import (
     Prompts,
     classify,
+    label_ranks,
+    largest_class_ranks,
     load_prompts,
     multi_label_metrics,
     nearest_mean_picture_scores,
+    rank_metrics,
     single_label_metrics,
-    top_k_accuracy,
     two_class_metrics,
 )
 
@@ -40,12 +47,25 @@ class Extras:
     linear_probe: bool = False
 
 
+class LabelledImages(NamedTuple):
+    """Images of a source, the class numbers of each, and sentences about what was matched loosely or left out."""
+
+    pictures: Pictures
+    classes: list[list[int]]
+    notes: list[str]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 ``[M]``, where every image has one class."""
+        return np.array(self.classes, np.int32)[:, 0]
+
+
 class ClassificationTask:
-    """A labelled set and its prompts.
+    """A labelled set and its prompts. :mod:`clip_jax.evaluation.labels` has the rule by which labels are matched.
 
     Raises:
-      FileNotFoundError: the data or what reads it is not there.
-      ValueError: a picture has no class or an unknown one, or class names, labels and metric do not go together.
+      FileNotFoundError: the data, or the package that reads it, is missing.
+      ValueError: class names, labels, images and metric do not go together; one line.
     """
 
     def __init__(self, task: Task, image_size: int, data: str):
@@ -56,45 +76,78 @@ class ClassificationTask:
         wrong = [template for template in self._templates if template.count("{}") != 1]
         if wrong:
             raise ValueError(f"the template {wrong[0]!r} must have one {{}}, the place of the name")
-        names = task.class_names or prompts.class_names
-        labels = task.labels or (() if task.class_names else prompts.labels)
-        said, pictures = self._open(task.source)
-        self._class_of = class_numbers(said, names, labels, folders=task.source.startswith("image_folder:"))
-        self.class_names = list(names) or list(self._class_of)
-        count = len(self.class_names)
-        if (task.metric in ("top_5", "mean_top_1_top_5") and count < 5) or (task.metric == "roc_auc" and count != 2):
-            raise ValueError(f"{task.metric} is no metric of {count} classes")
-        self.pictures, self._classes = self._known(said, pictures)
-        self._baseline = self._known(*self._open(task.pixel_baseline)) if task.pixel_baseline else None
+        self.class_names = list(task.class_names or prompts.class_names)
+        self._labels = list(task.labels or (() if task.class_names else prompts.labels))
+        check_names(self.class_names, self._labels)
+        said, pictures, fingerprint = self._open(task.source)
+        if not self.class_names:
+            # As labels, so that numbers of another source are not taken for indices into an order nobody gave.
+            self.class_names = self._labels = _own_classes(said)
+        self._check_class_count()
+        images = self._labelled(task.source, said, pictures)
+        self.pictures, self._classes, self._notes = images.pictures, images.classes, images.notes
+        self._check_metric_has_images()
+        self._notes += _same_names(self.class_names)
+        self._identity = {
+            "images": digest(fingerprint, len(self.pictures)),
+            "classes": digest(self.class_names, self._classes),
+            "templates": digest(list(self._templates)),
+        }
+        self._baseline = self._other_source("pixel_baseline") if task.pixel_baseline else None
 
-    def _open(self, source: str) -> tuple[list[Said], Pictures]:
+    def _open(self, source: str) -> tuple[list[Said], Pictures, str]:
         source = source.replace("{data}", self._data)
         opened = open_on_all_hosts(source)
-        return read_said(source, opened), Pictures(source, opened, self._image_size)
+        return read_said(source, opened), Pictures(source, opened, self._image_size), opened.fingerprint()
 
-    def _known(self, said: list[Said], pictures: Pictures) -> tuple[Pictures, list[list[int]]]:
-        """The pictures that count, and their classes."""
-        rows, classes = [], []
-        for row, one in enumerate(said):
-            unknown = [label for label in one.labels if label not in self._class_of]
-            if unknown and not self.task.other_classes:
-                raise ValueError(f"{unknown[0]!r} is none of its {len(self.class_names)} classes")
-            if len(one.labels) != 1 and not self._several:
-                raise ValueError(f"record {row} has {len(one.labels) or 'no'} classes; it must have one")
-            if not unknown:
-                rows.append(row)
-                classes.append([self._class_of[label] for label in one.labels])
-        if not rows:
-            raise ValueError(f"no picture is of one of its {len(self.class_names)} classes")
-        return pictures.chosen(rows), classes
+    def _labelled(self, source: str, said: list[Said], pictures: Pictures, other: bool = False) -> LabelledImages:
+        """The images of the task's classes. ``other`` sources may have more classes; they are left out and counted."""
+        found = dict.fromkeys(label for one in said for label in one.labels)
+        matching = match_classes(found, self.class_names, self._labels)
+        if matching.unknown and (not matching.number_of or not (other or self.task.other_classes)):
+            raise ValueError(no_match(matching.unknown, len(found), self.class_names, self._labels))
+        answers = "cannot be its answers" if other else "remain possible answers"
+        rows = choose_rows(said, matching, self.class_names, self._several, answers)
+        return LabelledImages(pictures.chosen(rows.rows), rows.classes, rows.notes)
+
+    def _other_source(self, key: str) -> LabelledImages:
+        """Opens ``train``, ``validation`` or ``pixel_baseline``; its notes and errors begin with the key."""
+        source = getattr(self.task, key)
+        try:
+            said, pictures, _ = self._open(source)
+            images = self._labelled(source, said, pictures, other=True)
+        except ValueError as error:
+            raise ValueError(f"{key}={source}: {error}") from None
+        return images._replace(notes=[f"{key}: {note}" for note in images.notes])
+
+    def _check_class_count(self) -> None:
+        count, metric = len(self.class_names), self.task.metric
+        if (metric in ("top_5", "mean_top_1_top_5") and count < 5) or (metric == "roc_auc" and count != 2):
+            raise ValueError(f"{metric} is no metric of {count} classes")
+
+    def _check_metric_has_images(self) -> None:
+        if self.task.metric not in ("average_precision_11", "roc_auc"):
+            return
+        present = {number for numbers in self._classes for number in numbers}
+        absent = [name for number, name in enumerate(self.class_names) if number not in present]
+        if absent:
+            raise ValueError(
+                f"{self.task.metric} needs images of every class, and {len(absent)} of {len(self.class_names)} have "
+                f"none, such as {absent[0]!r}; leave them out of class_names"
+            )
 
     def score(self, embedder: Embedder, classifier: Classifier, extras: Extras) -> TaskResult:
+        splits, probe_notes = self._probe_splits() if extras.linear_probe else ([], [])
         weights = classifier(self.class_names, self._templates)
-        metrics, arrays = self._measure(embedder, weights, self.pictures)
+        metrics, arrays, equal = self._measure(embedder, weights, self.pictures)
         shift = {}
         if extras.synthetic_shift:
             shift = under_corruptions(self.pictures, lambda pictures: self._main(embedder, weights, pictures))
-        probe, notes = self._probe(embedder) if extras.linear_probe else ({}, [])
+        probe, why_not = self._probe(embedder, splits) if splits else ({}, [])
+        baseline, baseline_notes = {}, []
+        if extras.baseline and self._baseline:
+            baseline, baseline_notes = self._nearest_mean_picture(), self._baseline.notes
+        notes = [*self._notes, *equal, *_equal_classes(weights, self.class_names), *baseline_notes]
         return TaskResult(
             self.task.name,
             self.task.title or self.task.name,
@@ -103,10 +156,12 @@ class ClassificationTask:
             metrics,
             {"images": len(self.pictures), "classes": len(self.class_names)},
             chance=self._chance(),
-            baseline=self._nearest_mean_picture() if extras.baseline and self._baseline else {},
+            largest_class=self._largest_class(),
+            baseline=baseline,
             synthetic_shift=shift,
             linear_probe=probe,
-            notes=notes,
+            notes=[*notes, *probe_notes, *why_not],
+            identity=self._identity,
             class_names=self.class_names,
             arrays=arrays,
             picture=self.pictures.__getitem__,
@@ -115,26 +170,38 @@ class ClassificationTask:
     def _main(self, embedder: Embedder, weights: np.ndarray, pictures: Pictures) -> float:
         return self._measure(embedder, weights, pictures)[0][self.task.metric]
 
-    def _measure(self, embedder: Embedder, weights: np.ndarray, pictures: Pictures) -> tuple[dict, dict]:
+    def _measure(self, embedder: Embedder, weights: np.ndarray, pictures: Pictures) -> tuple[dict, dict, list[str]]:
+        """Metrics, arrays of the result, and a note where images are copies of each other."""
         embeddings = finite(embedder.encode_image(pictures))
+        equal = copies(embeddings)
+        notes = [f"{equal:,} of {len(embeddings):,} images have the same embedding as an earlier one"] if equal else []
         if self._several:
-            targets = np.zeros((len(pictures), len(weights)), bool)
-            for row, classes in enumerate(self._classes):
-                targets[row, classes] = True
             classified = classify(embeddings, weights, embedder.logit_scale, self.class_names, None)
-            return multi_label_metrics(embeddings, weights, targets), classified._asdict()
-        labels = self._labels(self._classes)
+            return multi_label_metrics(embeddings, weights, self._targets()), classified._asdict(), notes
+        labels = self._label_array()
         classified = classify(embeddings, weights, embedder.logit_scale, self.class_names, labels)
-        metrics = single_label_metrics(classified, labels)
-        if self.task.metric == "mean_top_1_top_5":
-            metrics["mean_top_1_top_5"] = (metrics["top_1"] + metrics["top_5"]) / 2
+        metrics = self._with_mean(single_label_metrics(classified, labels))
         if self.task.metric == "roc_auc":
             metrics |= two_class_metrics(embeddings, weights, labels)
-        return metrics, classified._asdict() | {"labels": labels}
+        contradicting = ties(embeddings, labels)
+        if contradicting:
+            notes.append(f"{contradicting:,} images have the same embedding as an image of another class")
+        return metrics, classified._asdict() | {"labels": labels}, notes
 
-    @staticmethod
-    def _labels(classes: list[list[int]]) -> np.ndarray:
-        return np.array(classes, np.int32)[:, 0]
+    def _label_array(self) -> np.ndarray:
+        return np.array(self._classes, np.int32)[:, 0]
+
+    def _targets(self) -> np.ndarray:
+        """bool ``[M, C]``, where images have several classes."""
+        targets = np.zeros((len(self._classes), len(self.class_names)), bool)
+        for row, classes in enumerate(self._classes):
+            targets[row, classes] = True
+        return targets
+
+    def _with_mean(self, metrics: dict[str, float]) -> dict[str, float]:
+        if self.task.metric == "mean_top_1_top_5":
+            metrics["mean_top_1_top_5"] = (metrics["top_1"] + metrics["top_5"]) / 2
+        return metrics
 
     def _chance(self) -> dict[str, float]:
         count = len(self.class_names)
@@ -144,34 +211,79 @@ class ClassificationTask:
         asked = {"roc_auc": 0.5, "mean_top_1_top_5": sum(top.values()) / 2}
         return top | {"mean_per_class": 1 / count} | {k: v for k, v in asked.items() if k == self.task.metric}
 
-    def _nearest_mean_picture(self) -> dict[str, float]:
-        pictures, classes = self._baseline
-        scores = nearest_mean_picture_scores(
-            small(self.pictures), small(pictures), self._labels(classes), len(self.class_names)
-        )
-        labels = self._labels(self._classes)
-        return {f"top_{k}": top_k_accuracy(scores, labels, k) for k in (1, 5)}
+    def _largest_class(self) -> dict[str, float]:
+        """What the same answer to every image gets: the classes in the order of their size."""
+        if self._several:
+            targets = self._targets()
+            return {"average_precision_11": average_precision_11(np.zeros(targets.shape), targets)}
+        labels, count = self._label_array(), len(self.class_names)
+        metrics = self._with_mean(rank_metrics(largest_class_ranks(labels, count), labels, count))
+        return metrics | ({"roc_auc": 0.5} if self.task.metric == "roc_auc" else {})
 
-    def _probe(self, embedder: Embedder) -> tuple[dict[str, float], list[str]]:
-        """What a linear probe gets, or why there is none."""
+    def _nearest_mean_picture(self) -> dict[str, float]:
+        labels, count = self._label_array(), len(self.class_names)
+        scores = nearest_mean_picture_scores(
+            small(self.pictures), small(self._baseline.pictures), self._baseline.labels, count
+        )
+        metrics = self._with_mean(rank_metrics(label_ranks(scores, labels), labels, count))
+        if self.task.metric == "roc_auc" and np.isfinite(scores).all():
+            metrics["roc_auc"] = roc_auc(scores[:, 1] - scores[:, 0], labels)
+        return metrics
+
+    def _probe_splits(self) -> tuple[list[LabelledImages], list[str]]:
+        """Training and validation images of the linear probe, or none and the reason; before anything is embedded."""
         if self._several or not self.task.train:
-            why = "pictures have several classes" if self._several else "the task names no training split"
-            return {}, [f"no linear probe: {why}"]
+            why = "images have several classes" if self._several else "the task names no training split"
+            return [], [f"no linear probe: {why}"]
         try:
-            names = filter(None, (self.task.train, self.task.validation))
-            splits = [self._known(*self._open(source)) for source in names]
+            splits = [self._other_source(key) for key in ("train", "validation") if getattr(self.task, key)]
         except FileNotFoundError as error:
+            return [], [f"no linear probe: {error}"]
+        return splits, [f"linear probe, {note}" for split in splits for note in split.notes]
+
+    def _probe(self, embedder: Embedder, splits: list[LabelledImages]) -> tuple[dict[str, float], list[str]]:
+        train, *validation = [Split(finite(embedder.image_features(split.pictures)), split.labels) for split in splits]
+        test = Split(finite(embedder.image_features(self.pictures)), self._label_array())
+        try:
+            return linear_probe(train, test, len(self.class_names), embedder.mesh, *validation), []
+        except ValueError as error:  # too few images, or classes, to fit it
             return {}, [f"no linear probe: {error}"]
-        features = [
-            Split(finite(embedder.image_features(pictures)), self._labels(classes))
-            for pictures, classes in [*splits, (self.pictures, self._classes)]
-        ]
-        train, *validation, test = features
-        return linear_probe(train, test, len(self.class_names), embedder.mesh, *validation), []
+
+
+def _own_classes(said: Sequence[Said]) -> list[str]:
+    """The classes of a source as class names, in order of occurrence."""
+    found = list(dict.fromkeys(label for one in said for label in one.labels))
+    if found and all(label.isdecimal() for label in found):
+        raise ValueError("its classes are numbers; give their class_names, in order")
+    if not found:
+        raise ValueError(f"none of its {len(said):,} images has a class; name the field that holds it with ?label=")
+    return found
+
+
+def _same_names(class_names: Sequence[str]) -> list[str]:
+    twice = sorted({name for name in class_names if class_names.count(name) > 1})
+    if len(set(class_names)) == len(class_names):
+        return []
+    return [
+        f"{len(twice)} class names stand for several classes each, such as {twice[0]!r}: the first is the answer, and "
+        "images of the others count as wrong"
+    ]
+
+
+def _equal_classes(weights: np.ndarray, class_names: Sequence[str]) -> list[str]:
+    """A note where classes of different names have equal text embeddings, since a tie counts as wrong."""
+    _, name_of = np.unique(np.asarray(class_names), return_inverse=True)
+    equal = ties(weights, name_of)
+    if not equal:
+        return []
+    return [
+        f"{equal:,} of {len(weights):,} classes have the same text embedding as a class of another name, so that "
+        "images of these classes count as wrong; the tokenizer ignores case and cuts long texts"
+    ]
 
 
 class RetrievalTask:
-    """Pictures and their captions.
+    """Images and their captions. Records of one image file are one image with the captions of all of them.
 
     Raises:
       FileNotFoundError, ValueError: as :class:`ClassificationTask`.
@@ -180,8 +292,17 @@ class RetrievalTask:
     def __init__(self, task: Task, image_size: int, data: str):
         source = task.source.replace("{data}", data)
         opened = open_on_all_hosts(source)
-        captions = [said.captions for said in read_said(source, opened)]
-        self.task, self.pictures = task, Pictures(source, opened, image_size)
+        said = read_said(source, opened)
+        rows, captions = _captions_by_image(said)
+        if not rows:
+            raise ValueError(f"{source} has no images")
+        self.task, self.pictures = task, Pictures(source, opened, image_size).chosen(rows)
+        self._notes = []
+        if len(rows) < len(said):
+            self._notes.append(
+                f"{len(said) - len(rows):,} of {len(said):,} records name an image file again; their captions are "
+                "joined"
+            )
         if task.first_caption:
             self._texts = list(dict.fromkeys(texts[0] for texts in captions))
             place = {text: number for number, text in enumerate(self._texts)}
@@ -191,10 +312,11 @@ class RetrievalTask:
             self._texts = [text for texts in captions for text in texts]
             self._image_ids = np.arange(len(captions))
             self._text_ids = np.repeat(self._image_ids, [len(texts) for texts in captions])
+        self._identity = {"images": digest(opened.fingerprint(), len(rows)), "texts": digest(self._texts)}
 
     def score(self, embedder: Embedder, classifier: Classifier, extras: Extras) -> TaskResult:
         text_embeddings = finite(embedder.encode_text(self._texts))
-        metrics, arrays = self._measure(embedder, text_embeddings, self.pictures)
+        metrics, arrays, notes = self._measure(embedder, text_embeddings, self.pictures)
         shift = {}
         if extras.synthetic_shift:
             shift = under_corruptions(self.pictures, lambda pictures: self._main(embedder, text_embeddings, pictures))
@@ -207,6 +329,8 @@ class RetrievalTask:
             {"images": len(self.pictures), "texts": len(self._texts)},
             chance=retrieval.chance(self._image_ids, self._text_ids),
             synthetic_shift=shift,
+            notes=[*self._notes, *notes],
+            identity=self._identity,
             arrays=arrays,
             texts=[self._texts[text] for text in arrays["shown_texts"]],
             picture=self.pictures.__getitem__,
@@ -215,7 +339,10 @@ class RetrievalTask:
     def _main(self, embedder: Embedder, text_embeddings: np.ndarray, pictures: Pictures) -> float:
         return self._measure(embedder, text_embeddings, pictures)[0][self.task.metric]
 
-    def _measure(self, embedder: Embedder, text_embeddings: np.ndarray, pictures: Pictures) -> tuple[dict, dict]:
+    def _measure(
+        self, embedder: Embedder, text_embeddings: np.ndarray, pictures: Pictures
+    ) -> tuple[dict, dict, list[str]]:
+        """Metrics, arrays of the result, and a note where embeddings are equal, since a tie counts as wrong."""
         image_embeddings = finite(embedder.encode_image(pictures))
         ranks = {
             "image_to_text_rank": retrieval.retrieval_ranks(
@@ -225,15 +352,37 @@ class RetrievalTask:
                 text_embeddings, image_embeddings, self._text_ids, self._image_ids
             ),
         }
+        equal = {
+            "images": (ties(image_embeddings, self._image_ids), len(image_embeddings)),
+            "texts": (ties(text_embeddings, self._text_ids), len(text_embeddings)),
+        }
+        notes = [
+            f"{count:,} of {total:,} {what} have the same embedding as one that belongs to something else; such a tie "
+            "counts as wrong"
+            for what, (count, total) in equal.items()
+            if count
+        ]
         count = min(SHOWN_TEXTS, len(self._texts))
         shown = np.sort(np.random.default_rng(0).choice(len(self._texts), count, replace=False)).astype(np.int32)
         best = retrieval.nearest(text_embeddings[shown], image_embeddings, 5)  # [Q, 5]
         right = self._image_ids[best] == self._text_ids[shown][:, None]
-        return retrieval.recalls(*ranks.values()), ranks | {
-            "shown_texts": shown,
-            "best_images": best,
-            "right_images": right,
-        }
+        shown_arrays = {"shown_texts": shown, "best_images": best, "right_images": right}
+        return retrieval.recalls(*ranks.values()), ranks | shown_arrays, notes
+
+
+def _captions_by_image(said: Sequence[Said]) -> tuple[list[int], list[list[str]]]:
+    """The first row of each image, and all of its captions."""
+    rows: list[int] = []
+    captions: list[list[str]] = []
+    place_of: dict[str, int] = {}
+    for row, one in enumerate(said):
+        place = place_of.setdefault(one.image, len(rows)) if one.image else len(rows)
+        if place < len(rows):
+            captions[place] += one.captions
+        else:
+            rows.append(row)
+            captions.append(list(one.captions))
+    return rows, captions
 
 
 class Evaluations:
@@ -309,48 +458,6 @@ def beside_the_shards(source: str) -> Prompts:
 
     templates = tuple(line.replace("{c}", "{}") for line in lines("zeroshot_classification_templates.txt") if line)
     return Prompts(templates, lines("classnames.txt"), ())
-
-
-def class_numbers(
-    said: Sequence[Said], class_names: Sequence[str], labels: Sequence[str], folders: bool = False
-) -> dict[str, int]:
-    """From what a source calls a class to its number among the ``class_names``.
-
-    ``labels`` are the source's own names, in the same order. Without them its classes are class names themselves, or
-    their numbers, or with ``folders`` in the alphabetical order of those; without class names they are those that
-    occur, in order of occurrence.
-
-    Raises:
-      ValueError: class names and the source's classes do not go together; one line.
-    """
-    found = dict.fromkeys(label for one in said for label in one.labels)
-    numbers = bool(found) and all(label.isdecimal() for label in found)
-    if labels:
-        if len(labels) != len(class_names):
-            raise ValueError(f"{len(class_names)} class names for {len(labels)} labels")
-        return {label: number for number, label in enumerate(labels)}
-    if not class_names:
-        if numbers:
-            raise ValueError("its classes are numbers; give their class_names, in order")
-        return {label: number for number, label in enumerate(found)}
-    if found.keys() <= set(class_names):
-        twice = [name for name in found if class_names.count(name) > 1]
-        if twice:
-            raise ValueError(f"the class name {twice[0]!r} is there twice; give labels beside the class_names")
-        return {label: number for number, label in enumerate(class_names)}
-    if numbers:
-        most = max(map(int, found))
-        if most >= len(class_names):
-            raise ValueError(
-                f"its labels go up to {most}, which needs {most + 1} class names, but there are {len(class_names)}"
-            )
-        return {label: int(label) for label in found}
-    if folders:
-        if len(found) != len(class_names):
-            raise ValueError(f"{len(class_names)} class names for {len(found)} folders")
-        return {label: number for number, label in enumerate(sorted(found))}
-    unknown = next(label for label in found if label not in class_names)
-    raise ValueError(f"{unknown!r} is none of its {len(class_names)} class names")
 
 
 def under_corruptions(pictures: Pictures, measure: Callable[[Pictures], float]) -> dict[str, list[float]]:

@@ -142,6 +142,28 @@ def two_class_metrics(image_embeddings: np.ndarray, weights: np.ndarray, labels:
     return {"roc_auc": roc_auc(scores[:, 1] - scores[:, 0], labels)}
 
 
+def rank_metrics(ranks: np.ndarray, labels: np.ndarray, num_classes: int) -> dict[str, float]:
+    """``top_1``, ``top_5`` where there are five classes or more, and ``mean_per_class``.
+
+    Args:
+      ranks: how many classes stand before each row's label, int ``[M]``; :func:`label_ranks` gives them.
+      labels: int ``[M]``.
+    """
+    right = ranks < 1
+    top_5 = {"top_5": float((ranks < TOP).mean())} if num_classes >= TOP else {}
+    mean_per_class = mean_per_class_accuracy(np.where(right, labels, -1), labels)
+    return {"top_1": float(right.mean())} | top_5 | {"mean_per_class": mean_per_class}
+
+
+def largest_class_ranks(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Ranks int ``[M]`` where every answer is the largest class of labels int ``[M]``, the next one second, and so on.
+
+    No other constant answer is right more often, so a classifier that does not beat it has learned nothing useful.
+    """
+    order = np.argsort(-np.bincount(labels, minlength=num_classes), kind="stable")
+    return np.argsort(order)[labels]
+
+
 def nearest_mean_picture_scores(
     pictures: np.ndarray, training_pictures: np.ndarray, training_labels: np.ndarray, num_classes: int
 ) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Tasks from data to result: classes and their names, and the same numbers on any number of devices."""
 
+import functools
 import json
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ from clip_jax.data.sources import open_source
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.pictures import Pictures, Said, read_said
 from clip_jax.evaluation.registry import Task
-from clip_jax.evaluation.tasks import Evaluations, Extras, class_numbers
+from clip_jax.evaluation.tasks import Evaluations, Extras
 from clip_jax.evaluation.zero_shot import classifier_of
 from clip_jax.models.clip import CLIP
 from clip_jax.models.presets import CLIPPreset, TextTransformerPreset, VisionTransformerPreset
@@ -33,7 +34,7 @@ def embedder_on(quick_compilation, mesh_of):
     """A function from a mesh's shape to the same small model on it."""
     model = CLIP(PRESET)
     variables = nn.meta.unbox(model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 16), jnp.int32)))
-    return lambda shape: Embedder(model, mesh_of(shape), batch_size=24).with_variables(variables)
+    return functools.cache(lambda shape: Embedder(model, mesh_of(shape), batch_size=24).with_variables(variables))
 
 
 @pytest.fixture(scope="module")
@@ -128,40 +129,178 @@ def test_two_classes_have_an_area_under_the_curve(embedder_on, folders):
     assert 0 <= result.metrics["roc_auc"] <= 1 and result.chance["roc_auc"] == 0.5
 
 
-def said(*labels):
-    return [Said([label], []) for label in labels]
+def broken(task, data):
+    """The reason why a task cannot be scored."""
+    evaluations = Evaluations([task], 16, str(data))
+    assert not evaluations.tasks and not evaluations.missing
+    return evaluations.broken[0].reason
 
 
 @pytest.mark.parametrize(
-    ("found", "names", "labels", "folders", "expected"),
+    ("changes", "message"),
     [
-        (said("b", "a", "b"), (), (), False, {"b": 0, "a": 1}),
-        (said("dog", "cat"), ("cat", "dog", "bird"), (), False, {"cat": 0, "dog": 1, "bird": 2}),
-        (said("2", "0"), ("cat", "dog", "bird"), (), False, {"2": 2, "0": 0}),
-        (said("00002", "00001"), ("zero", "one", "two"), (), True, {"00002": 2, "00001": 1}),
-        (said("1", "0"), ("cat", "cat"), (), False, {"1": 1, "0": 0}),
-        (said("n02", "n01"), ("cat", "dog"), (), True, {"n01": 0, "n02": 1}),
-        (said("n02"), ("cat", "dog"), ("n01", "n02"), False, {"n01": 0, "n02": 1}),
+        (
+            {"class_names": ("red", "green", "bleu")},
+            "1 of its 3 classes are none of the task's 3 class names: 'blue' (did you",
+        ),
+        ({"class_names": ("red", "green")}, "1 of its 3 classes are none of the task's 2 class names: 'blue'"),
+        (
+            {"class_names": ("x", "y", "z")},
+            "3 of its 3 classes are none of the task's 3 class names: 'blue', 'green', 'red'",
+        ),
+        (
+            {"class_names": ("a", "b", "c"), "labels": ("red", "green", "blu")},
+            "are none of the task's 3 labels: 'blue'",
+        ),
+        ({"class_names": ("red", "green", "blue", " ")}, "class_names has an empty entry at index 3"),
+        ({"class_names": ("red", "green", "blue", "blue")}, "'blue' could be 2 of the classes"),
+        ({"class_names": ("a", "b", "c"), "labels": ("red", "green", "red")}, "the label 'red' is there twice"),
+        ({"class_names": ("x", "y"), "other_classes": True}, "3 of its 3 classes are none of the task's 2 class names"),
+        (
+            {"pixel_baseline": "digits:test"},
+            "pixel_baseline=digits:test: 10 of its 10 classes are none of the task's 3",
+        ),
+        (
+            {"class_names": ("red", "blue"), "labels": ("red", "yellow"), "other_classes": True, "metric": "roc_auc"},
+            "roc_auc needs images of every class, and 1 of 2 have none, such as 'blue'",
+        ),
     ],
 )
-def test_classes_are_found_by_label_name_number_or_folder(found, names, labels, folders, expected):
-    assert class_numbers(found, names, labels, folders) == expected
+def test_labels_that_do_not_go_with_the_class_names_are_refused_by_name(folders, changes, message):
+    assert message in broken(colours_task(**changes), folders)
 
 
 @pytest.mark.parametrize(
-    ("found", "names", "labels", "folders", "message"),
+    ("key", "value"),
+    [("labels", ("a",)), ("train", "digits:train"), ("other_classes", True), ("templates", ("{}",))],
+)
+def test_what_would_change_nothing_is_refused(key, value):
+    with pytest.raises(ValueError, match=f"{key} has no effect with kind='retrieval'"):
+        Task("pairs", "retrieval", "emoji:openmoji/held_out", **{key: value})
+    with pytest.raises(ValueError, match="first_caption has no effect with kind='zero_shot'"):
+        colours_task(first_caption=True)
+    with pytest.raises(ValueError, match=r"validation has no effect .* without train"):
+        colours_task(validation="digits:train")
+    with pytest.raises(ValueError, match=r"pixel_baseline has no effect .*average_precision_11"):
+        colours_task(pixel_baseline="digits:train", metric="average_precision_11")
+
+
+def test_other_names_in_another_order_give_the_same_numbers(embedder_on, folders):
+    embedder = embedder_on((1, 1))
+    expected = score(embedder, colours_task(class_names=("red", "green", "blue")), folders)
+    other = score(embedder, colours_task(class_names=("blue", "red", "green")), folders)
+    assert other.metrics == pytest.approx(expected.metrics)
+    marked = score(embedder, colours_task(class_names=("Blue", "RED", "green")), folders)
+    assert marked.metrics == pytest.approx(expected.metrics)  # the tokenizer ignores case
+    assert marked.notes == ["matched without case, spaces and punctuation: 'blue' is 'Blue', 'red' is 'RED'"]
+    more = score(embedder, colours_task(class_names=("blue", "red", "green", "violet")), folders)
+    assert more.notes == ["1 of 4 classes have no image and remain possible answers: 'violet'"]
+
+
+def test_a_baseline_and_a_probe_may_have_other_classes_which_are_stated(embedder_on, folders, tmp_path):
+    for split, names in (("test", "red green blue"), ("train", "red green yellow")):
+        for name in names.split():
+            (tmp_path / split / name).mkdir(parents=True)
+            source = folders / "train" / name.replace("yellow", "blue")
+            for file in list(source.iterdir())[:6]:
+                (tmp_path / split / name / file.name).write_bytes(file.read_bytes())
+    train = "image_folder:{data}/train"
+    task = colours_task(pixel_baseline=train, train=train)
+    result = score(embedder_on((1, 1)), task, tmp_path, baseline=True, linear_probe=True)
+    lacks = "1 of 3 classes have no image and cannot be its answers: 'blue'"
+    left_out = "left out: 6 of 18 records, of 1 classes that are not the task's: 'yellow'"
+    assert result.notes == [
+        f"pixel_baseline: {lacks}",
+        f"pixel_baseline: {left_out}",
+        f"linear probe, train: {lacks}",
+        f"linear probe, train: {left_out}",
+    ]
+    assert result.baseline == {"top_1": 2 / 3, "mean_per_class": 2 / 3}  # blue cannot be its answer
+    assert result.linear_probe["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_a_train_split_of_unknown_classes_is_refused_before_anything_is_embedded(folders):
+    (task,) = Evaluations([colours_task(train="digits:train")], 16, str(folders)).tasks
+    with pytest.raises(
+        ValueError, match="train=digits:train: 10 of its 10 classes are none of the task's 3 class names"
+    ):
+        task.score(None, None, Extras(linear_probe=True))
+
+
+def test_a_probe_with_too_few_images_leaves_the_zero_shot_result(embedder_on, folders, tmp_path):
+    for name in COLOURS:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes((folders / "train" / name / "00.png").read_bytes())
+    result = score(embedder_on((1, 1)), colours_task(train=f"image_folder:{tmp_path}"), folders, linear_probe=True)
+    assert "top_1" in result.metrics and not result.linear_probe
+    assert result.notes == [
+        "no linear probe: train: no class has the 3 examples that it takes to choose C on some; give a validation split"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
     [
-        (said("0", "7"), ("cat", "dog"), (), False, "labels go up to 7, which needs 8 class names, but there are 2"),
-        (said("a", "b", "c"), ("cat", "dog"), (), True, "2 class names for 3 folders"),
-        (said("a"), ("cat", "dog"), (), False, "'a' is none of its 2 class names"),
-        (said("a"), ("cat", "dog"), ("a",), False, "2 class names for 1 labels"),
-        (said("0", "1"), (), (), False, "its classes are numbers; give their class_names"),
-        (said("cat"), ("cat", "cat"), (), False, "the class name 'cat' is there twice"),
+        ({}, {"top_1": 16 / 37, "mean_per_class": 1 / 3}),
+        ({"metric": "mean_per_class"}, {"top_1": 16 / 37, "mean_per_class": 1 / 3}),
+        (
+            {"class_names": ("red", "blue"), "other_classes": True, "metric": "roc_auc"},
+            {"top_1": 16 / 25, "mean_per_class": 1 / 2, "roc_auc": 0.5},
+        ),
+        (
+            {"class_names": ("red", "green", "blue", "a", "b", "c"), "metric": "mean_top_1_top_5"},
+            {"top_1": 16 / 37, "top_5": 1, "mean_per_class": 1 / 3, "mean_top_1_top_5": (16 / 37 + 1) / 2},
+        ),
     ],
 )
-def test_class_names_that_do_not_go_with_the_labels_are_a_line(found, names, labels, folders, message):
-    with pytest.raises(ValueError, match=message):
-        class_numbers(found, names, labels, folders)
+def test_always_answering_the_largest_class_is_a_baseline_in_each_metric(embedder_on, folders, changes, expected):
+    result = score(embedder_on((1, 1)), colours_task(**changes), folders)
+    assert result.largest_class == pytest.approx(expected)
+    assert result.largest_class.keys() == result.metrics.keys() - {"calibration_error"}
+
+
+def test_a_table_with_a_row_for_each_caption_is_a_set_of_images(embedder_on, tmp_path):
+    captions, rows = {}, ["image,caption"]
+    for number in range(6):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+        captions[number] = [f"caption {number} {way}" for way in "ab"]
+        rows += [f"{number}.png,{caption}" for caption in captions[number]]
+    (tmp_path / "rows.csv").write_text("\n".join(rows))
+    lines = [json.dumps({"image": f"{number}.png", "caption": texts}) for number, texts in captions.items()]
+    (tmp_path / "images.jsonl").write_text("\n".join(lines))
+    by_row, by_image = (
+        score(embedder_on((1, 1)), Task("pairs", "retrieval", f"{kind}:{tmp_path}/{name}"))
+        for kind, name in (("csv", "rows.csv"), ("jsonl", "images.jsonl"))
+    )
+    assert by_row.metrics == by_image.metrics and by_row.counts == {"images": 6, "texts": 12}
+    assert by_row.notes == ["6 of 12 records name an image file again; their captions are joined"]
+
+
+def test_copies_and_equal_texts_are_counted(embedder_on, tmp_path):
+    for name, number in (("cat", 1), ("dog", 2)):
+        (tmp_path / name).mkdir()
+        for copy in "ab":
+            (tmp_path / name / f"{copy}.png").write_bytes(picture(number))
+    (tmp_path / "dog/c.png").write_bytes(picture(1))
+    source = f"image_folder:{tmp_path}"
+    result = score(embedder_on((1, 1)), colours_task(source=source, class_names=("cat", "dog", "DOG")))
+    assert result.notes == [
+        "1 of 3 classes have no image and remain possible answers: 'DOG'",
+        "3 of 5 images have the same embedding as an earlier one",
+        "3 images have the same embedding as an image of another class",
+        "2 of 3 classes have the same text embedding as a class of another name, so that images of these classes count "
+        "as wrong; the tokenizer ignores case and cuts long texts",
+    ]
+    result = score(embedder_on((1, 1)), Task("pairs", "retrieval", source))
+    assert result.notes == [
+        f"5 of 5 {what} have the same embedding as one that belongs to something else; such a tie counts as wrong"
+        for what in ("images", "texts")
+    ]
+    labels = ("cat", "dog", "n03")
+    result = score(embedder_on((1, 1)), colours_task(source=source, class_names=("pet", "hound", "pet"), labels=labels))
+    assert "1 class names stand for several classes each, such as 'pet': the first is the answer, and" in " ".join(
+        result.notes
+    )
 
 
 def test_clip_benchmarks_layout_brings_names_and_templates(embedder_on, tmp_path):

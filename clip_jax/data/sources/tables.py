@@ -64,10 +64,10 @@ class TableSource:
             raise PairError(row.problem[1], row.problem[0])
         return row
 
-    def said(self, index: int) -> tuple[str, list[str]]:
-        """Label and captions without reading the picture; raises PairError as ``__getitem__`` does."""
+    def said(self, index: int) -> tuple[str, list[str], str]:
+        """Label, captions and the image's path, without reading the image; raises PairError as ``__getitem__``."""
         row = self._row(index)
-        return row.label, row.captions
+        return row.label, row.captions, row.image
 
     def __getitem__(self, index: int) -> Pair:
         row = self._row(index)
