@@ -9,6 +9,8 @@ could be scored (one line each), 3 interrupted.
 """
 
 import argparse
+import dataclasses
+import json
 import logging
 import os
 import sys
@@ -19,7 +21,7 @@ import absl.logging
 from etils import epath
 
 from clip_jax.evaluation.results import MissingTask
-from clip_jax.models.presets import ACTIVATIONS
+from clip_jax.models.presets import ACTIVATIONS, CLIPPreset
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,6 +47,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--activation", choices=ACTIVATIONS, help="of a file that cannot tell; else quick_gelu")
     parser.add_argument("--distributed", action="store_true", help="join the other hosts of a pod (Cloud TPU VMs only)")
     arguments = parser.parse_args(argv)
+    arguments.given = argv
     wanted = [name for name in ("list", "compare", "model") if getattr(arguments, name)]
     if len(wanted) != 1:
         raise ValueError("give one of --model, --list and --compare")
@@ -105,6 +108,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     import jax
 
     from clip_jax.cache import cache_folder
+    from clip_jax.evaluation.provenance import provenance
     from clip_jax.evaluation.remembered import remembering
     from clip_jax.evaluation.report import write_report
     from clip_jax.evaluation.results import Results, main_metric, write_results
@@ -112,7 +116,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from clip_jax.evaluation.zero_shot import classifier_of
     from clip_jax.loading import load
     from clip_jax.training.checkpoint import CheckpointError
-    from clip_jax.training.metrics import read_metrics
+    from clip_jax.training.metrics import format_duration
 
     absl.logging.set_verbosity(absl.logging.FATAL)  # orbax warns of every option that follows from another
     logging.getLogger("clip_jax").setLevel(logging.WARNING)
@@ -157,12 +161,32 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if first_host and results.tasks:
         print(f"\n{results.table()}")
         if output:
-            run = epath.Path(arguments.model)
-            history = read_metrics(run) if (run / "metrics.jsonl").exists() else []
+            history, facts = _facts(arguments.model, model.preset)
+            facts["evaluation_time"] = format_duration(time.monotonic() - started)
             write_results(output, results)
-            write_report(output, results, history)
+            write_report(output, results, history, provenance=provenance("clip_jax.evaluate", arguments.given, **facts))
             print(f"\nin {output}: report.html (open it in a browser), results.json")
     return 2 if len(results.missing) > len(evaluations.missing) else 0
+
+
+def _facts(model: str, preset: CLIPPreset) -> tuple[list[dict[str, float]], dict[str, str]]:
+    """A run's metrics, steps, training time and config; of other weights no metrics, and the model's description."""
+    from clip_jax.training.checkpoint import read_config
+    from clip_jax.training.metrics import format_duration, read_metrics, training_seconds
+
+    run = epath.Path(model)
+    config = read_config(run) if (run / "checkpoints").exists() else None
+    if config is None:
+        return [], {"model": model, "config": json.dumps(dataclasses.asdict(preset), indent=2)}
+    facts = {"model": model, "config": json.dumps(config, indent=2)}
+    steps = [int(entry.name) for entry in (run / "checkpoints").iterdir() if entry.name.isdecimal()]
+    if steps:
+        facts["steps"] = f"{max(steps):,}"
+    history = read_metrics(run) if (run / "metrics.jsonl").exists() else []
+    seconds = training_seconds(history, max(steps, default=0))
+    if seconds:
+        facts["training_time"] = format_duration(seconds)
+    return history, facts
 
 
 def _line(task: MissingTask) -> str:

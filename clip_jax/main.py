@@ -93,8 +93,9 @@ def _several_processes() -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
     try:
-        config, workdir, distributed = parse_arguments(sys.argv[1:] if argv is None else argv)
+        config, workdir, distributed = parse_arguments(arguments)
         validate(config)
         in_a_pod = start_distributed(distributed)
     except (ValueError, OSError) as error:
@@ -104,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
 
     watch, together = Watch(workdir) if in_a_pod else None, False
     try:
-        code = _train(config, workdir)
+        code = _train(config, workdir, arguments)
         together = code in (0, 3)
     except KeyboardInterrupt:
         print("interrupted; what the last checkpoint holds is safe", file=sys.stderr)
@@ -118,13 +119,13 @@ def main(argv: list[str] | None = None) -> int:
     return watch.leave(code, together) if watch else code
 
 
-def _train(config: ml_collections.ConfigDict, workdir: str) -> int:
+def _train(config: ml_collections.ConfigDict, workdir: str, arguments: list[str]) -> int:
     _log_to_console()
     from clip_jax.training import loop
     from clip_jax.training.checkpoint import CheckpointError
 
     try:
-        run = loop.prepare(config, workdir)
+        run = loop.prepare(config, workdir, arguments)
     except (ValueError, OSError) as error:
         return _mistake(error)
     try:

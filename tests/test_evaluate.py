@@ -59,14 +59,26 @@ def test_a_task_of_ones_own_is_scored_printed_and_reported(run, task_file, tmp_p
         f"--output={output}",
     ]
     assert main([*arguments, "--synthetic-shift"]) == 0
-    printed = capsys.readouterr().out
-    assert "animals, 3 images, 3 classes:" in printed and "top_1 under blur" in printed
+    captured = capsys.readouterr()
+    printed = captured.out
+    assert "animals, 3 images, 3 classes:" in printed and "top_1 under blur" in printed and not captured.err
     results = json.loads((output / "results.json").read_text())
     assert results["tasks"]["animals"]["counts"] == {"images": 3, "classes": 3}
     assert len(results["tasks"]["animals"]["synthetic_shift"]["jpeg"]) == 5
     with np.load(output / "arrays/animals.npz") as arrays:
         assert arrays["class_names"].tolist() == ["bird", "cat", "dog"]
-    assert "animals" in (output / "report.html").read_text()
+    page = (output / "report.html").read_text()
+    assert "animals" in page and "<title>clip_jax: run</title>" in page
+    command = f"python -m clip_jax.evaluate --model={run} --tasks={tmp_path}/task.json,emoji_unseen_both"
+    for expected in (command, "<dt>Steps</dt><dd>2</dd>", "<dt>Training time</dt>", "<dt>Evaluation time</dt>"):
+        assert expected in page
+    trained = (run / "report/report.html").read_text()
+    for expected in (
+        f"python -m clip_jax.main {' '.join(SMALL)}",
+        "<dt>Steps</dt><dd>2</dd>",
+        "<dt>Training time</dt>",
+    ):
+        assert expected in trained
     # The same again, with the class names' embeddings from the cache.
     assert main([*arguments, "--synthetic-shift"]) == 0
     assert json.loads((output / "results.json").read_text()) == results

@@ -15,7 +15,7 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from clip_jax.evaluation.figures import BLUE, GREEN, GREY, ORANGE, Html, axes_of, escaped, figure_html
-from clip_jax.evaluation.report import metric_name, page, percent, table
+from clip_jax.evaluation.report.page import metric_name, page, percent, table
 
 RESAMPLES = 1_000
 CONFIDENCE = 95  # per cent

@@ -353,15 +353,14 @@ class RetrievalTask:
             ),
         }
         equal = {
-            "images": (ties(image_embeddings, self._image_ids), len(image_embeddings)),
-            "texts": (ties(text_embeddings, self._text_ids), len(text_embeddings)),
+            f"of {len(image_embeddings):,} images have the same embedding as an image with another text": ties(
+                image_embeddings, self._image_ids
+            ),
+            f"of {len(text_embeddings):,} texts have the same embedding as a text of another image": ties(
+                text_embeddings, self._text_ids
+            ),
         }
-        notes = [
-            f"{count:,} of {total:,} {what} have the same embedding as one that belongs to something else; such a tie "
-            "counts as wrong"
-            for what, (count, total) in equal.items()
-            if count
-        ]
+        notes = [f"{count:,} {what}; such a tie counts as wrong" for what, count in equal.items() if count]
         count = min(SHOWN_TEXTS, len(self._texts))
         shown = np.sort(np.random.default_rng(0).choice(len(self._texts), count, replace=False)).astype(np.int32)
         best = retrieval.nearest(text_embeddings[shown], image_embeddings, 5)  # [Q, 5]

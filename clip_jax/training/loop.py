@@ -14,6 +14,8 @@ import logging
 import math
 import os
 import signal
+import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -29,6 +31,7 @@ from clip_jax.data.images import Augmentation, ImageError
 from clip_jax.data.pipeline import TRANSFORM_VERSION, Batches, InputError, LoadPair, Transform
 from clip_jax.data.sources import Mixture, PairError, open_mixture
 from clip_jax.evaluation.embedding import Embedder
+from clip_jax.evaluation.provenance import provenance
 from clip_jax.evaluation.registry import find_tasks
 from clip_jax.evaluation.report import write_report
 from clip_jax.evaluation.results import Results, write_results
@@ -42,7 +45,7 @@ from clip_jax.training.checkpoint import (
     saved_fingerprint,
     write_config,
 )
-from clip_jax.training.metrics import MetricWriter, StepLog, read_metrics
+from clip_jax.training.metrics import MetricWriter, StepLog, format_duration, read_metrics, training_seconds
 from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.sharding import check_batch_divides, to_global_batch
 from clip_jax.training.step import (
@@ -71,12 +74,13 @@ class Run(NamedTuple):
     mesh: Mesh
     steps: int
     data_fingerprint: str
+    arguments: tuple[str, ...]
 
 
-def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
+def prepare(config: ml_collections.ConfigDict, workdir: str, arguments: Sequence[str] = ()) -> Run:
     """Checks the folder, the data and whether the devices can share the batch; writes nothing.
 
-    ``config`` has passed :func:`clip_jax.config.validate`.
+    ``config`` has passed :func:`clip_jax.config.validate`; ``arguments`` of the command are for the report.
 
     Raises:
       ValueError, OSError: a mistake of the user's; the message says what, where and the mend.
@@ -104,7 +108,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
     evaluations = open_evaluations(config)
     start = digest_of(read_initial_variables(config)) if config.init_from and before is None else ""
     check_hosts_agree(f"{fingerprint} {steps} {start} {dict(mesh.shape)} {to_json(config)}")
-    return Run(config, folder, mixture, evaluations, mesh, steps, fingerprint)
+    return Run(config, folder, mixture, evaluations, mesh, steps, fingerprint, tuple(arguments))
 
 
 def open_evaluations(config: ml_collections.ConfigDict) -> Evaluations:
@@ -253,15 +257,31 @@ def train(run: Run) -> bool:
                 "stopped at step %d of %d, which is saved; the same command goes on from there", step, run.steps
             )
             return False
+        started = time.monotonic()
         results = evaluate(run, embedder, state, writer, final=True)
         if jax.process_index() == 0:
-            write_results(run.workdir / "report", results)
-            write_report(run.workdir / "report", results, read_metrics(run.workdir))
+            report_run(run, results, time.monotonic() - started)
         _log_end(run, results)
         return True
     finally:
         checkpointer.close()
         writer.close()
+
+
+def report_run(run: Run, results: Results, evaluation_seconds: float) -> None:
+    """Writes the results and the report of a finished run."""
+    history = read_metrics(run.workdir)
+    seconds = training_seconds(history, run.steps)
+    made = provenance(
+        "clip_jax.main",
+        run.arguments,
+        steps=f"{run.steps:,}",
+        training_time=format_duration(seconds) if seconds else "",
+        evaluation_time=format_duration(evaluation_seconds) if results.tasks else "",
+        config=to_json(run.config),
+    )
+    write_results(run.workdir / "report", results)
+    write_report(run.workdir / "report", results, history, provenance=made)
 
 
 def train_steps(
@@ -282,8 +302,9 @@ def train_steps(
         be written to; what was trained until then is saved where that is possible.
     """
     config, first = run.config, run.config.progressive_resolution
-    log = StepLog(config.log_every, config.global_batch_size, run.steps, writer)
     step, stopping = int(state.step), False
+    before = training_seconds(read_metrics(run.workdir), step) if step and jax.process_index() == 0 else 0
+    log = StepLog(config.log_every, config.global_batch_size, run.steps, writer, before)
     saved = step
     bad_samples = BadSamples(run.workdir / f"bad_samples{f'-{jax.process_index()}' * (jax.process_index() > 0)}.jsonl")
     image_size = first.image_size if step < first.steps else config.model.vision.image_size

@@ -56,8 +56,12 @@ class StepLog:
     Reading the step before also keeps the host from running ahead: never more than two steps are under way.
     """
 
-    def __init__(self, every: int, images_per_step: int, last_step: int, writer: MetricWriter):
+    def __init__(
+        self, every: int, images_per_step: int, last_step: int, writer: MetricWriter, seconds_before: float = 0
+    ):
+        """``seconds_before`` is the run's training time until now, in processes before this one."""
         self._every, self._images_per_step, self._last_step, self._writer = every, images_per_step, last_step, writer
+        self._started = time.perf_counter() - seconds_before
         self._has_data = False
         self._pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
         self._restart_clock()
@@ -123,6 +127,7 @@ class StepLog:
         values = {name: float(value) for name, value in metrics.items()} | others
         # The loss of a source of which the batch has no pair is no number.
         scalars = {name: value for name, value in values.items() if math.isfinite(value)}
+        scalars["seconds"] = now - self._started
         elapsed, steps = now - self._since[0], step - self._since[1]
         if steps:
             scalars["images_per_second"] = self._images_per_step * steps / elapsed
@@ -152,6 +157,11 @@ def progress_line(step: int, last_step: int, scalars: dict[str, float]) -> str:
         parts.append(f"input wait {scalars['data_wait_share']:.0%}")
         parts.append(f"{format_duration(scalars['seconds_left'])} left")
     return "  ".join(parts)
+
+
+def training_seconds(history: list[dict[str, float]], step: int) -> float:
+    """The seconds that a run took to reach ``step``, over all of its processes; ``history`` is of read_metrics."""
+    return max((record.get("seconds", 0) for record in history if record["step"] <= step), default=0)
 
 
 def read_metrics(workdir: epath.Path) -> list[dict[str, float]]:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import subprocess
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -10,7 +11,9 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from clip_jax.evaluation.report import load_published, percent, write_report
+from clip_jax.evaluation.provenance import Provenance, commit_of, provenance
+from clip_jax.evaluation.report import load_published, write_report
+from clip_jax.evaluation.report.page import percent, title_of
 from clip_jax.evaluation.results import MissingTask, Results, TaskResult
 
 ODD = ["plain", "<b>bold</b> & co", 'a "quoted" $x$ name', "grün ≈ 狗", *(f"class {n}" for n in range(4, 12))]
@@ -55,9 +58,10 @@ def zero_shot_task(name="odd", pictures=60, side=24, **others):
         "metrics": {"top_1": 0.1234, "top_5": 0.5432, "calibration_error": 0.0876},
         "counts": {"images": pictures, "classes": classes},
         "chance": {"top_1": 1 / classes, "top_5": 5 / classes},
+        "largest_class": {"top_1": 0.2, "top_5": 0.6},
         "baseline": {"top_1": 0.0911},
         "synthetic_shift": {"gaussian_noise": [0.11, 0.09, 0.07, 0.05, 0.03], "blur": [0.12, 0.1, 0.08, 0.06, 0.0412]},
-        "linear_probe": {"accuracy": 0.6543, "C": 0.316},
+        "linear_probe": {"accuracy": 0.6543, "mean_per_class": 0.05, "C": 0.316},
         "class_names": ODD,
         "arrays": arrays,
         "picture": lambda index: colours[index],
@@ -150,8 +154,9 @@ class Page(HTMLParser):
         return row
 
 
-def report(folder, *tasks, history=(), published=None, missing=(), model="runs/<odd> & $model$"):
-    write_report(epath.Path(folder), Results(model, "ViT-B/32", list(tasks), list(missing)), history, published or {})
+def report(folder, *tasks, history=(), published=None, missing=(), model="/home/me/runs/<odd> & $model$", made=None):
+    results = Results(model, "ViT-B/32", list(tasks), list(missing))
+    write_report(epath.Path(folder), results, history, published or {}, made)
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -194,7 +199,7 @@ def everything(tmp_path_factory):
 def test_names_are_text_and_never_markup(everything):
     text, page = everything
     words = " ".join(page.words)
-    for name in [*ODD[:4], "Odd <names> & more", "a <i>text</i>", "two & three", "Food <101>", "runs/<odd> & $model$"]:
+    for name in [*ODD[:4], "Odd <names> & more", "a <i>text</i>", "two & three", "Food <101>", "<odd> & $model$"]:
         assert name in words
     for markup in ["<b>bold", "<names>", "<i>", "<101>", "<odd>"]:
         assert markup not in text
@@ -207,28 +212,34 @@ def test_the_page_is_small(everything):
 def test_the_summary_has_the_main_metric_chance_and_baseline(everything):
     _, page = everything
     rows = [row for row in page.rows if row[0] == "Odd <names> & more"]
-    assert rows[0] == ["Odd <names> & more", "top-1", "12.3", "8.3", "9.1", "60", "12"]
+    value = "12.3 not above largest class"
+    assert rows[0] == ["Odd <names> & more", "top-1", value, "8.3", "20.0", "9.1", "60", "12"]
     assert next(row for row in page.rows if row[0] == "Pairs")[1:] == [
         "image to text, recall@1",
         "21.0",
         "5.0",
         "–",
+        "–",
         "20",
         "20",
     ]
+    head = ["task", "metric", "this model, %", "chance, %", "largest class, %", "nearest mean picture, %"]
+    assert [*head, "images", "classes or texts"] in page.rows
     assert page.links == ["#task-1", "#task-2", "#task-3", "#task-4", "#task-5"]
 
 
 def test_all_metrics_are_there_and_the_published_ones_beside_them(everything):
     _, page = everything
-    assert page.row("top-5") == ["54.3", "41.7", "–"]
-    assert page.row("calibration error") == ["8.8", "–", "–"]
+    assert page.row("top-5") == ["54.3 not above largest class", "41.7", "60.0", "–"]
+    assert page.row("calibration error") == ["8.8", "–", "–", "–"]
     assert ["zero-shot, measured", "12.3", "31.4", "–", *(f"{n}.0" for n in range(40, 47))] in page.rows
     assert page.row("linear probe, in the paper") == ["65.4", "70.0", *"–" * 8]
     assert ["%", "this model", *MODELS] in page.rows
     assert page.row("gaussian noise") == ["11.0", "9.0", "7.0", "5.0", "3.0"]
     assert page.row("blur")[-1] == "4.1"
-    assert ["65.4", "0.316"] in page.rows
+    assert page.row("accuracy") == ["65.4", "8.3", "20.0", "9.1"]  # of the linear probe, all in per cent
+    assert page.row("mean per class") == ["5.0", "–", "–", "–"]
+    assert "C = 0.316" in " ".join(page.words)
     assert "calibration error 8.8 %" in " ".join(page.words)
 
 
@@ -259,29 +270,105 @@ def test_the_mistakes_are_those_of_highest_probability(everything):
     wrong = np.flatnonzero(best[:, 0] != labels)
     order = wrong[np.argsort(-probabilities[wrong, 0], kind="stable")][:12]
     pictures = [image for image in everything[1].images if image["src"].startswith("data:image/png")]
-    shown = [np.asarray(Image.open(io.BytesIO(decoded(image)))) for image in pictures[:12]]
-    np.testing.assert_array_equal(shown, [task.picture(index) for index in order])
-    assert len(pictures) == 12 + 36
+    shown = [np.asarray(Image.open(io.BytesIO(decoded(image)))) for image in pictures[:24]]
+    np.testing.assert_array_equal(shown[::2], [task.picture(index) for index in order])
+    # Beside each, an image of the class that was answered.
+    answers = best[order, 0]
+    np.testing.assert_array_equal(shown[1::2], [task.picture(int(np.argmax(labels == answer))) for answer in answers])
+    assert [image["alt"] for image in pictures[1:24:2]] == [f"the answer: {ODD[answer]}" for answer in answers]
+    drawn = np.sort(np.random.default_rng(0).choice(60, 36, replace=False))
+    assert len(pictures) == 24 + 36 + (best[drawn, 0] != labels[drawn]).sum()
+
+
+def test_an_answer_of_which_the_data_has_no_image_is_stated(tmp_path):
+    arrays = {"labels": np.zeros(3, int), "best": np.full((3, 1), 2), "probabilities": np.full((3, 1), 0.5)}
+    page = check(report(tmp_path, zero_shot_task(arrays=arrays, class_names=["ant", "bee", "cat"])))
+    assert " ".join(page.words).count("The data has no image of “cat”.") == 3 + 3
+    assert len([image for image in page.images if "png" in image["src"][:20]]) == 3 + 3
 
 
 def test_the_confusions_count_what_the_worst_classes_are_taken_for(tmp_path):
-    labels = np.array([0, 0, 0, 0, 1, 1, 2, 2, 2, 3])
-    first = np.array([1, 1, 2, 0, 1, 1, 0, 0, 1, 3])
-    arrays = {"labels": labels, "best": first[:, None], "probabilities": np.full((10, 1), 0.5)}
+    labels = np.repeat([0, 1, 2, 3, 4], [8, 5, 6, 5, 4])
+    first = np.array([1] * 4 + [2] * 2 + [0] * 2 + [1] * 5 + [0, 0, 1] * 2 + [3] * 4 + [0] + [1] * 4)
+    arrays = {"labels": labels, "best": first[:, None], "probabilities": np.full((28, 1), 0.5)}
     page = check(report(tmp_path, zero_shot_task(arrays=arrays, class_names=["ant", "bee", "cat"])))
-    at = page.rows.index(["class", "taken for (times)", "pictures", "recognised, %"])
-    assert page.rows[at + 1 : at + 5] == [
-        ["cat", "ant (2), bee (1)", "3", "0.0"],
-        ["ant", "bee (2), cat (1)", "4", "25.0"],
-        ["bee", "–", "2", "100.0"],
-        ["class 3", "–", "1", "100.0"],
+    at = page.rows.index(["class", "wrong answers (times)", "images", "recognized, %"])
+    assert page.rows[at + 1 :][:4] == [
+        ["cat", "ant (4), bee (2)", "6", "0.0"],
+        ["ant", "bee (4), cat (2)", "8", "25.0"],
+        ["class 3", "ant (1)", "5", "80.0"],
+        ["bee", "–", "5", "100.0"],
     ]
-    assert "1 of 4 classes are never recognised" in " ".join(page.words)
+    words = " ".join(page.words)
+    assert "1 of 4 classes are never recognized. 1 classes with fewer than 5 images are not listed." in words
+
+
+def test_a_recall_of_one_image_a_class_is_not_shown(tmp_path):
+    arrays = {"labels": np.arange(12), "best": np.zeros((12, 1), int), "probabilities": np.full((12, 1), 0.5)}
+    page = check(report(tmp_path, zero_shot_task(arrays=arrays)))
+    assert not any("recall" in heading for heading in page.headings)
+
+
+@pytest.mark.parametrize(
+    ("model", "title"),
+    [
+        ("/home/me/runs/quickstart", "quickstart"),
+        ("runs/quickstart/", "quickstart"),
+        ("gs://bucket/runs/b32", "b32"),
+        ("weights/ViT-B-32.pt", "ViT-B-32.pt"),
+        ("/data/my clip/model.safetensors", "my clip/model.safetensors"),
+        ("model.safetensors", "model.safetensors"),
+    ],
+)
+def test_the_title_is_the_models_name_without_its_path(model, title):
+    assert title_of(model) == title
+
+
+def test_a_run_in_this_folder_has_the_folders_name_as_its_title(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert title_of(".") == tmp_path.name
+
+
+def test_the_page_has_date_command_steps_times_devices_versions_commit_and_config(tmp_path):
+    facts = {"steps": "5,000", "training_time": "6m02s", "evaluation_time": "42s", "config": '{"a": "<b>"}'}
+    made = provenance("clip_jax.main", ["--config=a b.py", "--workdir=x"], model="/a/<b>", **facts)
+    text = report(tmp_path, history=HISTORY, made=made)
+    page, words = check(text), " ".join(Page(text).words)
+    for expected in ("python -m clip_jax.main '--config=a b.py' --workdir=x", "/a/<b>", '{"a": "<b>"}'):
+        assert expected in words
+    names = ["Date", "Command", "Model", "Steps", "Training time", "Evaluation time", "Devices", "Versions"]
+    assert [name for name in names if f"<dt>{name}</dt>" in text] == names and "How this was made" in page.headings
+    assert "UTC" in made.date and made.devices.startswith("8 x cpu") and "jax 0." in made.versions
+    assert "Python 3." in made.versions and "clip_jax 0" in made.versions
+    bare = Provenance("now", "command", "device", "versions", "")
+    assert "<dt>Commit</dt>" not in report(tmp_path, made=bare) and "Config" not in report(tmp_path, made=bare)
+
+
+def test_the_commit_is_that_of_the_checkout_of_this_package_alone(tmp_path):
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    assert commit_of(tmp_path) == ""  # no checkout
+    git("init", "-q")
+    (tmp_path / "clip_jax").mkdir()
+    (tmp_path / "clip_jax/__init__.py").write_text("")
+    (tmp_path / "other.txt").write_text("")
+    git("add", "other.txt")
+    git("commit", "-qm", "one")
+    assert commit_of(tmp_path) == ""  # a checkout of something else, around an installed package
+    git("add", "clip_jax")
+    git("commit", "-qm", "two")
+    assert commit_of(tmp_path) == git("rev-parse", "HEAD")
+    (tmp_path / "clip_jax/__init__.py").write_text("x = 1")
+    assert commit_of(tmp_path) == git("rev-parse", "HEAD") + ", with changes that are not committed"
 
 
 def test_curves_of_training_alone_are_a_page_too(tmp_path):
     page = check(report(tmp_path, history=HISTORY))
-    assert page.headings == ["runs/<odd> & $model$", "Training"]
+    assert page.headings == ["<odd> & $model$", "Training"]
     assert [image["alt"].split(" over ")[0] for image in page.images][::2] == ["Training loss", "odd: top-1 and top-5"]
 
 
@@ -291,7 +378,7 @@ def test_the_least_page(tmp_path):
 
 
 def test_every_part_may_be_absent(tmp_path):
-    bare = {"chance": {}, "baseline": {}, "synthetic_shift": {}, "linear_probe": {}}
+    bare = {"chance": {}, "largest_class": {}, "baseline": {}, "synthetic_shift": {}, "linear_probe": {}}
     task = zero_shot_task()
     several = {name: task.arrays[name] for name in ("best", "probabilities")}  # without labels
     tasks = [
@@ -312,10 +399,11 @@ def test_shifts_without_standard_models_have_no_line(tmp_path):
     assert [row for row in page.rows if row[0] == "art" and len(row) == 3] == [["art", "50.0", "–"]]
 
 
-def test_a_page_of_many_tasks_shows_fewer_pictures_of_each(tmp_path):
+def test_a_page_of_many_tasks_shows_fewer_images_of_each(tmp_path):
     tasks = [zero_shot_task(f"task {number}", side=8, synthetic_shift={}) for number in range(15)]
-    page = check(report(tmp_path, *tasks))
-    assert len([image for image in page.images if "png" in image["src"][:20]]) == 15 * (12 + 12)
+    text = report(tmp_path, *tasks)
+    check(text)
+    assert text.count("<figcaption><b>") == text.count('<figcaption class="pair"><b>') == 15 * 12
 
 
 def test_the_same_results_give_the_same_page(tmp_path):

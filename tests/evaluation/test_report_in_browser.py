@@ -1,5 +1,6 @@
 """The report and the comparison as a browser shows them, on a phone and on a wide screen."""
 
+import json
 import os
 import shutil
 
@@ -8,6 +9,7 @@ import pytest
 from etils import epath
 
 from clip_jax.evaluation.comparison import compare, write_comparison
+from clip_jax.evaluation.provenance import provenance
 from clip_jax.evaluation.report import write_report
 from clip_jax.evaluation.results import MissingTask, Results, TaskResult, write_results
 
@@ -64,6 +66,7 @@ def results(model, seed):
     recall = {f"image_to_text_recall@{k}": float((retrieval["image_to_text_rank"] < k).mean()) for k in (1, 5, 10)}
     tasks = [
         TaskResult("names", LONG, "zero_shot", "top_1", accuracy, counts, synthetic_shift=shift, class_names=names,
+                   chance={"top_1": 1 / 12}, largest_class={"top_1": 0.2}, baseline={"top_1": 0.9},
                    linear_probe={"accuracy": 0.4, "C": 1.0}, arrays=zero_shot, picture=pictures.__getitem__),
         TaskResult("pairs", "", "retrieval", "image_to_text_recall@1", recall, counts, chance=recall, arrays=retrieval,
                    texts=["one", LONG, "three"], picture=pictures.__getitem__),
@@ -83,7 +86,9 @@ def path(request, tmp_path_factory):
         return folder / "comparison.html"
     history = [{"step": step, "loss": 1 / step, "names/top_1": 0.1} for step in range(1, 100)]
     if request.param == "report":
-        write_report(folder, results(LONG, 0), history, PUBLISHED)
+        facts = {"steps": "99", "training_time": "1m02s", "config": json.dumps({LONG: LONG})}
+        made = provenance("clip_jax.main", [f"--config={LONG}"], model=LONG, **facts)
+        write_report(folder, results(LONG, 0), history, PUBLISHED, made)
     else:
         write_report(folder, Results("model", "", []))
     return folder / "report.html"
@@ -108,5 +113,9 @@ def test_the_page_fits_and_is_whole(browser, path, width, scheme):
     smallest = """Math.min(...[...document.querySelectorAll("body *")]
         .map(element => parseFloat(getComputedStyle(element).fontSize)))"""
     assert page.evaluate(smallest) >= 14
+    # No cell of a table that stacks is cut off: chance and baselines of the summary among them.
+    outside = """[...document.querySelectorAll(".stack td")].map(cell => cell.getBoundingClientRect())
+        .filter(box => box.width > 0 && (box.left < 0 || box.right > innerWidth + 0.5)).length"""
+    assert page.evaluate(outside) == 0
     assert not complaints
     page.close()
