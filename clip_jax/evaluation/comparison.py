@@ -1,7 +1,8 @@
 """Several models side by side, from what their evaluations wrote: with intervals, and differences that are paired.
 
 Models that answered the same questions fail on the same hard ones, so that the interval of their difference is far
-narrower than their own two let expect.
+narrower than their own two intervals suggest. Results of a task that differ in more than the model, such as in the
+number of images, are compared with a note that states it.
 """
 
 import json
@@ -16,6 +17,7 @@ from matplotlib.figure import Figure
 
 from clip_jax.evaluation.figures import BLUE, GREEN, GREY, ORANGE, Html, axes_of, escaped, figure_html
 from clip_jax.evaluation.report.page import metric_name, page, percent, table
+from clip_jax.evaluation.results import REFERENCES, mark, not_above
 
 RESAMPLES = 1_000
 CONFIDENCE = 95  # per cent
@@ -36,7 +38,9 @@ class Estimate(NamedTuple):
 class TaskComparison(NamedTuple):
     """One task; a list has an entry for each model, None for one that does not have the task.
 
-    ``differences`` are to the first model that has it, whose own entry is None.
+    ``differences`` are to the first model that has it, whose own entry is None. ``not_above`` names the references,
+    such as chance, that a model's value does not exceed. ``notes`` are sentences about what the models' results of this
+    task do not have in common, such as the number of images.
     """
 
     name: str
@@ -44,6 +48,8 @@ class TaskComparison(NamedTuple):
     metric: str
     values: list[Estimate | None]
     differences: list[Estimate | None]
+    not_above: list[list[str]]
+    notes: list[str]
 
 
 class Comparison(NamedTuple):
@@ -58,10 +64,12 @@ class Comparison(NamedTuple):
         lines = [f"{CONFIDENCE} % intervals, {RESAMPLES:,} resamples; differences are to the first model, in points"]
         for task in self.tasks:
             lines += ["", f"{task.title}: {metric_name(task.metric)}, %"]
-            for model, value, difference in zip(self.models, task.values, task.differences, strict=True):
+            rows = zip(self.models, task.values, task.differences, task.not_above, strict=True)
+            for model, value, difference, low in rows:
                 if value:
-                    row = f"  {model:{width}}  {format_estimate(value):24}{format_estimate(difference, sign=True)}"
-                    lines.append(row.rstrip())
+                    row = f"  {model:{width}}  {format_estimate(value):24}{format_estimate(difference, sign=True):24}"
+                    lines.append((row + mark(low)).rstrip())
+            lines += [f"  note: {note}" for note in task.notes]
         return "\n".join(lines)
 
 
@@ -148,10 +156,12 @@ def compare(folders: Sequence[epath.Path]) -> Comparison:
     common = [task for task in every if sum(task in record["tasks"] for record in records) > 1]
     if not common:
         raise ValueError(f"no task was evaluated in two of {', '.join(map(str, folders))}")
-    return Comparison(models, [_compare_task(task, folders, records) for task in common])
+    return Comparison(models, [_compare_task(task, models, folders, records) for task in common])
 
 
-def _compare_task(name: str, folders: Sequence[epath.Path], records: Sequence[dict]) -> TaskComparison:
+def _compare_task(
+    name: str, models: Sequence[str], folders: Sequence[epath.Path], records: Sequence[dict]
+) -> TaskComparison:
     entries = [record["tasks"].get(name) for record in records]
     first = next(index for index, entry in enumerate(entries) if entry)
     metric = entries[first]["metric"]
@@ -160,16 +170,43 @@ def _compare_task(name: str, folders: Sequence[epath.Path], records: Sequence[di
     resampled = [bootstrap(*statistic) if statistic else None for statistic in statistics]
     values: list[Estimate | None] = []
     differences: list[Estimate | None] = []
+    low: list[list[str]] = []
+    notes: list[str] = []
     for index, (entry, drawn) in enumerate(zip(entries, resampled, strict=True)):
         value = entry["metrics"].get(metric, math.nan) if entry else None
         values.append(_estimate(value, drawn))
+        low.append(not_above(entry["levels"], metric, value) if entry else [])
         if value is None or index == first:
             differences.append(None)
             continue
-        paired = drawn is not None and resampled[first] is not None
-        paired = paired and _same_examples(arrays[first], arrays[index], metric)
+        unlike = _unlike(entries[first], entry)
+        same = (
+            _same_examples(arrays[first], arrays[index], metric) and not {"images", "classes", "texts"} & unlike.keys()
+        )
+        paired = same and drawn is not None and resampled[first] is not None
         differences.append(_estimate(value - values[first].value, drawn - resampled[first] if paired else None))
-    return TaskComparison(name, entries[first]["title"] or name, metric, values, differences)
+        if not same and arrays[first] and arrays[index]:
+            unlike.setdefault("images", "other questions")
+        if unlike:
+            notes.append(
+                f"{models[index]} differs from {models[first]} in more than the model: {', '.join(unlike.values())}"
+            )
+    return TaskComparison(name, entries[first]["title"] or name, metric, values, differences, low, notes)
+
+
+def _unlike(first: dict, other: dict) -> dict[str, str]:
+    """What two results of a task do not have in common, as phrases, by ``images``, ``classes`` and so on."""
+    unlike = {}
+    for what in dict.fromkeys([*first["counts"], *other["counts"]]):
+        counts = [entry["counts"].get(what) for entry in (other, first)]
+        if counts[0] != counts[1]:
+            unlike[what] = f"{' instead of '.join('no' if count is None else f'{count:,}' for count in counts)} {what}"
+    for what in first["identity"].keys() & other["identity"].keys():
+        if first["identity"][what] != other["identity"][what]:
+            unlike.setdefault(what, f"other {'classes or labels' if what == 'classes' else what}")
+    if first["metric"] != other["metric"]:
+        unlike["metric"] = f"its metric is {metric_name(other['metric'])}"
+    return unlike
 
 
 def _estimate(value: float | None, drawn: np.ndarray | None) -> Estimate | None:
@@ -200,6 +237,9 @@ def _read_results(folder: epath.Path) -> dict:
                 "title": task.get("title", ""),
                 "metric": task["metric"],
                 "metrics": {metric: float(value) for metric, value in task["metrics"].items()},
+                "counts": {what: int(count) for what, count in task.get("counts", {}).items()},
+                "identity": dict(task.get("identity", {})),
+                "levels": {key: {name: float(v) for name, v in task.get(key, {}).items()} for key in REFERENCES},
             }
             for name, task in record["tasks"].items()
         }
@@ -252,6 +292,11 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
+def _marked(estimate: Estimate, low: list[str]) -> Html:
+    mark = f' <span class="low">not above {escaped(", ".join(low))}</span>' if low else ""
+    return Html(f"<div>{escaped(format_estimate(estimate))}{mark}</div>")
+
+
 def write_comparison(folder: epath.Path, comparison: Comparison) -> None:
     """Writes ``folder/comparison.html``, one page that needs nothing beside itself."""
     shown = {
@@ -265,18 +310,22 @@ def write_comparison(folder: epath.Path, comparison: Comparison) -> None:
         Html(
             f"<p>In brackets and as lines: {CONFIDENCE} % intervals from {RESAMPLES:,} resamples of the pictures or "
             "queries. Differences are to the first model that has the task; where both answered the same questions, "
-            "they are compared question by question. A difference whose interval leaves out 0 is hardly an accident "
-            "of which pictures the task has.</p>"
+            "they are compared question by question. A difference whose interval does not contain 0 is unlikely to "
+            "depend on which images the task has. A note below a task states where its results differ in more than the "
+            "model.</p>"
         ),
         Html(f'<div class="plots">{"".join(figures)}</div>'),
     ]
     for task in comparison.tasks:
         rows = [
-            [model, format_estimate(value), format_estimate(difference, sign=True)]
-            for model, value, difference in zip(comparison.models, task.values, task.differences, strict=True)
+            [model, _marked(value, low), format_estimate(difference, sign=True)]
+            for model, value, difference, low in zip(
+                comparison.models, task.values, task.differences, task.not_above, strict=True
+            )
             if value
         ]
         body.append(Html(f"<h3>{escaped(task.title)}</h3>"))
-        body.append(table(["model", f"{metric_name(task.metric)}, %", "difference, points"], rows))
+        body.append(table(["model", f"{metric_name(task.metric)}, %", "difference, points"], rows, stack=True))
+        body += [Html(f'<p class="low">Note: {escaped(note)}.</p>') for note in task.notes]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "comparison.html").write_text(page("clip_jax: comparison", body), encoding="utf-8")

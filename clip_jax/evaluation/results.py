@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from etils import epath
@@ -11,6 +11,12 @@ TOP = 5  # classes that are kept for each picture
 # What a metric is compared with, by attribute of a TaskResult, and how people call it.
 REFERENCES = {"baseline": "nearest mean picture", "largest_class": "largest class", "chance": "chance"}
 PROBE_METRICS = {"accuracy": "top_1", "mean_per_class": "mean_per_class"}  # of a linear probe, with the zero-shot name
+
+
+def not_above(levels: Mapping[str, Mapping[str, float]], metric: str, value: float | None) -> list[str]:
+    """The names of the references that ``value`` does not exceed; ``levels`` are by key of REFERENCES and metric."""
+    found = {name: levels.get(key, {}).get(metric) for key, name in REFERENCES.items()}
+    return [name for name, level in found.items() if None not in (value, level) and value <= level + 1e-9]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +74,7 @@ class TaskResult:
           value: instead of ``metrics[metric]``, as for a linear probe.
         """
         value = self.metrics.get(metric) if value is None else value
-        references = {name: getattr(self, key).get(metric) for key, name in REFERENCES.items()}
-        return [name for name, level in references.items() if None not in (value, level) and value <= level + 1e-9]
+        return not_above({key: getattr(self, key) for key in REFERENCES}, metric, value)
 
     def as_dict(self) -> dict:
         """Everything but arrays and images, for JSON; empty values are left out."""
@@ -123,10 +128,11 @@ class Results:
 
 def main_metric(task: TaskResult) -> str:
     """Such as ``digits top_1 7.1% (not above largest class, chance)``."""
-    return f"{task.name} {task.metric} {task.metrics[task.metric]:.1%}{_mark(task.not_above(task.metric))}"
+    return f"{task.name} {task.metric} {task.metrics[task.metric]:.1%}{mark(task.not_above(task.metric))}"
 
 
-def _mark(not_above: list[str]) -> str:
+def mark(not_above: list[str]) -> str:
+    """Such as `` (not above chance)``; empty for none."""
     return f" (not above {', '.join(not_above)})" if not_above else ""
 
 
@@ -142,7 +148,7 @@ def _task_lines(task: TaskResult) -> list[str]:
         values = [
             " " * width if cell is None else f"{cell:{width}.2%}" for cell, width in zip(cells, widths, strict=True)
         ]
-        return f"  {name:60}{'  '.join(values)}{_mark(task.not_above(metric, value))}".rstrip()
+        return f"  {name:60}{'  '.join(values)}{mark(task.not_above(metric, value))}".rstrip()
 
     lines = [f"{task.name}, {counts}:".ljust(62) + heads]
     lines += [row(metric, metric, value) for metric, value in task.metrics.items()]

@@ -1,5 +1,6 @@
 """Comparisons on results whose intervals are known or follow from others."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -124,6 +125,53 @@ def test_other_pictures_are_not_paired_and_other_metrics_have_no_interval(tmp_pa
     assert birds.values[0] == (0.75, None, None) and birds.differences[1] == (0, None, None)
     assert pairs.title == "pairs" and pairs.differences[1].low is not None
     assert pairs.differences[1].value == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "paired", "expected"),
+    [
+        ({}, True, []),
+        ({"identity": {"images": "1", "classes": "1", "templates": "1"}}, True, []),
+        ({"identity": {"images": "1", "classes": "1", "templates": "2"}}, True, ["other templates"]),
+        ({"identity": {"images": "2", "classes": "1", "templates": "1"}}, False, ["other images"]),
+        ({"identity": {"images": "1", "classes": "2", "templates": "1"}}, False, ["other classes or labels"]),
+        ({"counts": {"images": 400, "classes": 3}}, False, ["3 instead of 2 classes"]),
+        ({"counts": {"images": 1_000, "texts": 2}}, False, ["1,000 instead of 400 images", "no instead of 2 classes"]),
+        ({"metric": "mean_per_class"}, True, ["its metric is mean per class"]),
+    ],
+)
+def test_results_of_other_versions_of_a_task_are_compared_with_a_note(tmp_path, changes, paired, expected):
+    own = {"identity": {"images": "1", "classes": "1", "templates": "1"}} if "identity" in changes else {}
+    one, other = (
+        dataclasses.replace(zero_shot(draws(share)), **values) for share, values in ((0.5, own), (0.6, changes))
+    )
+    comparison = compare([written(tmp_path / "a", one, model="a"), written(tmp_path / "b", other, model="b")])
+    (task,) = comparison.tasks
+    assert task.differences[1].value == pytest.approx(0.1) and (task.differences[1].low is not None) == paired
+    if not expected:
+        assert not task.notes
+        return
+    (note,) = task.notes
+    assert note.startswith("b differs from a in more than the model: ") and all(part in note for part in expected)
+    write_comparison(tmp_path / "page", comparison)
+    assert f"note: {note}" in comparison.table()
+    assert f"Note: {note}." in (tmp_path / "page/comparison.html").read_text(encoding="utf-8")
+
+
+def test_a_result_that_does_not_exceed_a_baseline_is_marked(tmp_path):
+    levels = {"chance": {"top_1": 0.5}, "largest_class": {"top_1": 0.55}, "baseline": {"top_1": 0.7}}
+    folders = [
+        written(tmp_path / name, dataclasses.replace(zero_shot(draws(share)), **levels), model=name)
+        for name, share in (("low", 0.5), ("middle", 0.6), ("high", 0.75))
+    ]
+    comparison = compare(folders)
+    everything = ["nearest mean picture", "largest class", "chance"]
+    assert comparison.tasks[0].not_above == [everything, everything[:1], []]
+    lines = [line for line in comparison.table().splitlines() if line.startswith("  ")]
+    assert lines[0].endswith("(not above nearest mean picture, largest class, chance)")
+    assert lines[1].endswith("(not above nearest mean picture)") and "above" not in lines[2]
+    write_comparison(tmp_path / "page", comparison)
+    assert (tmp_path / "page/comparison.html").read_text(encoding="utf-8").count("not above") == 2
 
 
 def test_models_that_lack_a_task_are_left_out_of_it(tmp_path):

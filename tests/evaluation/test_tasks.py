@@ -1,5 +1,6 @@
 """Tasks from data to result: classes and their names, and the same numbers on any number of devices."""
 
+import dataclasses
 import functools
 import json
 
@@ -120,6 +121,14 @@ def test_several_classes_a_picture_are_scored_as_average_precision(embedder_on, 
     result = score(embedder_on((4, 2)), task, tmp_path)
     assert result.metrics.keys() == {"average_precision_11"} and 0 < result.metrics["average_precision_11"] < 1
     assert result.chance["average_precision_11"] == pytest.approx((6 + 2 * 5 + 5) / 63)
+    # The same score for all images: as many right ones as there are, on average over the classes.
+    assert result.largest_class["average_precision_11"] == pytest.approx((11 + 5 + 5) / 63)
+    assert result.notes[-1] == "5 of 21 images have no class"
+    more = dataclasses.replace(task, class_names=(*task.class_names, "fish"))
+    assert broken(more, tmp_path) == (
+        "average_precision_11 needs images of every class, and 1 of 4 have none, such as 'fish'; leave them out of "
+        "class_names"
+    )
 
 
 def test_two_classes_have_an_area_under_the_curve(embedder_on, folders):
