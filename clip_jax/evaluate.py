@@ -108,11 +108,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     import jax
 
     from clip_jax.cache import cache_folder
+    from clip_jax.evaluation.measuring import Extras
     from clip_jax.evaluation.provenance import provenance
     from clip_jax.evaluation.remembered import remembering
     from clip_jax.evaluation.report import write_report
     from clip_jax.evaluation.results import Results, main_metric, write_results
-    from clip_jax.evaluation.tasks import Evaluations, Extras
+    from clip_jax.evaluation.tasks import Evaluations
     from clip_jax.evaluation.zero_shot import classifier_of
     from clip_jax.loading import load
     from clip_jax.training.checkpoint import CheckpointError

@@ -29,7 +29,8 @@ class Task:
       labels: what the sources call the classes, in the same order; empty where that is their number or name
         (:mod:`clip_jax.evaluation.labels` has the rule).
       templates: instead of those of ``prompts``.
-      train, validation: sources for the linear probe; without a validation split a part of ``train`` is taken.
+      train, validation: sources for the linear probe; without a validation split a part of ``train`` is taken. Images
+        of classes that are not the task's are left out and counted, and so for ``pixel_baseline``.
       other_classes: whether images of ``source`` of other classes are left out and counted, instead of refused.
       first_caption: of retrieval, whether a picture's text is its first caption alone, which several may share; else
         all are texts, each with one right picture.
@@ -76,6 +77,10 @@ class Task:
                 f"task {self.name}: {unused[0]} has no effect with kind={self.kind!r} and metric={self.metric!r}"
                 f"{without}; leave it out"
             )
+
+        same = [key for key in ("train", "validation", "pixel_baseline") if getattr(self, key) == self.source]
+        if same:
+            raise ValueError(f"task {self.name}: {same[0]} is the task's own source; it must be other images")
 
     def _unused_keys(self) -> tuple[str, ...]:
         """The attributes that would change nothing, so that setting one is a mistake."""
@@ -395,6 +400,8 @@ def _read_file(name: str) -> list[Task]:
         content = json.loads(pathlib.Path(name).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is no JSON: {error}") from None
+    if content == []:
+        raise ValueError(f"{name} holds no task; write an object, or a list of them")
     try:
         return [_from_json(entry) for entry in (content if isinstance(content, list) else [content])]
     except ValueError as error:

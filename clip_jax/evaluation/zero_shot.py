@@ -31,11 +31,10 @@ def load_prompts(name: str) -> Prompts:
       ValueError: there is no such file; the message lists those that there are.
     """
     folder = resources.files("clip_jax.evaluation") / "prompts"
-    file = folder / f"{name}.json"
-    if not file.is_file():
-        names = ", ".join(sorted(entry.name.removesuffix(".json") for entry in folder.iterdir()))
-        raise ValueError(f"no prompts {name!r}; there are {names}")
-    content = json.loads(file.read_text(encoding="utf-8"))
+    files = {entry.name.removesuffix(".json"): entry for entry in folder.iterdir()}
+    if name not in files:
+        raise ValueError(f"no prompts {name!r}; there are {', '.join(sorted(files))}")
+    content = json.loads(files[name].read_text(encoding="utf-8"))
     return Prompts(*(tuple(content.get(key, ())) for key in Prompts._fields))
 
 

@@ -31,11 +31,12 @@ from clip_jax.data.images import Augmentation, ImageError
 from clip_jax.data.pipeline import TRANSFORM_VERSION, Batches, InputError, LoadPair, Transform
 from clip_jax.data.sources import Mixture, PairError, open_mixture
 from clip_jax.evaluation.embedding import Embedder
+from clip_jax.evaluation.measuring import Extras
 from clip_jax.evaluation.provenance import provenance
 from clip_jax.evaluation.registry import find_tasks
 from clip_jax.evaluation.report import write_report
 from clip_jax.evaluation.results import Results, write_results
-from clip_jax.evaluation.tasks import Evaluations, Extras
+from clip_jax.evaluation.tasks import Evaluations
 from clip_jax.evaluation.zero_shot import classifier_of
 from clip_jax.models.clip import INITIAL_LOGIT_SCALE, SIGMOID_INITIAL_LOGIT_BIAS, SIGMOID_INITIAL_LOGIT_SCALE
 from clip_jax.training.checkpoint import (
