@@ -117,7 +117,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from clip_jax.evaluation.zero_shot import classifier_of
     from clip_jax.loading import load
     from clip_jax.training.checkpoint import CheckpointError
-    from clip_jax.training.metrics import format_duration
 
     absl.logging.set_verbosity(absl.logging.FATAL)  # orbax warns of every option that follows from another
     logging.getLogger("clip_jax").setLevel(logging.WARNING)
@@ -163,7 +162,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         print(f"\n{results.table()}")
         if output:
             history, facts = _facts(arguments.model, model.preset)
-            facts["evaluation_time"] = format_duration(time.monotonic() - started)
+            facts["evaluation_time"] = f"{time.monotonic() - started:,.1f}s"
             write_results(output, results)
             write_report(output, results, history, provenance=provenance("clip_jax.evaluate", arguments.given, **facts))
             print(f"\nin {output}: report.html (open it in a browser), results.json")

@@ -16,7 +16,7 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from clip_jax.evaluation.figures import BLUE, GREEN, GREY, ORANGE, Html, axes_of, escaped, figure_html
-from clip_jax.evaluation.report.page import metric_name, page, percent, table
+from clip_jax.evaluation.report.page import metric_name, page, percent, table, title_of
 from clip_jax.evaluation.results import REFERENCES, mark, not_above
 
 RESAMPLES = 1_000
@@ -148,7 +148,9 @@ def compare(folders: Sequence[epath.Path]) -> Comparison:
     if len(folders) < 2:
         raise ValueError("a comparison needs at least two folders")
     records = [_read_results(folder) for folder in folders]
-    names = [record["model"] for record in records]
+    names = [title_of(record["model"]) for record in records]
+    if len(set(names)) < len(names):  # the paths tell more
+        names = [record["model"] for record in records]
     models = [
         f"{name} ({folder})" if names.count(name) > 1 else name for name, folder in zip(names, folders, strict=True)
     ]
@@ -308,7 +310,7 @@ def write_comparison(folder: epath.Path, comparison: Comparison) -> None:
         Html("<h1>Comparison</h1>"),
         Html(f"<ol>{''.join(f'<li>{escaped(model)}</li>' for model in comparison.models)}</ol>"),
         Html(
-            f"<p>In brackets and as lines: {CONFIDENCE} % intervals from {RESAMPLES:,} resamples of the pictures or "
+            f"<p>In brackets and as lines: {CONFIDENCE} % intervals from {RESAMPLES:,} resamples of the images or "
             "queries. Differences are to the first model that has the task; where both answered the same questions, "
             "they are compared question by question. A difference whose interval does not contain 0 is unlikely to "
             "depend on which images the task has. A note below a task states where its results differ in more than the "

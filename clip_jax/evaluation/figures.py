@@ -79,13 +79,15 @@ def axes_of(width: float = 4.6, height: float = 3.2) -> tuple[Figure, Axes]:
 
 
 def curves_figure(
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], levels: Mapping[str, float] | None = None, **labels
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    levels: Mapping[str, tuple[str, float]] | None = None,
+    **labels,
 ) -> Figure:
     """Lines over steps.
 
     Args:
       curves: steps and values by name.
-      levels: dashed horizontal lines in the colours of the curves of the same name.
+      levels: by the name of a curve, the name and the height of a dashed horizontal line in its color.
       **labels: of the axes, as :meth:`matplotlib.axes.Axes.set` takes them.
     """
     figure, axes = axes_of()
@@ -95,7 +97,8 @@ def curves_figure(
         steps, values = steps[::-1][::every], values[::-1][::every]
         axes.plot(steps, values, "o-" if len(steps) < 30 else "-", markersize=4, color=colour, label=name)
         if levels and name in levels:
-            axes.axhline(levels[name], color=colour, linestyle="--", label=f"{name}, nearest mean picture")
+            what, height = levels[name]
+            axes.axhline(height, color=colour, linestyle="--", label=f"{name}, {what}")
     axes.set(xlabel="step", **labels)
     if len(curves) > 1 or levels:
         axes.legend(fontsize=9)

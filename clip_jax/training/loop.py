@@ -278,7 +278,7 @@ def report_run(run: Run, results: Results, evaluation_seconds: float) -> None:
         run.arguments,
         steps=f"{run.steps:,}",
         training_time=format_duration(seconds) if seconds else "",
-        evaluation_time=format_duration(evaluation_seconds) if results.tasks else "",
+        evaluation_time=f"{evaluation_seconds:.1f}s" if results.tasks else "",
         config=to_json(run.config),
     )
     write_results(run.workdir / "report", results)

@@ -206,6 +206,13 @@ def test_the_text_and_the_page_hold_the_numbers(tmp_path):
     assert "50.0 [4" in html and "+12.5 [+" in html and html.count("<img ") == 2
 
 
+def test_models_are_called_by_their_names_where_these_differ(tmp_path):
+    models = ["/home/me/runs/one", "/home/me/runs/two", "/home/you/runs/two"]
+    folders = [written(tmp_path / f"{n}", zero_shot(draws(0.5)), model=model) for n, model in enumerate(models)]
+    assert compare(folders[:2]).models == ["one", "two"]
+    assert compare(folders[1:]).models == models[1:]
+
+
 def test_equal_names_are_told_apart_by_their_folders(tmp_path):
     folders = [written(tmp_path / name, zero_shot(draws(0.5))) for name in "ab"]
     assert compare(folders).models == [f"a model ({folder})" for folder in folders]

@@ -166,8 +166,9 @@ def _prediction(task: TaskResult, index: int, count: int) -> Html:
     title = "" if label is None else f"<b>{escaped(name)}</b>"
     numbered = ' class="single"' if count == 1 else ""
     picture = picture_html(task.picture(index), name)
-    if label is not None and best[index, 0] != label:
-        picture = f'<div class="pair">{picture}{_example(task, int(best[index, 0]))}</div>'
+    if label is not None:  # a right answer leaves the place empty, so that all images are of one size
+        example = _example(task, int(best[index, 0])) if best[index, 0] != label else ""
+        picture = f'<div class="pair">{picture}{example}</div>'
     # With a single answer, each name is below its own image.
     side_by_side = ' class="pair"' if count == 1 else ""
     return Html(

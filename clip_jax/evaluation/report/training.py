@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from clip_jax.evaluation.figures import Html, curves_figure, figure_html
 from clip_jax.evaluation.report.page import DIRECTIONS, join, metric_name
 from clip_jax.evaluation.report.summary import task_title
-from clip_jax.evaluation.results import TaskResult
+from clip_jax.evaluation.results import REFERENCES, TaskResult
 
 
 def training_section(history: Sequence[dict[str, float]], tasks: list[TaskResult]) -> Html:
@@ -39,7 +39,16 @@ def _task_history(history: Sequence[dict[str, float]], name: str, task: TaskResu
     curves = {metric_name(metric): curve for metric, curve in curves.items() if curve}
     if not curves:
         return Html("")
-    levels = {metric_name(metric): 100 * value for metric, value in (task.baseline if task else {}).items()}
+    levels = {metric_name(metric): _highest_reference(task, metric) for metric in metrics} if task else {}
+    levels = {name: level for name, level in levels.items() if level}
     title = task_title(task) if task else name
     figure = curves_figure(curves, levels, ylabel="%", ylim=(0, None))
     return figure_html(figure, f"{title}: {' and '.join(curves)} over the steps of training", title)
+
+
+def _highest_reference(task: TaskResult, metric: str) -> tuple[str, float] | None:
+    """The name and the value in per cent of the highest of chance and the baselines; None without any."""
+    known = [
+        (name, 100 * getattr(task, key)[metric]) for key, name in REFERENCES.items() if metric in getattr(task, key)
+    ]
+    return max(known, key=lambda entry: entry[1], default=None)
