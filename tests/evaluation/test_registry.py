@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import re
 from importlib import resources
 
 import pytest
 
+from clip_jax.evaluation.labels import match_classes, plain
 from clip_jax.evaluation.registry import KINDS, METRICS, TASKS
 
 FOLDER = resources.files("clip_jax.evaluation")
@@ -73,6 +75,20 @@ def test_imagenets_labels_are_its_wordnet_ids_in_order():
     for part in ("imagenet_a", "imagenet_r"):
         prompts = PROMPTS[part]
         assert prompts["class_names"] == [names[label] for label in prompts["labels"]]
+
+
+@pytest.mark.parametrize("name", sorted(PROMPTS))
+def test_no_two_classes_are_equal_without_case_and_punctuation(name):
+    keys = PROMPTS[name].get("labels") or PROMPTS[name].get("class_names", [])
+    plain_keys = [plain(key) for key in dict.fromkeys(keys)]
+    assert all(plain_keys) and len(set(plain_keys)) == len(plain_keys)
+
+
+def test_the_folders_that_torchvision_makes_of_kinetics_match_its_class_names():
+    names = PROMPTS["kinetics700"]["class_names"]
+    folders = [re.sub("['()]", "", name.replace(" ", "_")) for name in names]
+    matching = match_classes(sorted(folders), names)
+    assert [matching.number_of[folder] for folder in folders] == list(range(700))
 
 
 def test_rows_are_well_formed():
