@@ -135,7 +135,6 @@ def test_the_list_says_what_is_there_and_how_to_get_the_rest(capsys, tmp_path):
         ({"source": None}, "a task needs source"),
         ({"source": "image_folder:{data}/empty"}, "empty has no folders; it must have one for each class"),
         ({"source": "image_folder:{data}/nothing"}, "none of these tasks has its data here"),
-        ({"train": "image_folder:{data}/pictures"}, "task animals: train is the task's own source"),
         ({"source": "pictures"}, "'pictures' names no source"),
         ({"name": "../animals"}, "a task's name is letters, digits, _, - and . only, not '../animals'"),
     ],

@@ -112,7 +112,9 @@ class ClassificationTask:
             raise FileNotFoundError(f"{key}: {error}") from None
         except ValueError as error:
             raise ValueError(f"{key}={source}: {error}") from None
-        return images._replace(notes=[f"{key}: {note}" for note in images.notes])
+        own = ["these are the task's own images, so its numbers say nothing about other images"]
+        notes = (own if source == self.task.source else []) + images.notes
+        return images._replace(notes=[f"{key}: {note}" for note in notes])
 
     def _check_class_count(self) -> None:
         count, metric = len(self.class_names), self.task.metric

@@ -78,10 +78,6 @@ class Task:
                 f"{without}; leave it out"
             )
 
-        same = [key for key in ("train", "validation", "pixel_baseline") if getattr(self, key) == self.source]
-        if same:
-            raise ValueError(f"task {self.name}: {same[0]} is the task's own source; it must be other images")
-
     def _unused_keys(self) -> tuple[str, ...]:
         """The attributes that would change nothing, so that setting one is a mistake."""
         if self.kind == "retrieval":
