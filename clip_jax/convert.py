@@ -9,8 +9,6 @@ Exit codes: 0 written, 2 a mistake in what was asked for (one line).
 import argparse
 import sys
 
-import absl.logging
-
 from clip_jax.models.presets import ACTIVATIONS
 
 USES = {
@@ -44,7 +42,6 @@ def main(argv: list[str] | None = None) -> int:
     from clip_jax.training.checkpoint import CheckpointError
     from clip_jax.weights import preset_name, read_weights, write_weights
 
-    absl.logging.set_verbosity(absl.logging.ERROR)  # orbax warns of every option that follows from another
     try:
         weights = read_weights(arguments.source, arguments.activation)
         if weights.note:

@@ -7,8 +7,6 @@ import argparse
 import json
 import sys
 
-import absl.logging
-
 from clip_jax.models.presets import ACTIVATIONS
 
 
@@ -26,7 +24,6 @@ def main(argv: list[str] | None = None) -> int:
     from clip_jax.loading import load
     from clip_jax.training.checkpoint import CheckpointError
 
-    absl.logging.set_verbosity(absl.logging.ERROR)  # orbax warns of every option that follows from another
     try:
         if not labels:
             raise ValueError("--labels names nothing to choose among")
