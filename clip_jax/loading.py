@@ -289,10 +289,8 @@ def _as_numpy(array: object) -> np.ndarray:
         array = array.detach().cpu()
     try:
         return np.asarray(array)
-    except TypeError:  # torch's bfloat16
-        raise ValueError(
-            f"{type(array).__name__} of {getattr(array, 'dtype', 'no dtype')} is no array of integers"
-        ) from None
+    except TypeError:  # PyTorch's bfloat16, which NumPy has no dtype for
+        return np.asarray(array.float())
 
 
 def _texts(texts: str | Iterable[str]) -> list[str]:
