@@ -6,12 +6,12 @@
 Exit codes: 0 written, 2 a mistake in what was asked for (one line).
 """
 
-import argparse
 import json
 import os
 import shlex
 import sys
 
+from clip_jax.command_line import Parser
 from clip_jax.models.presets import ACTIVATIONS
 
 USES = {
@@ -54,7 +54,7 @@ def use_of(name: str, with_logit_bias: bool, destination: str, to: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     formats = ("clip_jax", "open_clip", "huggingface", "openai")
-    parser = argparse.ArgumentParser(prog="python -m clip_jax.convert", description="Converts weights.")
+    parser = Parser(prog="python -m clip_jax.convert", description="Converts weights.", allow_abbrev=False)
     parser.add_argument(
         "source", type=os.path.expanduser, help="a run, a file of weights, or a folder of weights and their config"
     )

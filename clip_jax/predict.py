@@ -14,10 +14,10 @@ import json
 import os
 import pathlib
 import sys
-from typing import NoReturn
 
 import numpy as np
 
+from clip_jax.command_line import Parser
 from clip_jax.data.images import MAX_ASPECT_RATIO, MAX_PIXELS
 from clip_jax.data.picture_files import find_picture_files
 from clip_jax.models.presets import ACTIVATIONS
@@ -26,15 +26,8 @@ SHOWN = 3  # of the names that are listed in a line
 HINTS = {"too_large": "--max-pixels", "extreme_aspect_ratio": "--max-aspect-ratio"}
 
 
-class Parser(argparse.ArgumentParser):
-    """One that says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see {self.prog} --help")
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Raises ValueError if a flag is missing, unknown or wrong; one line."""
+    """Ends the program if a flag is missing or unknown, raises ValueError if its value is wrong; one line."""
     parser = Parser(prog="python -m clip_jax.predict", description="Labels pictures by names.", allow_abbrev=False)
     parser.add_argument("--model", required=True, help="a run, or weights of OpenAI, open_clip or Hugging Face")
     parser.add_argument("--activation", choices=ACTIVATIONS, help="of a file that cannot tell; else quick_gelu")
@@ -132,6 +125,9 @@ def _predict(arguments: argparse.Namespace) -> int:
     except CheckpointError as error:
         raise ValueError(str(error)) from None
     model.max_pixels, model.max_aspect_ratio = arguments.max_pixels, arguments.max_aspect_ratio
+    length = model.preset.text.context_length
+    if too_long := _too_long(labels, arguments.template, length):
+        _report(f"note: labels of more than the model's {length} tokens are cut: {_listed(too_long)}")
     good, failed = 0, len(found.problems)
     write = _JsonWriter(labels) if arguments.json else _TableWriter(labels, arguments.top, found.paths)
     answers = model.classify_each(found.paths, labels, [arguments.template])
@@ -144,6 +140,19 @@ def _predict(arguments: argparse.Namespace) -> int:
             good += 1
     write.end()
     return 2 if not good else 1 if failed else 0
+
+
+def _too_long(labels: list[str], template: str, context_length: int) -> list[str]:
+    """Those of which the model sees the beginning alone."""
+    from clip_jax.data.tokenizer import tokenize
+
+    found = []
+    for label in labels:
+        try:
+            tokenize(template.replace("{}", label), context_length)
+        except ValueError:
+            found.append(label)
+    return found
 
 
 class _TableWriter:

@@ -96,6 +96,14 @@ def test_a_file_for_open_clip_is_used_by_open_clips_name(name, bias, arguments):
     assert use == f'open_clip.create_model_and_transforms({arguments}, pretrained="a \\"b.safetensors")'
 
 
+def test_wrong_flags_are_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        convert(["a", "b", "--to=tensorflow"])
+    assert ended.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: argument --to: invalid choice: 'tensorflow'")
+
+
 def test_the_buffers_of_a_resnet_are_no_parameters(goldens, tmp_path, capsys):
     assert convert([str(goldens["openai_resnet/archive"].path), str(tmp_path / "a")]) == 0
     tensors = goldens["openai_resnet/float32"].tensors()

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import os
 import pathlib
 
 import flax.linen as nn
@@ -310,11 +311,22 @@ def test_a_model_whose_vocabulary_is_not_the_tokenizers_takes_tokens_alone(quick
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("empty", None), ("zero.pt", b""), ("text.pt", b"hello\n" * 99), ("photo.safetensors", b"\x89PNG\r\n" * 99)],
+    [
+        ("empty", None),
+        ("pipe.pt", b"pipe"),
+        ("zero.pt", b""),
+        ("text.pt", b"hello\n" * 99),
+        ("photo.safetensors", b"\x89PNG\r\n" * 99),
+    ],
 )
 def test_what_is_no_model_is_a_line(tmp_path, name, content):
     path = tmp_path / name
-    path.mkdir() if content is None else path.write_bytes(content)
+    if content is None:
+        path.mkdir()
+    elif content == b"pipe":
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content)
     with pytest.raises((ValueError, OSError), match=name) as error:
         clip_jax.load(path)
     assert "\n" not in str(error.value)

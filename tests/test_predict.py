@@ -172,6 +172,12 @@ def test_labels_come_from_a_file(folder, capsys, monkeypatch, ends):
     assert errors == "note: --labels repeats 'red, green', 'blue'; each counts once\n"
 
 
+def test_a_label_that_the_model_sees_in_part_is_noted(folder, capsys):
+    assert predict(["--model=m", f"--labels=short,{'long ' * 40}", str(folder / "a.png")]) == 0
+    [note] = capsys.readouterr().err.splitlines()
+    assert note.startswith("note: labels of more than the model's") and "'long long" in note and "short" not in note
+
+
 def test_a_name_that_is_not_text_is_escaped(folder, capsys):
     name = os.fsdecode(b"a\xff\nb.png")
     Image.new("RGB", (4, 4)).save(folder / name)
@@ -201,6 +207,15 @@ def test_a_run_is_loaded_without_a_warning(run, tmp_path, caplog):
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
+@pytest.mark.parametrize("flag", ["--top=x", "--max-pixels=1e9", "--unknown", "--lab=a"])
+def test_flags_that_cannot_be_read_are_one_line(capsys, flag):
+    with pytest.raises(SystemExit) as ended:
+        predict(["--model=m", "--labels=a", flag, "a.png"])
+    assert ended.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and flag.partition("=")[0] in line
+
+
 def test_mistakes_of_predict_are_one_line(run, capsys):
     broken = run / "broken.png"
     broken.write_bytes(b"nothing")
@@ -213,7 +228,6 @@ def test_mistakes_of_predict_are_one_line(run, capsys):
         ([f"--model={run}/run", "--labels=a", "--template=no", str(run / "photo.png")], "--template"),
         ([f"--model={run}/run", "--labels=a", "--max-pixels=0", str(run / "photo.png")], "--max-pixels=0"),
         ([f"--model={run}/run", "--labels=a", "--max-aspect-ratio=nan", str(run / "photo.png")], "--max-aspect-ratio"),
-        ([f"--model={run}/run", "--labels=a", "--top=x", str(run / "photo.png")], "--top"),
         ([f"--model={run}/run", f"--labels=@{run}/none.txt", str(run / "photo.png")], "none.txt"),
         ([f"--model={run}/run", f"--labels=@{run}", str(run / "photo.png")], "Is a directory"),
         ([f"--model={run}/run", f"--labels=@{run}/photo.png", str(run / "photo.png")], "not UTF-8"),
