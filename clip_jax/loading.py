@@ -56,8 +56,8 @@ class LoadedModel:
       preset: the architecture.
       logit_scale: what cosines are multiplied by.
       embedder: embeds uint8 images and tokens that are ready for the model.
-      max_pixels: a picture with more pixels is refused, before there is memory for them. May be set.
-      max_aspect_ratio: a picture whose long side is more than this many times the short one is refused. May be set.
+      max_pixels: larger images are refused before they are decoded. Can be changed.
+      max_aspect_ratio: images whose long side is more than this many times the short side are refused. Can be changed.
     """
 
     preset: CLIPPreset
@@ -112,10 +112,10 @@ class LoadedModel:
 
         A picture is a path, a PIL image, or an array uint8 ``[H, W, 3]`` (``[H, W]`` for grey, ``[H, W, 4]`` with
         alpha) of NumPy, JAX or PyTorch; an array ``[M, H, W, 3]`` is M of them. Each goes through CLIP's evaluation
-        transform. They are read in batches, so any number of paths takes the memory of two batches.
+        transform. Images are read in batches: any number of paths takes the memory of two batches.
 
         Raises:
-          TypeError: something is no picture at all.
+          TypeError: an input is of another type.
           ValueError: a picture cannot be decoded or is outside the limits, or an array is not uint8 ``[H, W, 3]``.
           FileNotFoundError: a path names no file.
         """
@@ -125,7 +125,7 @@ class LoadedModel:
         return np.concatenate(embeddings)
 
     def tokenize(self, texts: str | Iterable[str]) -> np.ndarray:
-        """M texts to tokens int32 ``[M, L]``, L this model's context length; texts that are too long are cut.
+        """Returns M texts as tokens int32 ``[M, L]``, L the model's context length. Texts that are too long are cut.
 
         Raises:
           TypeError: a text is not a string.
@@ -139,9 +139,9 @@ class LoadedModel:
     def encode_text(self, texts: str | Iterable[str] | Array) -> np.ndarray:
         """M texts, or tokens ``[M, L]`` as :meth:`tokenize` gives them, to float32 ``[M, D]`` of unit length.
 
-        Texts that are too long are cut; one alone is a list of one. Tokens, of NumPy, JAX or PyTorch, may have more
-        columns than the model's context, as those of :func:`clip_jax.tokenize` have for a model with a shorter one,
-        where every text ends within it.
+        Texts that are too long are cut; one alone is a list of one. Tokens are an array of NumPy, JAX or PyTorch. L may
+        exceed the model's context length if every text ends within it, so the 77 tokens of :func:`clip_jax.tokenize`
+        can be used for a model with a shorter context.
 
         Raises:
           TypeError: a text is not a string.
@@ -168,8 +168,9 @@ class LoadedModel:
           ValueError: there are no labels, one is empty or occurs twice, or a template has no place for them; or as
             :meth:`encode_image`.
         """
+        labels = _texts(labels)
         rows = [_or_raise(row) for row in self.classify_each(images, labels, templates)]
-        return np.stack(rows) if rows else np.zeros((0, len(_texts(labels))), np.float32)
+        return np.stack(rows) if rows else np.zeros((0, len(labels)), np.float32)
 
     def classify_each(
         self,
@@ -177,13 +178,13 @@ class LoadedModel:
         labels: str | Iterable[str],
         templates: str | Iterable[str] = ("{}",),
     ) -> Iterator[np.ndarray | Exception]:
-        """As :meth:`classify`, one picture at a time: its probabilities float32 ``[C]``, or why it cannot be used.
+        """Yields for each image its probabilities float32 ``[C]``, or the error if it cannot be used.
 
-        The iterator holds two batches of pictures, however many there are.
+        The arguments are those of :meth:`classify`. The iterator holds two batches of images, however many there are.
 
         Raises:
           TypeError, ValueError: the labels or templates are wrong, as in :meth:`classify`.
-          FloatingPointError: the weights are damaged, so that there are no probabilities.
+          FloatingPointError: the embeddings are not finite, since the weights are damaged.
         """
         weights = self._classifier(_texts(labels), _texts(templates))  # [C, D]
 
@@ -227,7 +228,7 @@ class LoadedModel:
         if tokens.size and (tokens.min() < 0 or tokens.max() >= text.vocab_size):
             raise ValueError(f"tokens must lie in [0, {text.vocab_size}), not in [{tokens.min()}, {tokens.max()}]")
         if tokens.shape[1] > text.context_length:
-            # The feature of a text is that at its end, the greatest id, and nothing after it changes it.
+            # A text's feature is taken at its greatest id, the end of the text. No token after that changes it.
             late = np.flatnonzero((tokens.argmax(axis=1) >= text.context_length) | ~tokens.any(axis=1))
             if late.size:
                 raise ValueError(
@@ -237,14 +238,14 @@ class LoadedModel:
         return tokens[:, : text.context_length].astype(np.int32)
 
     def _read(self, images: Picture | Iterable[Picture]) -> Iterator[list[np.ndarray | Exception]]:
-        """Batches of uint8 ``[S, S, 3]``, or of why a picture cannot be used; the next is read meanwhile."""
+        """Yields batches of uint8 ``[S, S, 3]``, or errors. Reads the next batch while one is used."""
         pictures = iter(_pictures(images))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             ahead: list[Future | np.ndarray | Exception] = []
             while True:
                 batch, ahead = ahead, []
                 for picture in itertools.islice(pictures, self._batch_size):
-                    # Pillow opens a file and reads it later, for which an image may not be in two threads.
+                    # Pillow reads an opened file late, and the same image may occur twice: not in two threads.
                     now = isinstance(picture, Image.Image)
                     ahead.append(self._attempt(picture) if now else pool.submit(self._attempt, picture))
                 if batch:
@@ -278,13 +279,13 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _is_array(value: object) -> bool:
-    """Whether it is an array of numbers, of NumPy, JAX or PyTorch, whose dtypes have no kind."""
+    """Whether it is an array of numbers of NumPy, JAX or PyTorch. PyTorch's dtypes have no ``kind``."""
     dtype = getattr(value, "dtype", None)
     return dtype is not None and getattr(dtype, "kind", None) not in ("O", "U", "S", "T")
 
 
 def _as_numpy(array: object) -> np.ndarray:
-    """Of a tensor of PyTorch too, on whatever device; PyTorch is not imported."""
+    """Converts an array of NumPy or JAX, or a tensor of PyTorch on any device, without importing PyTorch."""
     if hasattr(array, "detach"):
         array = array.detach().cpu()
     try:
@@ -294,7 +295,7 @@ def _as_numpy(array: object) -> np.ndarray:
 
 
 def _texts(texts: str | Iterable[str]) -> list[str]:
-    """A list of them; one alone is a list of one."""
+    """Returns several texts, or one text, as a list."""
     if isinstance(texts, str | bytes):
         return [texts]
     if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
@@ -304,7 +305,7 @@ def _texts(texts: str | Iterable[str]) -> list[str]:
 
 
 def _pictures(images: Picture | Iterable[Picture]) -> Iterable[Picture]:
-    """Each of them; one alone is a list of one."""
+    """Returns several images, or one image, as an iterable."""
     if isinstance(images, Image.Image | str | bytes | os.PathLike):
         return [images]
     if hasattr(images, "ndim"):
@@ -325,7 +326,7 @@ def _open(picture: Picture, max_pixels: int, max_aspect_ratio: float) -> Image.I
             return to_rgb(picture, **limits)
         except ImageError as error:
             raise ImageError(f"{name}: {error}", error.reason) from None
-        except Exception as error:  # opened, but damaged: Pillow's decoders let whatever that provokes escape
+        except Exception as error:  # damaged: Pillow's decoders raise errors of many types
             raise ImageError(f"{name}: {' '.join(str(error).split()) or type(error).__name__}") from None
     if isinstance(picture, str | bytes | os.PathLike):
         path = os.fsdecode(picture)
@@ -339,14 +340,14 @@ def _open(picture: Picture, max_pixels: int, max_aspect_ratio: float) -> Image.I
 def _read_file(path: str) -> bytes:
     if "\0" in path:
         raise ValueError("bytes are taken as a path; give encoded pictures as Image.open(io.BytesIO(data))")
-    if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would wait for whoever writes to it
-        raise ImageError(f"is a {'folder' if os.path.isdir(path) else 'pipe or device'}, not a picture")
+    if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would block until something writes to it
+        raise ImageError(f"a {'folder' if os.path.isdir(path) else 'pipe or device'}, not an image file")
     with open(path, "rb") as file:
         return file.read()
 
 
 def _pixels(picture: object) -> np.ndarray:
-    """An array uint8 ``[H, W, 3]``, ``[H, W]`` or ``[H, W, 4]`` from what should be one."""
+    """Returns the array as uint8 ``[H, W, 3]``, ``[H, W]`` or ``[H, W, 4]``. Raises ValueError with the fix."""
     if not (hasattr(picture, "shape") and hasattr(picture, "dtype")):
         raise TypeError(f"a picture must be a path, a Pillow image or an array, not {type(picture).__name__}")
     shape, kind = list(picture.shape), str(picture.dtype).removeprefix("torch.")
@@ -358,7 +359,7 @@ def _pixels(picture: object) -> np.ndarray:
     fixes = ["move the channels last" * channels_first]
     if "float" in kind:
         fixes.append("multiply pixels in [0, 1] by 255 and convert them to uint8")
-        fixes.append("CLIP's mean and standard deviation are taken out inside")
+        fixes.append("CLIP's mean and standard deviation are applied inside")
     elif kind == "uint16":
         fixes.append("divide it by 257 and convert it to uint8")
     elif kind != "uint8":

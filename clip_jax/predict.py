@@ -1,10 +1,10 @@
-"""Labels pictures with a trained model.
+"""Labels images with a trained model.
 
     python -m clip_jax.predict --model=ViT-B-32.pt --labels="a cat,a dog" photo.jpg
     python -m clip_jax.predict --model=ViT-B-32.pt --labels=@labels.txt photos/ "more/**/*.png" --json
 
-Exit codes: 0 every picture is labeled, or the reader of the output closed it; 1 some pictures cannot be used: each is a
-line on stderr, and the others are labeled; 2 none can be used, or a mistake in what was asked for; 3 interrupted.
+Exit codes: 0 every image is labeled, or the reader of the output closed it; 1 some images cannot be used: each is
+reported on stderr, and the others are labeled; 2 none can be used, or a flag is wrong; 3 interrupted.
 """
 
 import argparse
@@ -18,8 +18,8 @@ import sys
 import numpy as np
 
 from clip_jax.command_line import Parser
+from clip_jax.data.image_files import find_image_files
 from clip_jax.data.images import MAX_ASPECT_RATIO, MAX_PIXELS
-from clip_jax.data.picture_files import find_picture_files
 from clip_jax.models.presets import ACTIVATIONS
 
 SHOWN = 3  # of the names that are listed in a line
@@ -27,50 +27,57 @@ HINTS = {"too_large": "--max-pixels", "extreme_aspect_ratio": "--max-aspect-rati
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Ends the program if a flag is missing or unknown, raises ValueError if its value is wrong; one line."""
-    parser = Parser(prog="python -m clip_jax.predict", description="Labels pictures by names.", allow_abbrev=False)
+    """Exits with code 2 if a flag is missing or unknown. Raises ValueError if a value is wrong."""
+    parser = Parser(prog="python -m clip_jax.predict", description="Labels images.", allow_abbrev=False)
     parser.add_argument("--model", required=True, help="a run, or weights of OpenAI, open_clip or Hugging Face")
     parser.add_argument("--activation", choices=ACTIVATIONS, help="of a file that cannot tell; else quick_gelu")
     parser.add_argument(
         "--labels",
         required=True,
         metavar="LABELS",
-        help="names to choose among, separated by commas, or @FILE: a text file with a name a line",
+        help="labels to choose from, separated by commas, or @FILE: a text file with one label on each line",
     )
-    parser.add_argument("--template", default="{}", help='a sentence around each name, such as "an emoji of {}"')
-    parser.add_argument("--top", type=int, default=3, help="how many labels to print for a picture (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print all probabilities as a JSON object by picture")
-    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="of a picture (%(default)s)")
+    parser.add_argument("--template", default="{}", help='a sentence around each label, such as "an emoji of {}"')
+    parser.add_argument("--top", type=int, default=3, help="how many labels to print for an image (%(default)s)")
     parser.add_argument(
-        "--max-aspect-ratio", type=float, default=MAX_ASPECT_RATIO, help="long side over short side (%(default)s)"
+        "--json",
+        action="store_true",
+        help="print the probabilities of all labels as JSON: {image: {label: probability}}",
+    )
+    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="larger images are refused (%(default)s)")
+    parser.add_argument(
+        "--max-aspect-ratio",
+        type=float,
+        default=MAX_ASPECT_RATIO,
+        help="images are refused whose long side is more times the short side (%(default)s)",
     )
     parser.add_argument(
-        "pictures",
+        "images",
         nargs="+",
-        metavar="PICTURE",
-        help="a file; a folder, with all folders in it; or a quoted pattern, where ** is any number of folders",
+        metavar="IMAGE",
+        help="a file; a folder, with the folders in it; or a quoted pattern, where ** is any number of folders",
     )
     arguments = parser.parse_args(argv)
     for name, least in (("top", 1), ("max_pixels", 1), ("max_aspect_ratio", 1.0)):
         value = getattr(arguments, name)
-        if not value >= least:  # "not a number" is wrong as well
+        if not value >= least:  # refuses nan too
             raise ValueError(f"--{name.replace('_', '-')}={value} must be at least {least:g}")
     if "{}" not in arguments.template:
-        raise ValueError(f"--template={arguments.template} has no {{}} for the name")
+        raise ValueError(f"--template={arguments.template} has no {{}} for the label")
     return arguments
 
 
 def read_labels(text: str) -> tuple[list[str], list[str]]:
-    """The labels that ``--labels`` gives, each once, and those that it gives more often.
+    """Returns the labels of ``--labels``, each once, and those that occur more than once.
 
     Raises:
-      ValueError: there are none, or their file cannot be read or is not UTF-8.
+      ValueError: there are no labels, or their file cannot be read or is not UTF-8.
     """
     names = text.split(",")
     if text.startswith("@"):
         file = pathlib.Path(text[1:]).expanduser()
         try:
-            # No other end of a line, such as U+2028, and no comments: a label may begin with any character.
+            # Only \n, \r\n and \r end a line, and there are no comments: a label may have any other character.
             names = file.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"--labels={text}: not UTF-8: {error.reason} at byte {error.start}") from None
@@ -79,7 +86,7 @@ def read_labels(text: str) -> tuple[list[str], list[str]]:
     names = [name.strip() for name in names if name.strip()]
     labels = list(dict.fromkeys(names))
     if not labels:
-        raise ValueError(f"--labels={text} names nothing to choose among")
+        raise ValueError(f"--labels={text} has no labels")
     counts = collections.Counter(names)
     return labels, [label for label in labels if counts[label] > 1]
 
@@ -87,8 +94,8 @@ def read_labels(text: str) -> tuple[list[str], list[str]]:
 def main(argv: list[str] | None = None) -> int:
     try:
         return _predict(parse_arguments(argv))
-    except BrokenPipeError:  # as of "| head": nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
+    except BrokenPipeError:  # the reader of stdout is gone, as after "| head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout when it exits
         return 0
     except KeyboardInterrupt:
         _report("interrupted")
@@ -103,22 +110,22 @@ def _predict(arguments: argparse.Namespace) -> int:
     labels, repeated = read_labels(arguments.labels)
     if repeated:
         _report(f"note: --labels repeats {_listed(repeated)}; each counts once")
-    found = find_picture_files(arguments.pictures)
+    found = find_image_files(arguments.images)
     for problem in found.problems:
         _report(f"error: {problem}")
     if not found.paths:
         if not found.problems:
-            raise ValueError(f"there are no pictures among {_listed(found.passed_over)}")
+            raise ValueError(f"there are no images among {_listed(found.passed_over)}")
         return 2
     if found.passed_over:
-        kind = "file that is no picture" if len(found.passed_over) == 1 else "files that are no pictures"
+        kind = "file that is not an image" if len(found.passed_over) == 1 else "files that are not images"
         _report(f"note: passed over {len(found.passed_over):,} {kind}: {_listed(found.passed_over)}")
     from PIL import Image
 
     from clip_jax.loading import load
     from clip_jax.training.checkpoint import CheckpointError
 
-    # Pillow has a limit of its own, of twice this.
+    # Pillow itself refuses images of more than twice this.
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, arguments.max_pixels)
     try:
         model = load(arguments.model, activation=arguments.activation)
@@ -127,7 +134,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     model.max_pixels, model.max_aspect_ratio = arguments.max_pixels, arguments.max_aspect_ratio
     length = model.preset.text.context_length
     if too_long := _too_long(labels, arguments.template, length):
-        _report(f"note: labels of more than the model's {length} tokens are cut: {_listed(too_long)}")
+        _report(f"note: labels longer than the model's {length} tokens are cut: {_listed(too_long)}")
     good, failed = 0, len(found.problems)
     write = _JsonWriter(labels) if arguments.json else _TableWriter(labels, arguments.top, found.paths)
     answers = model.classify_each(found.paths, labels, [arguments.template])
@@ -143,7 +150,7 @@ def _predict(arguments: argparse.Namespace) -> int:
 
 
 def _too_long(labels: list[str], template: str, context_length: int) -> list[str]:
-    """Those of which the model sees the beginning alone."""
+    """Returns the labels that do not fit into the model's context."""
     from clip_jax.data.tokenizer import tokenize
 
     found = []
@@ -156,7 +163,7 @@ def _too_long(labels: list[str], template: str, context_length: int) -> list[str
 
 
 class _TableWriter:
-    """A line a picture: its best labels with their probabilities."""
+    """Prints one line for each image: its best labels with their probabilities."""
 
     def __init__(self, labels: list[str], top: int, paths: list[str]):
         self._labels, self._top = labels, top
@@ -165,14 +172,14 @@ class _TableWriter:
     def answer(self, path: str, row: np.ndarray) -> None:
         best = (-row).argsort(kind="stable")[: self._top]
         answers = "  ".join(f"{self._labels[index]} {row[index]:.1%}" for index in best)
-        print(f"{_line(path):{self._width}}  {answers}", flush=True)
+        print(f"{_line(path):{self._width}}  {_line(answers)}", flush=True)
 
     def end(self) -> None:
         pass
 
 
 class _JsonWriter:
-    """One object of all pictures, ``{path: {label: probability}}``, written as it grows; a path comes once."""
+    """Prints ``{path: {label: probability}}`` one image at a time; a path that occurs again is left out."""
 
     def __init__(self, labels: list[str]):
         self._labels, self._written, self._held = labels, set(), ""
@@ -182,7 +189,7 @@ class _JsonWriter:
             return
         print(f"{self._held}," if self._written else "{", flush=True)
         content = json.dumps(dict(zip(self._labels, map(float, row), strict=True)), ensure_ascii=False)
-        # A name that is not UTF-8 is escaped.
+        # A path that is not valid UTF-8 is escaped.
         self._held = f"  {json.dumps(path, ensure_ascii=not path.isprintable())}: {content}"
         self._written.add(path)
 
@@ -191,7 +198,7 @@ class _JsonWriter:
 
 
 def _reason(error: Exception) -> str:
-    """Why a file cannot be used, in a line that begins with its name."""
+    """Returns one line that begins with the file's name and says why it cannot be used."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
     hint = HINTS.get(getattr(error, "reason", ""))
@@ -204,7 +211,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _line(text: str) -> str:
-    """What is not printed, as the end of a line, is escaped."""
+    """Escapes line breaks and other characters that cannot be printed."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 

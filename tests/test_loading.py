@@ -137,8 +137,8 @@ def test_grey_is_two_or_three_axes_and_sixteen_bits_come_from_files(model, tmp_p
         (np.zeros((1, 2, 3, 4, 3), np.uint8), ["uint8 [1, 2, 3, 4, 3]"]),
         (np.zeros((300, 2), np.uint8), ["300 pixels", "over 100 times"]),
         (b"\x89PNG\0\0", ["bytes are taken as a path", "BytesIO"]),
-        ("/", ["/", "is a folder"]),
-        ("/dev/null", ["/dev/null", "pipe or device"]),
+        ("/", ["/: a folder, not an image file"]),
+        ("/dev/null", ["/dev/null: a pipe or device"]),
     ],
 )
 def test_what_is_no_picture_is_refused_in_a_line_with_the_fix(model, picture, words):
@@ -163,7 +163,7 @@ def test_nothing_gives_no_rows(model):
         model.encode_text(np.zeros((0, 77), np.int32)),
     ):
         assert embeddings.shape == (0, 16) and embeddings.dtype == np.float32
-    assert model.classify([], ["a", "b"]).shape == (0, 2)
+    assert model.classify([], (label for label in "ab")).shape == (0, 2)
     assert model.tokenize([]).shape == (0, 20)
 
 

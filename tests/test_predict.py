@@ -175,7 +175,7 @@ def test_labels_come_from_a_file(folder, capsys, monkeypatch, ends):
 def test_a_label_that_the_model_sees_in_part_is_noted(folder, capsys):
     assert predict(["--model=m", f"--labels=short,{'long ' * 40}", str(folder / "a.png")]) == 0
     [note] = capsys.readouterr().err.splitlines()
-    assert note.startswith("note: labels of more than the model's") and "'long long" in note and "short" not in note
+    assert note.startswith("note: labels longer than the model's") and "'long long" in note and "short" not in note
 
 
 def test_a_name_that_is_not_text_is_escaped(folder, capsys):
@@ -231,7 +231,7 @@ def test_mistakes_of_predict_are_one_line(run, capsys):
         ([f"--model={run}/run", f"--labels=@{run}/none.txt", str(run / "photo.png")], "none.txt"),
         ([f"--model={run}/run", f"--labels=@{run}", str(run / "photo.png")], "Is a directory"),
         ([f"--model={run}/run", f"--labels=@{run}/photo.png", str(run / "photo.png")], "not UTF-8"),
-        ([f"--model={run}/run", "--labels=a", str(run / "run/tensorboard")], "no pictures"),
+        ([f"--model={run}/run", "--labels=a", str(run / "run/tensorboard")], "no images"),
         ([f"--model={run}/run", "--labels=a", str(run / "*.jpg")], "*.jpg: no files match"),
     ]:
         assert predict(arguments) == 2

@@ -20,7 +20,7 @@ BATCH_FACTOR = 8  # between the sizes of batches that are compiled
 
 
 class Embedder:
-    """A model as functions of numpy arrays, compiled for a few batch sizes and lengths of text, whatever the input's.
+    """A model as functions of numpy arrays, compiled for a few batch sizes and text lengths only.
 
     The last, incomplete batch is padded with zeros and the padding cut off again, so nothing is dropped or counted
     twice. An input that is shorter than a batch goes in smaller batches (see :func:`batch_size_for`). Every host calls
@@ -97,7 +97,7 @@ class Embedder:
         # No token sees what comes after it, so what follows the longest text's end changes nothing.
         longest = int(tokens.argmax(axis=1).max()) + 1
         length = -(-longest // TOKENS_UNIT) * TOKENS_UNIT
-        if len(tokens) <= self._batch_size:  # compiling another length would cost more than longer texts do
+        if len(tokens) <= self._batch_size:  # compiling one more length would cost more than the longer texts
             length = max(TOKENS_UNIT, 1 << (longest - 1).bit_length())
         length = min(length, self._context_length)
         padded = np.zeros((len(tokens), length), np.int32)
@@ -137,10 +137,10 @@ class Embedder:
 
 
 def batch_size_for(rows: int, largest: int, devices: int) -> int:
-    """The largest of a few batch sizes whose padding does not more than double the rows that are computed.
+    """Returns the largest of a few batch sizes whose padding at most doubles the number of rows.
 
-    The sizes are 1, 8, 64, ... rows a device, below ``largest``, and ``largest`` itself. So any number of inputs
-    compiles three programs at most for batches of 64, and one input costs what one input costs.
+    The sizes are 1, 8, 64, ... rows on each device, below ``largest``, and ``largest`` itself. With batches of 64, any
+    number of rows needs at most three compiled programs, and a single row is not padded.
     """
     sizes = [largest]
     smaller = devices

@@ -71,7 +71,7 @@ def read_weights(path: str | os.PathLike, activation: str | None = None) -> Weig
     source = pathlib.Path(path)
     if not source.exists():
         raise FileNotFoundError(f"{source}: there is no such file or folder")
-    if not (source.is_file() or source.is_dir()):  # reading a pipe would wait for whoever writes to it
+    if not (source.is_file() or source.is_dir()):  # reading a pipe would block
         raise WeightsError(f"{source}: a pipe or a device, not a file or folder of weights")
     try:
         if source.is_dir():

@@ -1,4 +1,4 @@
-"""Finds picture files: by their names, in folders, and by patterns."""
+"""Finds image files by name, in folders, and by pattern."""
 
 import glob
 import os
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-# What a file is called that should be a picture, whatever it holds. Any other file is looked into.
+# A file with one of these endings should be an image. The first bytes of any other file decide.
 ENDINGS = frozenset(
     f".{ending}"
     for line in (
@@ -19,29 +19,29 @@ ENDINGS = frozenset(
 )
 
 
-class PictureFiles(NamedTuple):
-    """``paths`` to read, in order; ``problems``, a line each; ``passed_over``, what else is in folders and patterns."""
+class ImageFiles(NamedTuple):
+    """``paths`` to read, in order; ``problems``, one line each; ``passed_over``, files that are not images."""
 
     paths: list[str]
     problems: list[str]
     passed_over: list[str]
 
 
-def find_picture_files(names: list[str]) -> PictureFiles:
-    """The files that names of files, names of folders, and patterns stand for.
+def find_image_files(names: list[str]) -> ImageFiles:
+    """Returns the files that file names, folder names and patterns stand for. Reads none of them in full.
 
-    A name that exists is taken as it is, whatever characters are in it. Otherwise ``~`` is expanded, and ``*``, ``?``,
-    ``[...]`` and ``**`` (any number of folders) are a pattern. A folder stands for all files below it. Of a folder,
-    hidden files and links to folders are passed over; of folders and patterns, whatever is no picture. Their files are
-    sorted, and left out where they are there already; a file that is named twice is there twice.
+    A name that exists is used unchanged, whatever characters it has. Otherwise ``~`` is expanded, and ``*``, ``?``,
+    ``[...]`` and ``**`` (any number of folders) make it a pattern. A folder stands for all files below it. Files of a
+    folder or a pattern are sorted, and each is returned once. Hidden files, files that are not images and links
+    to folders are listed in ``passed_over``. A file that is named twice is returned twice.
     """
-    result = PictureFiles([], [], [])
+    result = ImageFiles([], [], [])
     seen: set[str] = set()
 
     def add_found(path: str) -> None:
         if (key := os.path.normpath(path)) not in seen:
             seen.add(key)
-            (result.paths if _may_be_picture(path) else result.passed_over).append(path)
+            (result.paths if _should_be_image(path) else result.passed_over).append(path)
 
     for name in names:
         path = name if os.path.lexists(name) else os.path.expanduser(name)
@@ -67,7 +67,7 @@ def find_picture_files(names: list[str]) -> PictureFiles:
 
 
 def _walk(folder: str, problems: list[str]) -> Iterator[str]:
-    """Everything below a folder but the folders in it, sorted; hidden ones, and links to one, are not entered."""
+    """All files below a folder, sorted. Yields hidden folders and links to folders, but does not enter them."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
@@ -80,8 +80,8 @@ def _walk(folder: str, problems: list[str]) -> Iterator[str]:
             yield entry.path
 
 
-def _may_be_picture(path: str) -> bool:
-    """Whether a file that nobody named is to be read, so that it is a mistake if it cannot be."""
+def _should_be_image(path: str) -> bool:
+    """Whether a file of a folder or a pattern should be read, so that it is an error if that fails."""
     name = os.path.basename(path)
     if name.startswith("."):
         return False
@@ -89,20 +89,20 @@ def _may_be_picture(path: str) -> bool:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe, a device, or a link to a folder
             return False
         if os.path.splitext(name)[1].lower() not in ENDINGS:
-            Image.open(path).close()  # reads the first bytes alone
+            Image.open(path).close()  # reads the header only
     except UnidentifiedImageError:
         return False
-    except Exception:  # a link to nothing, no permission, a damaged header: reading it will tell
+    except Exception:  # a broken link, no permission, a damaged header: reading the file reports it
         return True
     return True
 
 
 def _behind_link(path: str, pattern: str) -> bool:
-    """Whether ``**`` entered a link to a folder, which may lead back to where it is."""
+    """Whether ``**`` followed a link to a folder. Such a link can lead back to a folder above it."""
     if "**" not in pattern:
         return False
     folder, start = path, os.path.dirname(pattern[: pattern.index("**")])
-    if not os.path.isdir(folder):  # a link to a file is a file
+    if not os.path.isdir(folder):
         folder = os.path.dirname(folder)
     while len(folder) > len(start):
         if os.path.islink(folder):
