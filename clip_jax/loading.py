@@ -56,7 +56,8 @@ class LoadedModel:
       preset: the architecture.
       logit_scale: what cosines are multiplied by.
       embedder: embeds uint8 images and tokens that are ready for the model.
-      max_pixels: larger images are refused before they are decoded. Can be changed.
+      max_pixels: larger images are refused before they are decoded. Can be changed; Pillow refuses images of more than
+        twice ``PIL.Image.MAX_IMAGE_PIXELS`` by itself.
       max_aspect_ratio: images whose long side is more than this many times the short side are refused. Can be changed.
     """
 

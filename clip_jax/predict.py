@@ -202,7 +202,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
     hint = HINTS.get(getattr(error, "reason", ""))
-    return f"{error}; {hint} allows more" if hint else str(error)
+    return f"{str(error).rstrip('.')}; {hint} allows more" if hint else str(error)
 
 
 def _listed(names: list[str]) -> str:
