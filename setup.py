@@ -19,6 +19,7 @@ setup(
     packages=[*find_packages(include=["clip_jax", "clip_jax.*"]), "clip_jax.configs"],
     package_dir={"clip_jax.configs": "configs"},
     package_data={
+        "clip_jax": ["py.typed"],
         "clip_jax.data": ["emoji/*.array_record", "emoji/*.json", "emoji/*.md", "emoji/LICENSE*", "vocabulary/*"],
         "clip_jax.evaluation": ["prompts/*.json", "published.json"],
     },

@@ -6,35 +6,63 @@
 Exit codes: 0 written, 2 a mistake in what was asked for (one line).
 """
 
-import argparse
+import json
+import os
+import shlex
 import sys
 
-import absl.logging
-
+from clip_jax.command_line import Parser
 from clip_jax.models.presets import ACTIVATIONS
 
 USES = {
     "clip_jax": 'clip_jax.load("{path}")',
     "open_clip": 'open_clip.create_model_and_transforms("local-dir:{path}")',
-    "open_clip file": 'open_clip.create_model_and_transforms({name}, pretrained="{path}")',
     "huggingface": 'transformers.CLIPModel.from_pretrained("{path}")',
     "openai": 'clip.load("{path}")',
 }
 
 
-def open_clip_name(name: str) -> str:
-    """What open_clip calls a preset, quoted; NAME where it has no config of that architecture yet."""
-    if name == "custom":
-        return "NAME"
+def open_clip_arguments(name: str) -> str | None:
+    """The name of a preset (:func:`clip_jax.weights.preset_name`) as arguments of ``open_clip.create_model``.
+
+    None where open_clip 3.3 has no config of that architecture, so that only a folder, with a config, can be loaded.
+    """
     plain, with_gelu, _ = name.partition(" with gelu")
-    return f'"{plain.replace("/", "-").replace("@", "-")}{"" if with_gelu else "-quickgelu"}"'
+    if plain in ("custom", "ViT-tiny"):
+        return None
+    theirs = plain.replace("/", "-").replace("@", "-")
+    if plain == "ViT-S/16":  # of which they have one config alone
+        return json.dumps(theirs) + ("" if with_gelu else ", force_quick_gelu=True")
+    return json.dumps(theirs if with_gelu else f"{theirs}-quickgelu")
+
+
+def use_of(name: str, with_logit_bias: bool, destination: str, to: str) -> str:
+    """How to use the model of this name that was written, in a line."""
+    path = json.dumps(destination, ensure_ascii=False)[1:-1]  # as it is between quotes
+    if not (to == "open_clip" and destination.endswith(".safetensors")):
+        return USES[to].format(path=path)
+    arguments = open_clip_arguments(name)
+    if arguments is None:
+        paths = shlex.join([destination, destination.removesuffix(".safetensors")])
+        return f"open_clip has no name for it and needs a folder: python -m clip_jax.convert {paths} --to=open_clip"
+    if with_logit_bias:
+        from clip_jax.models.clip import SIGMOID_INITIAL_LOGIT_BIAS
+
+        arguments += f", init_logit_bias={SIGMOID_INITIAL_LOGIT_BIAS:g}"  # what makes open_clip's model have one
+    return f'open_clip.create_model_and_transforms({arguments}, pretrained="{path}")'
 
 
 def main(argv: list[str] | None = None) -> int:
     formats = ("clip_jax", "open_clip", "huggingface", "openai")
-    parser = argparse.ArgumentParser(prog="python -m clip_jax.convert", description="Converts weights.")
-    parser.add_argument("source", help="a run, a file of weights, or a folder of weights and their config")
-    parser.add_argument("destination", help="a new folder; a new .safetensors file for open_clip, .pt for openai")
+    parser = Parser(prog="python -m clip_jax.convert", description="Converts weights.", allow_abbrev=False)
+    parser.add_argument(
+        "source", type=os.path.expanduser, help="a run, a file of weights, or a folder of weights and their config"
+    )
+    parser.add_argument(
+        "destination",
+        type=os.path.expanduser,
+        help="a new folder; a new .safetensors file for open_clip, .pt for openai",
+    )
     parser.add_argument("--to", choices=formats, default="clip_jax", help="the program to write for (clip_jax)")
     parser.add_argument("--activation", choices=ACTIVATIONS, help="for a source that cannot tell; else quick_gelu")
     arguments = parser.parse_args(argv)
@@ -44,7 +72,6 @@ def main(argv: list[str] | None = None) -> int:
     from clip_jax.training.checkpoint import CheckpointError
     from clip_jax.weights import preset_name, read_weights, write_weights
 
-    absl.logging.set_verbosity(absl.logging.ERROR)  # orbax warns of every option that follows from another
     try:
         weights = read_weights(arguments.source, arguments.activation)
         if weights.note:
@@ -54,11 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     parameters = sum(leaf.size for leaf in jax.tree.leaves(weights.variables["params"]))
-    single_file = arguments.to == "open_clip" and arguments.destination.endswith(".safetensors")
-    name = preset_name(weights.preset)
-    use = USES["open_clip file" if single_file else arguments.to].format(
-        path=arguments.destination, name=open_clip_name(name)
-    )
+    name, with_logit_bias = preset_name(weights.preset), "logit_bias" in weights.variables["params"]
+    use = use_of(name, with_logit_bias, arguments.destination, arguments.to)
     print(f"{name}, {parameters:,} parameters, from {weights.format} to {arguments.destination}")
     print(f"Use it:  {use}")
     return 0

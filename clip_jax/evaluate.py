@@ -17,7 +17,6 @@ import sys
 import time
 from typing import NoReturn
 
-import absl.logging
 from etils import epath
 
 from clip_jax.evaluation.results import MissingTask
@@ -118,7 +117,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from clip_jax.loading import load
     from clip_jax.training.checkpoint import CheckpointError
 
-    absl.logging.set_verbosity(absl.logging.FATAL)  # orbax warns of every option that follows from another
     logging.getLogger("clip_jax").setLevel(logging.WARNING)
     first_host = jax.process_index() == 0
     output = _writable(arguments.output) if arguments.output and first_host else None

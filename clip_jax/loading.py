@@ -1,27 +1,50 @@
 """A model as a small object: embed images and texts, classify pictures by names."""
 
+import itertools
 import logging
 import os
-import pathlib
-from collections.abc import Sequence
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from clip_jax.config import DTYPES
-from clip_jax.data.images import ImageError, decode_image, evaluation_transform, to_rgb
-from clip_jax.data.tokenizer import VOCAB_SIZE
+from clip_jax.data.images import (
+    MAX_ASPECT_RATIO,
+    MAX_PIXELS,
+    ImageError,
+    decode_image,
+    evaluation_transform,
+    to_rgb,
+)
+from clip_jax.data.tokenizer import VOCAB_SIZE, tokenize
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.zero_shot import classifier_weights
 from clip_jax.models.backends import backend_of
 from clip_jax.models.clip import CLIP
+from clip_jax.models.presets import CLIPPreset, ResNetPreset
 from clip_jax.models.transformer import unstack_layers
 from clip_jax.training.sharding import batch_sharding, make_mesh
 from clip_jax.training.step import place_variables
 from clip_jax.weights import Weights, digest_of, preset_name, read_weights
 
-Picture = Image.Image | np.ndarray | str | os.PathLike
+
+class Array(Protocol):
+    """An array of NumPy or JAX, or a tensor of PyTorch."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+
+Picture = Image.Image | Array | str | bytes | os.PathLike
 
 logger = logging.getLogger("clip_jax")
 
@@ -29,9 +52,20 @@ logger = logging.getLogger("clip_jax")
 class LoadedModel:
     """What :func:`load` returns.
 
-    ``preset`` describes the model; ``logit_scale`` is what cosines are multiplied by; ``embedder`` takes uint8 images
-    and tokens that are ready for the model.
+    Attributes:
+      preset: the architecture.
+      logit_scale: what cosines are multiplied by.
+      embedder: embeds uint8 images and tokens that are ready for the model.
+      max_pixels: larger images are refused before they are decoded. Can be changed; Pillow refuses images of more than
+        twice ``PIL.Image.MAX_IMAGE_PIXELS`` by itself.
+      max_aspect_ratio: images whose long side is more than this many times the short side are refused. Can be changed.
     """
+
+    preset: CLIPPreset
+    logit_scale: float
+    embedder: Embedder
+    max_pixels: int
+    max_aspect_ratio: float
 
     def __init__(self, weights: Weights, batch_size: int, dtype: str):
         mesh = make_mesh(fsdp=1)
@@ -48,7 +82,21 @@ class LoadedModel:
         self.preset = weights.preset
         self.logit_scale = float(np.exp(variables["params"]["logit_scale"]))
         self.embedder = Embedder(model, mesh, batch_size).with_variables(variables)
-        self._variables = variables
+        self.max_pixels, self.max_aspect_ratio = MAX_PIXELS, MAX_ASPECT_RATIO
+        self._variables, self._batch_size, self._dtype, self._format = variables, batch_size, dtype, weights.format
+
+    def __repr__(self) -> str:
+        vision, text = self.preset.vision, self.preset.text
+        tower = (
+            "ResNet" if isinstance(vision, ResNetPreset) else f"Vision Transformer with patches of {vision.patch_size}"
+        )
+        name = f"{self.name} ({tower})" if self.name == "custom" else self.name
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(self._variables["params"]))
+        return (
+            f"<clip_jax model {name}: {parameters:,} parameters, images {vision.image_size} x {vision.image_size}, "
+            f"texts of {text.context_length} tokens, embeddings of {self.preset.embed_dim}, {self._dtype}, "
+            f"from {self._format}>"
+        )
 
     @property
     def name(self) -> str:
@@ -60,96 +108,265 @@ class LoadedModel:
         """Tells these weights from others."""
         return digest_of(self._variables)
 
-    def encode_image(self, images: Picture | Sequence[Picture]) -> np.ndarray:
+    def encode_image(self, images: Picture | Iterable[Picture]) -> np.ndarray:
         """M pictures to float32 ``[M, D]`` of unit length; one alone is a list of one.
 
         A picture is a path, a PIL image, or an array uint8 ``[H, W, 3]`` (``[H, W]`` for grey, ``[H, W, 4]`` with
-        alpha); an array ``[M, H, W, 3]`` is M of them. Each goes through CLIP's evaluation transform.
+        alpha) of NumPy, JAX or PyTorch; an array ``[M, H, W, 3]`` is M of them. Each goes through CLIP's evaluation
+        transform. Images are read in batches: any number of paths takes the memory of two batches.
 
         Raises:
-          ValueError: a picture cannot be decoded, or an array is none.
+          TypeError: an input is of another type.
+          ValueError: a picture cannot be decoded or is outside the limits, or an array is not uint8 ``[H, W, 3]``.
           FileNotFoundError: a path names no file.
         """
-        if isinstance(images, Image.Image | str | os.PathLike) or getattr(images, "ndim", 4) < 4:
-            images = [images]
-        images = list(images)
-        size = self.preset.vision.image_size
-        if not images:
-            return np.zeros((0, self.preset.embed_dim), np.float32)
-        return self.embedder.encode_image(np.stack([evaluation_transform(_open(image), size) for image in images]))
+        embeddings = [np.zeros((0, self.preset.embed_dim), np.float32)]
+        for batch in self._read(images):
+            embeddings.append(self.embedder.encode_image(np.stack([_or_raise(pixels) for pixels in batch])))
+        return np.concatenate(embeddings)
 
-    def encode_text(self, texts: str | Sequence[str] | np.ndarray) -> np.ndarray:
-        """M texts, or tokens ``[M, L]`` as :func:`clip_jax.tokenize` gives them, to float32 ``[M, D]`` of unit length.
+    def tokenize(self, texts: str | Iterable[str]) -> np.ndarray:
+        """Returns M texts as tokens int32 ``[M, L]``, L the model's context length. Texts that are too long are cut.
 
-        Texts that are too long are cut; one alone is a list of one.
+        Raises:
+          TypeError: a text is not a string.
+          ValueError: the model's vocabulary is smaller than the tokenizer's.
+        """
+        if self.preset.text.vocab_size < VOCAB_SIZE:
+            size = self.preset.text.vocab_size
+            raise ValueError(f"the model's vocabulary of {size:,} is not the tokenizer's; give it tokens")
+        return tokenize(_texts(texts), self.preset.text.context_length, truncate=True)
+
+    def encode_text(self, texts: str | Iterable[str] | Array) -> np.ndarray:
+        """M texts, or tokens ``[M, L]`` as :meth:`tokenize` gives them, to float32 ``[M, D]`` of unit length.
+
+        Texts that are too long are cut; one alone is a list of one. Tokens are an array of NumPy, JAX or PyTorch. L may
+        exceed the model's context length if every text ends within it, so the 77 tokens of :func:`clip_jax.tokenize`
+        can be used for a model with a shorter context.
 
         Raises:
           TypeError: a text is not a string.
           ValueError: tokens are not integers of the vocabulary, or more than the context holds; or texts were given
             to a model whose vocabulary is smaller than the tokenizer's.
         """
-        text = self.preset.text
-        if getattr(texts, "dtype", np.dtype(object)).kind in "OUT":
-            texts = [texts] if isinstance(texts, str) else list(texts)
-            if text.vocab_size < VOCAB_SIZE:
-                raise ValueError(f"the model's vocabulary of {text.vocab_size} is not the tokenizer's; give it tokens")
-            return self.embedder.encode_text(texts) if texts else np.zeros((0, self.preset.embed_dim), np.float32)
-        tokens = np.atleast_2d(texts)
-        if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or not 0 < tokens.shape[1] <= text.context_length:
-            raise ValueError(
-                f"tokens must be integers [M, L] with L at most {text.context_length}, not {tokens.dtype} "
-                f"{list(tokens.shape)}"
-            )
-        if tokens.size and (tokens.min() < 0 or tokens.max() >= text.vocab_size):
-            raise ValueError(f"tokens must lie in [0, {text.vocab_size}), not in [{tokens.min()}, {tokens.max()}]")
+        tokens = self._checked_tokens(texts) if _is_array(texts) else self.tokenize(texts)
         if not len(tokens):
             return np.zeros((0, self.preset.embed_dim), np.float32)
-        return self.embedder.encode_tokens(tokens.astype(np.int32))
+        return self.embedder.encode_tokens(tokens)
 
     def classify(
         self,
-        images: Picture | Sequence[Picture],
-        labels: str | Sequence[str],
-        templates: str | Sequence[str] = ("{}",),
+        images: Picture | Iterable[Picture],
+        labels: str | Iterable[str],
+        templates: str | Iterable[str] = ("{}",),
     ) -> np.ndarray:
         """Probabilities float32 ``[M, C]`` of C labels for M pictures, as in figure 1 of the paper.
 
         Several ``templates``, sentences with ``{}`` for the label, are averaged as embeddings (section 3.1.4).
 
         Raises:
-          ValueError: there are no labels, or a template has no place for them; or as :meth:`encode_image`.
+          TypeError: a label or a template is not a string; or as :meth:`encode_image`.
+          ValueError: there are no labels, one is empty or occurs twice, or a template has no place for them; or as
+            :meth:`encode_image`.
         """
-        labels = [labels] if isinstance(labels, str) else list(labels)
-        templates = [templates] if isinstance(templates, str) else list(templates)
+        labels = _texts(labels)
+        rows = [_or_raise(row) for row in self.classify_each(images, labels, templates)]
+        return np.stack(rows) if rows else np.zeros((0, len(labels)), np.float32)
+
+    def classify_each(
+        self,
+        images: Picture | Iterable[Picture],
+        labels: str | Iterable[str],
+        templates: str | Iterable[str] = ("{}",),
+    ) -> Iterator[np.ndarray | Exception]:
+        """Yields for each image its probabilities float32 ``[C]``, or the error if it cannot be used.
+
+        The arguments are those of :meth:`classify`. The iterator holds two batches of images, however many there are.
+
+        Raises:
+          TypeError, ValueError: the labels or templates are wrong, as in :meth:`classify`.
+          FloatingPointError: the embeddings are not finite, since the weights are damaged.
+        """
+        weights = self._classifier(_texts(labels), _texts(templates))  # [C, D]
+
+        def each() -> Iterator[np.ndarray | Exception]:
+            for batch in self._read(images):
+                good = [pixels for pixels in batch if isinstance(pixels, np.ndarray)]
+                embeddings = self.embedder.encode_image(np.stack(good)) if good else np.zeros((0, weights.shape[1]))
+                rows = iter(_softmax(_finite(self.logit_scale * embeddings @ weights.T)))
+                yield from (next(rows) if isinstance(pixels, np.ndarray) else pixels for pixels in batch)
+
+        return each()
+
+    def _classifier(self, labels: list[str], templates: list[str]) -> np.ndarray:
         if not labels or not templates:
             raise ValueError("classify needs at least one label and one template")
+        for kind, texts in (("labels", labels), ("templates", templates)):
+            for index, text in enumerate(texts):
+                if not isinstance(text, str):
+                    raise TypeError(f"{kind}[{index}] is {type(text).__name__}, not str")
+        seen: dict[str, int] = {}
+        for index, label in enumerate(labels):
+            if not label.strip():
+                raise ValueError(f"labels[{index}] is empty")
+            if seen.setdefault(label, index) != index:
+                raise ValueError(
+                    f"labels[{index}] repeats {label!r}: the two would share its probability; give it once"
+                )
         without = [template for template in templates if "{}" not in template]
         if without:
             raise ValueError(f"template {without[0]!r} has no {{}} for the label")
-        weights = classifier_weights(self.encode_text, labels, templates)
-        logits = self.logit_scale * self.encode_image(images) @ weights.T
-        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return exponentials / exponentials.sum(axis=1, keepdims=True)
+        return classifier_weights(self.encode_text, labels, templates)
+
+    def _checked_tokens(self, array: object) -> np.ndarray:
+        text = self.preset.text
+        tokens = np.atleast_2d(_as_numpy(array))
+        if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or not tokens.shape[1]:
+            raise ValueError(
+                f"tokens must be integers [M, L] with L at most {text.context_length}, not {tokens.dtype} "
+                f"{list(tokens.shape)}"
+            )
+        if tokens.size and (tokens.min() < 0 or tokens.max() >= text.vocab_size):
+            raise ValueError(f"tokens must lie in [0, {text.vocab_size}), not in [{tokens.min()}, {tokens.max()}]")
+        if tokens.shape[1] > text.context_length:
+            # A text's feature is taken at its greatest id, the end of the text. No token after that changes it.
+            late = np.flatnonzero((tokens.argmax(axis=1) >= text.context_length) | ~tokens.any(axis=1))
+            if late.size:
+                raise ValueError(
+                    f"tokens must be integers [M, L] with L at most {text.context_length}: row {late[0]} of "
+                    f"{tokens.shape[1]} does not end before that; make them with model.tokenize(texts), which cuts them"
+                )
+        return tokens[:, : text.context_length].astype(np.int32)
+
+    def _read(self, images: Picture | Iterable[Picture]) -> Iterator[list[np.ndarray | Exception]]:
+        """Yields batches of uint8 ``[S, S, 3]``, or errors. Reads the next batch while one is used."""
+        pictures = iter(_pictures(images))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            ahead: list[Future | np.ndarray | Exception] = []
+            while True:
+                batch, ahead = ahead, []
+                for picture in itertools.islice(pictures, self._batch_size):
+                    # Pillow reads an opened file late, and the same image may occur twice: not in two threads.
+                    now = isinstance(picture, Image.Image)
+                    ahead.append(self._attempt(picture) if now else pool.submit(self._attempt, picture))
+                if batch:
+                    yield [item.result() if isinstance(item, Future) else item for item in batch]
+                if not ahead:
+                    return
+
+    def _attempt(self, picture: Picture) -> np.ndarray | Exception:
+        try:
+            image = _open(picture, self.max_pixels, self.max_aspect_ratio)
+            return evaluation_transform(image, self.preset.vision.image_size)
+        except (TypeError, ValueError, OSError) as error:
+            return error
 
 
-def _open(picture: Picture) -> Image.Image:
+def _or_raise(result: np.ndarray | Exception) -> np.ndarray:
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _finite(logits: np.ndarray) -> np.ndarray:
+    if not np.isfinite(logits).all():
+        raise FloatingPointError("the model's embeddings are not finite; its weights are damaged")
+    return logits
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+def _is_array(value: object) -> bool:
+    """Whether it is an array of numbers of NumPy, JAX or PyTorch. PyTorch's dtypes have no ``kind``."""
+    dtype = getattr(value, "dtype", None)
+    return dtype is not None and getattr(dtype, "kind", None) not in ("O", "U", "S", "T")
+
+
+def _as_numpy(array: object) -> np.ndarray:
+    """Converts an array of NumPy or JAX, or a tensor of PyTorch on any device, without importing PyTorch."""
+    if hasattr(array, "detach"):
+        array = array.detach().cpu()
+    try:
+        return np.asarray(array)
+    except TypeError:  # PyTorch's bfloat16, which NumPy has no dtype for
+        return np.asarray(array.float())
+
+
+def _texts(texts: str | Iterable[str]) -> list[str]:
+    """Returns several texts, or one text, as a list."""
+    if isinstance(texts, str | bytes):
+        return [texts]
+    if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
+        hint = "; of a processor's output give input_ids" if isinstance(texts, Mapping) else ""
+        raise TypeError(f"texts must be a string or several, not {type(texts).__name__}{hint}")
+    return np.ravel(texts).tolist() if isinstance(texts, np.ndarray) else list(texts)
+
+
+def _pictures(images: Picture | Iterable[Picture]) -> Iterable[Picture]:
+    """Returns several images, or one image, as an iterable."""
+    if isinstance(images, Image.Image | str | bytes | os.PathLike):
+        return [images]
+    if hasattr(images, "ndim"):
+        if not _is_array(images):  # an array of paths
+            return np.ravel(images).tolist()
+        return images if images.ndim == 4 else [images]
+    if isinstance(images, Mapping) or not isinstance(images, Iterable):
+        hint = "; of a processor's output give the images themselves" if isinstance(images, Mapping) else ""
+        raise TypeError(f"images must be paths, Pillow images or arrays, not {type(images).__name__}{hint}")
+    return images
+
+
+def _open(picture: Picture, max_pixels: int, max_aspect_ratio: float) -> Image.Image:
+    limits = {"max_pixels": max_pixels, "max_aspect_ratio": max_aspect_ratio}
     if isinstance(picture, Image.Image):
+        name = str(getattr(picture, "filename", "") or "a picture")
         try:
-            return to_rgb(picture)
-        except OSError as error:  # opened, but cut short
-            raise ValueError(f"{getattr(picture, 'filename', 'a picture')}: {error}") from None
-    if isinstance(picture, str | os.PathLike):
-        try:
-            return decode_image(pathlib.Path(picture).read_bytes())
+            return to_rgb(picture, **limits)
         except ImageError as error:
-            raise ValueError(f"{os.fspath(picture)}: {error}") from None
-    array = np.asarray(picture)
-    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
-        raise ValueError(
-            f"a picture must be an array uint8 [H, W, 3], not {array.dtype} {list(array.shape)}; CLIP's mean and "
-            "standard deviation are taken out inside"
-        )
-    return to_rgb(Image.fromarray(array))
+            raise ImageError(f"{name}: {error}", error.reason) from None
+        except Exception as error:  # damaged: Pillow's decoders raise errors of many types
+            raise ImageError(f"{name}: {' '.join(str(error).split()) or type(error).__name__}") from None
+    if isinstance(picture, str | bytes | os.PathLike):
+        path = os.fsdecode(picture)
+        try:
+            return decode_image(_read_file(path), **limits)
+        except ImageError as error:
+            raise ImageError(f"{path}: {error}", error.reason) from None
+    return to_rgb(Image.fromarray(_pixels(picture)), **limits)
+
+
+def _read_file(path: str) -> bytes:
+    if "\0" in path:
+        raise ValueError("bytes are taken as a path; give encoded pictures as Image.open(io.BytesIO(data))")
+    if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would block until something writes to it
+        raise ImageError(f"a {'folder' if os.path.isdir(path) else 'pipe or device'}, not an image file")
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _pixels(picture: object) -> np.ndarray:
+    """Returns the array as uint8 ``[H, W, 3]``, ``[H, W]`` or ``[H, W, 4]``. Raises ValueError with the fix."""
+    if not (hasattr(picture, "shape") and hasattr(picture, "dtype")):
+        raise TypeError(f"a picture must be a path, a Pillow image or an array, not {type(picture).__name__}")
+    shape, kind = list(picture.shape), str(picture.dtype).removeprefix("torch.")
+    channels_first = len(shape) == 3 and shape[0] in (1, 3, 4) and shape[2] not in (1, 3, 4)
+    fits = len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))
+    if kind == "uint8" and fits and all(shape):
+        array = np.ascontiguousarray(_as_numpy(picture))
+        return array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array
+    fixes = ["move the channels last" * channels_first]
+    if "float" in kind:
+        fixes.append("multiply pixels in [0, 1] by 255 and convert them to uint8")
+        fixes.append("CLIP's mean and standard deviation are applied inside")
+    elif kind == "uint16":
+        fixes.append("divide it by 257 and convert it to uint8")
+    elif kind != "uint8":
+        fixes.append("convert pixels in [0, 255] to uint8")
+    fix = "; ".join(filter(None, fixes))
+    raise ValueError(f"a picture must be an array uint8 [H, W, 3], not {kind} {shape}" + (f": {fix}" if fix else ""))
 
 
 def load(
@@ -173,7 +390,7 @@ def load(
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be positive")
-    weights = read_weights(path, activation)
+    weights = read_weights(os.path.expanduser(os.fsdecode(path)), activation)
     if weights.note:
         logger.warning("%s", weights.note)
     return LoadedModel(weights, batch_size, dtype)

@@ -1,55 +1,222 @@
-"""Labels pictures with a trained model.
+"""Labels images with a trained model.
 
-python -m clip_jax.predict --model=ViT-B-32.pt --labels="a cat,a dog" photo.jpg [...]
+    python -m clip_jax.predict --model=ViT-B-32.pt --labels="a cat,a dog" photo.jpg
+    python -m clip_jax.predict --model=ViT-B-32.pt --labels=@labels.txt photos/ "more/**/*.png" --json
+
+Exit codes: 0 every image is labeled, or the reader of the output closed it; 1 some images cannot be used: each is
+reported on stderr, and the others are labeled; 2 none can be used, or a flag is wrong; 3 interrupted.
 """
 
 import argparse
+import collections
+import errno
 import json
+import os
+import pathlib
 import sys
 
-import absl.logging
+import numpy as np
 
+from clip_jax.command_line import Parser
+from clip_jax.data.image_files import find_image_files
+from clip_jax.data.images import MAX_ASPECT_RATIO, MAX_PIXELS
 from clip_jax.models.presets import ACTIVATIONS
+
+SHOWN = 3  # of the names that are listed in a line
+HINTS = {"too_large": "--max-pixels", "extreme_aspect_ratio": "--max-aspect-ratio"}
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Exits with code 2 if a flag is missing or unknown. Raises ValueError if a value is wrong."""
+    parser = Parser(prog="python -m clip_jax.predict", description="Labels images.", allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="a run, or weights of OpenAI, open_clip or Hugging Face")
+    parser.add_argument("--activation", choices=ACTIVATIONS, help="of a file that cannot tell; else quick_gelu")
+    parser.add_argument(
+        "--labels",
+        required=True,
+        metavar="LABELS",
+        help="labels to choose from, separated by commas, or @FILE: a text file with one label on each line",
+    )
+    parser.add_argument("--template", default="{}", help='a sentence around each label, such as "an emoji of {}"')
+    parser.add_argument("--top", type=int, default=3, help="how many labels to print for an image (%(default)s)")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print the probabilities of all labels as JSON: {image: {label: probability}}",
+    )
+    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="larger images are refused (%(default)s)")
+    parser.add_argument(
+        "--max-aspect-ratio",
+        type=float,
+        default=MAX_ASPECT_RATIO,
+        help="images are refused whose long side is more times the short side (%(default)s)",
+    )
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="a file; a folder, with the folders in it; or a quoted pattern, where ** is any number of folders",
+    )
+    arguments = parser.parse_args(argv)
+    for name, least in (("top", 1), ("max_pixels", 1), ("max_aspect_ratio", 1.0)):
+        value = getattr(arguments, name)
+        if not value >= least:  # refuses nan too
+            raise ValueError(f"--{name.replace('_', '-')}={value} must be at least {least:g}")
+    if "{}" not in arguments.template:
+        raise ValueError(f"--template={arguments.template} has no {{}} for the label")
+    return arguments
+
+
+def read_labels(text: str) -> tuple[list[str], list[str]]:
+    """Returns the labels of ``--labels``, each once, and those that occur more than once.
+
+    Raises:
+      ValueError: there are no labels, or their file cannot be read or is not UTF-8.
+    """
+    names = text.split(",")
+    if text.startswith("@"):
+        file = pathlib.Path(text[1:]).expanduser()
+        try:
+            # Only \n, \r\n and \r end a line, and there are no comments: a label may have any other character.
+            names = file.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--labels={text}: not UTF-8: {error.reason} at byte {error.start}") from None
+        except OSError as error:
+            raise ValueError(f"--labels={text}: {error.strerror}") from None
+    names = [name.strip() for name in names if name.strip()]
+    labels = list(dict.fromkeys(names))
+    if not labels:
+        raise ValueError(f"--labels={text} has no labels")
+    counts = collections.Counter(names)
+    return labels, [label for label in labels if counts[label] > 1]
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m clip_jax.predict", description="Labels pictures by names.")
-    parser.add_argument("--model", required=True, help="a run, or weights of OpenAI, open_clip or Hugging Face")
-    parser.add_argument("--activation", choices=ACTIVATIONS, help="of a file that cannot tell; else quick_gelu")
-    parser.add_argument("--labels", required=True, help="names to choose among, separated by commas")
-    parser.add_argument("--template", default="{}", help='a sentence around each name, such as "an emoji of {}"')
-    parser.add_argument("--top", type=int, default=3, help="how many labels to print for a picture")
-    parser.add_argument("--json", action="store_true", help="print all probabilities as JSON instead of a table")
-    parser.add_argument("pictures", nargs="+")
-    arguments = parser.parse_args(argv)
-    labels = [label.strip() for label in arguments.labels.split(",") if label.strip()]
+    try:
+        return _predict(parse_arguments(argv))
+    except BrokenPipeError:  # the reader of stdout is gone, as after "| head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout when it exits
+        return 0
+    except KeyboardInterrupt:
+        _report("interrupted")
+        return 3
+    except (ValueError, OSError, FloatingPointError) as error:
+        _report(f"error: {_reason(error)}")
+        failed = isinstance(error, FloatingPointError) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EIO)
+        return 1 if failed else 2
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    labels, repeated = read_labels(arguments.labels)
+    if repeated:
+        _report(f"note: --labels repeats {_listed(repeated)}; each counts once")
+    found = find_image_files(arguments.images)
+    for problem in found.problems:
+        _report(f"error: {problem}")
+    if not found.paths:
+        if not found.problems:
+            raise ValueError(f"there are no images among {_listed(found.passed_over)}")
+        return 2
+    if found.passed_over:
+        kind = "file that is not an image" if len(found.passed_over) == 1 else "files that are not images"
+        _report(f"note: passed over {len(found.passed_over):,} {kind}: {_listed(found.passed_over)}")
+    from PIL import Image
+
     from clip_jax.loading import load
     from clip_jax.training.checkpoint import CheckpointError
 
-    absl.logging.set_verbosity(absl.logging.ERROR)  # orbax warns of every option that follows from another
+    # Pillow itself refuses images of more than twice this.
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, arguments.max_pixels)
     try:
-        if not labels:
-            raise ValueError("--labels names nothing to choose among")
-        if arguments.top < 1:
-            raise ValueError(f"--top={arguments.top} must be at least 1")
-        if "{}" not in arguments.template:
-            raise ValueError(f"--template={arguments.template} has no {{}} for the name")
-        if len(set(labels)) < len(labels):
-            raise ValueError("--labels names something twice")
         model = load(arguments.model, activation=arguments.activation)
-        probabilities = model.classify(arguments.pictures, labels, [arguments.template])
-    except (ValueError, OSError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if arguments.json:
-        rows = [dict(zip(labels, map(float, row), strict=True)) for row in probabilities]
-        print(json.dumps(dict(zip(arguments.pictures, rows, strict=True)), indent=2, ensure_ascii=False))
-        return 0
-    width = max(map(len, arguments.pictures))
-    for picture, row in zip(arguments.pictures, probabilities, strict=True):
-        best = (-row).argsort()[: arguments.top]
-        print(f"{picture:{width}}  " + "  ".join(f"{labels[index]} {row[index]:.1%}" for index in best))
-    return 0
+    except CheckpointError as error:
+        raise ValueError(str(error)) from None
+    model.max_pixels, model.max_aspect_ratio = arguments.max_pixels, arguments.max_aspect_ratio
+    length = model.preset.text.context_length
+    if too_long := _too_long(labels, arguments.template, length):
+        _report(f"note: labels longer than the model's {length} tokens are cut: {_listed(too_long)}")
+    good, failed = 0, len(found.problems)
+    write = _JsonWriter(labels) if arguments.json else _TableWriter(labels, arguments.top, found.paths)
+    answers = model.classify_each(found.paths, labels, [arguments.template])
+    for path, answer in zip(found.paths, answers, strict=True):
+        if isinstance(answer, Exception):
+            _report(f"error: {_reason(answer)}")
+            failed += 1
+        else:
+            write.answer(path, answer)
+            good += 1
+    write.end()
+    return 2 if not good else 1 if failed else 0
+
+
+def _too_long(labels: list[str], template: str, context_length: int) -> list[str]:
+    """Returns the labels that do not fit into the model's context."""
+    from clip_jax.data.tokenizer import tokenize
+
+    found = []
+    for label in labels:
+        try:
+            tokenize(template.replace("{}", label), context_length)
+        except ValueError:
+            found.append(label)
+    return found
+
+
+class _TableWriter:
+    """Prints one line for each image: its best labels with their probabilities."""
+
+    def __init__(self, labels: list[str], top: int, paths: list[str]):
+        self._labels, self._top = labels, top
+        self._width = max(len(_line(path)) for path in paths)
+
+    def answer(self, path: str, row: np.ndarray) -> None:
+        best = (-row).argsort(kind="stable")[: self._top]
+        answers = "  ".join(f"{self._labels[index]} {row[index]:.1%}" for index in best)
+        print(f"{_line(path):{self._width}}  {_line(answers)}", flush=True)
+
+    def end(self) -> None:
+        pass
+
+
+class _JsonWriter:
+    """Prints ``{path: {label: probability}}`` one image at a time; a path that occurs again is left out."""
+
+    def __init__(self, labels: list[str]):
+        self._labels, self._written, self._held = labels, set(), ""
+
+    def answer(self, path: str, row: np.ndarray) -> None:
+        if path in self._written:
+            return
+        print(f"{self._held}," if self._written else "{", flush=True)
+        content = json.dumps(dict(zip(self._labels, map(float, row), strict=True)), ensure_ascii=False)
+        # A path that is not valid UTF-8 is escaped.
+        self._held = f"  {json.dumps(path, ensure_ascii=not path.isprintable())}: {content}"
+        self._written.add(path)
+
+    def end(self) -> None:
+        print(f"{self._held}\n}}" if self._written else "{}", flush=True)
+
+
+def _reason(error: Exception) -> str:
+    """Returns one line that begins with the file's name and says why it cannot be used."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    hint = HINTS.get(getattr(error, "reason", ""))
+    return f"{str(error).rstrip('.')}; {hint} allows more" if hint else str(error)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return ", ".join(map(repr, names[:SHOWN])) + more
+
+
+def _line(text: str) -> str:
+    """Escapes line breaks and other characters that cannot be printed."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def _report(line: str) -> None:
+    print(_line(line), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

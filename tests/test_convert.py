@@ -14,6 +14,7 @@ from trial import SMALL, losses, run
 
 from clip_jax.config import model_preset
 from clip_jax.convert import main as convert
+from clip_jax.convert import use_of
 from clip_jax.main import main as train
 from clip_jax.main import parse_arguments
 from clip_jax.predict import main as predict
@@ -49,7 +50,12 @@ def converted(trained, tmp_path_factory):
     [
         ("clip_jax", "vit", 'clip_jax.load("{path}")'),
         ("open_clip", "vit", 'open_clip.create_model_and_transforms("local-dir:{path}")'),
-        ("open_clip", "vit.safetensors", 'open_clip.create_model_and_transforms(NAME, pretrained="{path}")'),
+        (
+            "open_clip",
+            "vit.safetensors",
+            "open_clip has no name for it and needs a folder: "
+            "python -m clip_jax.convert {path} {folder} --to=open_clip",
+        ),
         ("huggingface", "vit", 'transformers.CLIPModel.from_pretrained("{path}")'),
         ("openai", "vit.pt", 'clip.load("{path}")'),
     ],
@@ -69,10 +75,33 @@ def test_a_conversion_says_what_the_model_is_and_how_to_use_it(
     count = sum(tensor.size for tensor in golden.tensors().values() if tensor.dtype != np.int64)
     assert output.splitlines() == [
         f"custom, {count:,} parameters, from OpenAI to {path}",
-        f"Use it:  {use.format(path=path)}",
+        f"Use it:  {use.format(path=path, folder=path.with_suffix(''))}",
     ]
     assert read_weights(path).preset == read_weights(golden.path).preset
     assert sorted(entry.name for entry in path.parent.iterdir()) == [destination]
+
+
+@pytest.mark.parametrize(
+    ("name", "bias", "arguments"),
+    [
+        ("ViT-B/32", False, '"ViT-B-32-quickgelu"'),
+        ("ViT-L/14@336 with gelu", False, '"ViT-L-14-336"'),
+        ("RN50x4", False, '"RN50x4-quickgelu"'),
+        ("ViT-S/16", False, '"ViT-S-16", force_quick_gelu=True'),
+        ("ViT-S/16 with gelu", True, '"ViT-S-16", init_logit_bias=-10'),
+    ],
+)
+def test_a_file_for_open_clip_is_used_by_open_clips_name(name, bias, arguments):
+    use = use_of(name, bias, 'a "b.safetensors', "open_clip")
+    assert use == f'open_clip.create_model_and_transforms({arguments}, pretrained="a \\"b.safetensors")'
+
+
+def test_wrong_flags_are_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        convert(["a", "b", "--to=tensorflow"])
+    assert ended.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: argument --to: invalid choice: 'tensorflow'")
 
 
 def test_the_buffers_of_a_resnet_are_no_parameters(goldens, tmp_path, capsys):

@@ -1,13 +1,18 @@
 """A trained run can be used: from the command line and from Python."""
 
 import json
+import logging
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
-from trial import SMALL
+from trial import SMALL, environment
 
 import clip_jax
+from clip_jax.convert import main as convert
 from clip_jax.main import main as train
 from clip_jax.predict import main as predict
 
@@ -29,6 +34,11 @@ def run(tmp_path_factory):
     steps = ["--config.steps=4", "--config.eval_every=2", "--config.checkpoint_every=2"]
     assert train([*SMALL, *steps, *evaluations, f"--workdir={folder}/run"]) == 0
     return folder
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return clip_jax.load(run / "run", batch_size=2)
 
 
 def test_a_finished_run_leaves_all_that_it_promises(run):
@@ -78,6 +88,134 @@ def test_predict_as_json_gives_probabilities_of_every_label(run, capsys):
     assert sum(probabilities.values()) == pytest.approx(1)
 
 
+@pytest.fixture
+def folder(tmp_path, model, monkeypatch):
+    """A folder of pictures and much else; predict finds the model loaded."""
+    monkeypatch.setattr("clip_jax.loading.load", lambda *_, **__: model)
+    (tmp_path / "sub").mkdir()
+    for number, name in enumerate(["a.png", "b.jpg", "sub/c.webp", "sub/[d].png"]):
+        Image.new("RGB", (20, 30), (60 * number, 50, 50)).save(tmp_path / name)
+    Image.new("RGB", (4, 4)).save(tmp_path / "no_ending", format="PNG")
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / ".hidden.png").write_bytes(b"")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link").symlink_to(".")
+    return tmp_path
+
+
+def lines_of(capsys):
+    output, errors = capsys.readouterr()
+    return output.splitlines(), errors.splitlines()
+
+
+def test_a_bad_picture_is_a_line_and_takes_no_answer_from_the_others(folder, capsys):
+    names = ["a.png", "broken.png", "b.jpg", "pipe.png"]
+    assert predict(["--model=m", "--labels=x,y", *(str(folder / name) for name in [*names, "none.png"])]) == 1
+    output, errors = lines_of(capsys)
+    assert [line.split()[0] for line in output] == [str(folder / "a.png"), str(folder / "b.jpg")]
+    assert len(errors) == 3 and all(line.startswith("error: ") for line in errors)
+    for name in ("broken.png", "pipe.png", "none.png"):
+        assert sum(name in line for line in errors) == 1
+
+
+def test_a_folder_is_all_pictures_in_it_in_order_and_the_rest_is_counted(folder, capsys):
+    found = ["a.png", "b.jpg", "no_ending", "sub/[d].png", "sub/c.webp"]
+    assert predict(["--model=m", "--labels=x,y", "--json", str(folder), str(folder), str(folder / "a.png")]) == 1
+    output, errors = capsys.readouterr()
+    answers = json.loads(output)
+    assert list(answers) == [str(folder / name) for name in found]
+    for row in answers.values():
+        assert sum(row.values()) == pytest.approx(1)
+    note, error = errors.splitlines()
+    assert "passed over 4 files" in note and ".hidden.png" in note
+    assert "broken.png" in error
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("*.png", ["a.png"]),
+        ("**/*.png", ["a.png", "sub/[d].png"]),
+        ("**", ["a.png", "b.jpg", "no_ending", "sub/[d].png", "sub/c.webp"]),
+        ("*/?.webp", ["sub/c.webp"]),
+        ("sub/[d].png", ["sub/[d].png"]),  # the name of a file, whatever pattern it would be
+    ],
+)
+def test_a_pattern_is_the_files_that_it_matches(folder, capsys, pattern, found):
+    predict(["--model=m", "--labels=x,y", f"{folder}/{pattern}"])
+    output, _ = lines_of(capsys)
+    assert [line.rpartition("  ")[0].split("  ")[0].strip() for line in output] == [
+        f"{folder}/{name}" for name in found
+    ]
+
+
+def test_limits_of_pixels_and_aspect_can_be_set(folder, capsys):
+    Image.new("L", (300, 2)).save(folder / "long.png")
+    path = str(folder / "long.png")
+    assert predict(["--model=m", "--labels=x,y", path]) == 2
+    assert "--max-aspect-ratio allows more" in capsys.readouterr().err
+    assert predict(["--model=m", "--labels=x,y", "--max-aspect-ratio=150", path]) == 0
+    assert predict(["--model=m", "--labels=x,y", "--max-aspect-ratio=150", "--max-pixels=599", path]) == 2
+    assert "300 x 2 pixels are more than 599; --max-pixels allows more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+def test_labels_come_from_a_file(folder, capsys, monkeypatch, ends):
+    lines = ["\ufeffred, green", "", " # five ", "blue\u2028", "blue", "red, green"]
+    (folder / "labels.txt").write_bytes(ends.join(lines).encode())
+    monkeypatch.setenv("HOME", str(folder))
+    assert predict(["--model=m", "--labels=@~/labels.txt", "--json", "~/a.png"]) == 0
+    output, errors = capsys.readouterr()
+    assert list(json.loads(output)[str(folder / "a.png")]) == ["red, green", "# five", "blue"]
+    assert errors == "note: --labels repeats 'red, green', 'blue'; each counts once\n"
+
+
+def test_a_label_that_the_model_sees_in_part_is_noted(folder, capsys):
+    assert predict(["--model=m", f"--labels=short,{'long ' * 40}", str(folder / "a.png")]) == 0
+    [note] = capsys.readouterr().err.splitlines()
+    assert note.startswith("note: labels longer than the model's") and "'long long" in note and "short" not in note
+
+
+def test_a_name_that_is_not_text_is_escaped(folder, capsys):
+    name = os.fsdecode(b"a\xff\nb.png")
+    Image.new("RGB", (4, 4)).save(folder / name)
+    assert predict(["--model=m", "--labels=x", str(folder / name)]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{folder}/a\\udcff\\nb.png  x 100.0%"]
+    assert predict(["--model=m", "--labels=x", "--json", str(folder / name)]) == 0
+    assert json.loads(capsys.readouterr().out) == {str(folder / name): {"x": 1}}
+
+
+def test_output_that_nobody_reads_on_ends_quietly(run):
+    command = f"{sys.executable} -m clip_jax.predict --model={run}/run --labels=a,b {' '.join(['photo.png'] * 300)}"
+    ended = subprocess.run(
+        ["bash", "-c", f"{command} | head -1; exit ${{PIPESTATUS[0]}}"],
+        cwd=run,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("photo.png ")
+
+
+def test_a_run_is_loaded_without_a_warning(run, tmp_path, caplog):
+    clip_jax.load(run / "run")
+    assert convert([str(run / "run"), str(tmp_path / "ours")]) == 0
+    clip_jax.load(tmp_path / "ours")
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+@pytest.mark.parametrize("flag", ["--top=x", "--max-pixels=1e9", "--unknown", "--lab=a"])
+def test_flags_that_cannot_be_read_are_one_line(capsys, flag):
+    with pytest.raises(SystemExit) as ended:
+        predict(["--model=m", "--labels=a", flag, "a.png"])
+    assert ended.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and flag.partition("=")[0] in line
+
+
 def test_mistakes_of_predict_are_one_line(run, capsys):
     broken = run / "broken.png"
     broken.write_bytes(b"nothing")
@@ -88,7 +226,13 @@ def test_mistakes_of_predict_are_one_line(run, capsys):
         ([f"--model={run}/run", "--labels=,", str(run / "photo.png")], "--labels"),
         ([f"--model={run}/run", "--labels=a", "--top=0", str(run / "photo.png")], "--top"),
         ([f"--model={run}/run", "--labels=a", "--template=no", str(run / "photo.png")], "--template"),
-        ([f"--model={run}/run", "--labels=a", str(run)], str(run)),
+        ([f"--model={run}/run", "--labels=a", "--max-pixels=0", str(run / "photo.png")], "--max-pixels=0"),
+        ([f"--model={run}/run", "--labels=a", "--max-aspect-ratio=nan", str(run / "photo.png")], "--max-aspect-ratio"),
+        ([f"--model={run}/run", f"--labels=@{run}/none.txt", str(run / "photo.png")], "none.txt"),
+        ([f"--model={run}/run", f"--labels=@{run}", str(run / "photo.png")], "Is a directory"),
+        ([f"--model={run}/run", f"--labels=@{run}/photo.png", str(run / "photo.png")], "not UTF-8"),
+        ([f"--model={run}/run", "--labels=a", str(run / "run/tensorboard")], "no images"),
+        ([f"--model={run}/run", "--labels=a", str(run / "*.jpg")], "*.jpg: no files match"),
     ]:
         assert predict(arguments) == 2
         [line] = capsys.readouterr().err.splitlines()

@@ -74,22 +74,27 @@ class Augmentation:
     erasing: float = 0.0  # probability of a rectangle of one colour somewhere
 
 
-def decode_image(data: bytes, min_side: int = 1, max_aspect_ratio: float = MAX_ASPECT_RATIO) -> Image.Image:
+def decode_image(
+    data: bytes, min_side: int = 1, max_aspect_ratio: float = MAX_ASPECT_RATIO, max_pixels: int | None = None
+) -> Image.Image:
     """What :func:`decode_pixels` returns, as a Pillow image in RGB.
 
     Raises:
       ImageError: as there.
     """
-    return Image.fromarray(decode_pixels(data, min_side, max_aspect_ratio))
+    return Image.fromarray(decode_pixels(data, min_side, max_aspect_ratio, max_pixels))
 
 
-def decode_pixels(data: bytes, min_side: int = 1, max_aspect_ratio: float = MAX_ASPECT_RATIO) -> np.ndarray:
+def decode_pixels(
+    data: bytes, min_side: int = 1, max_aspect_ratio: float = MAX_ASPECT_RATIO, max_pixels: int | None = None
+) -> np.ndarray:
     """Decodes a picture to RGB: upright by its EXIF orientation, transparency on white, an animation's first frame.
 
     Args:
       data: an encoded picture of any kind that Pillow reads. The pixels are Pillow's, whoever decodes.
       min_side: least length of the short side.
       max_aspect_ratio: how many times the short side the long one may be.
+      max_pixels: how many pixels the picture may have; None: 64 million.
 
     Returns:
       uint8 ``[H, W, 3]``.
@@ -98,21 +103,21 @@ def decode_pixels(data: bytes, min_side: int = 1, max_aspect_ratio: float = MAX_
       ImageError: the data is no picture, is damaged, or has a size outside the limits. The size is checked before
         there is any memory for the pixels.
     """
-    return _decode(data, min_side, max_aspect_ratio)[0]
+    return _decode(data, min_side, max_aspect_ratio, max_pixels=max_pixels)[0]
 
 
 def _decode(
-    data: bytes, min_side: int, max_aspect_ratio: float, enough: float = math.inf
+    data: bytes, min_side: int, max_aspect_ratio: float, enough: float = math.inf, max_pixels: int | None = None
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """The pixels and the picture's width and height. A JPEG with more may be decoded to sides of ``enough`` pixels."""
     try:
         if data.startswith(b"\xff\xd8\xff") and (size := _plain_jpeg_size(data)):
-            _check_size(*size, min_side, max_aspect_ratio)
+            _check_size(*size, min_side, max_aspect_ratio, max_pixels)
             side = math.ceil(min(enough, max(size)))
             # Whatever libjpeg only warns about is an error here, and Pillow's to judge.
             with contextlib.suppress(ValueError):
                 return simplejpeg.decode_jpeg(data, min_height=side, min_width=side, min_factor=2), size
-        image = to_rgb(_open(data), min_side, max_aspect_ratio)
+        image = to_rgb(_open(data), min_side, max_aspect_ratio, max_pixels)
         return np.asarray(image), image.size
     except ImageError:
         raise
@@ -160,15 +165,19 @@ def _may_be_turned(data: bytes) -> bool:
     return True  # bytes between segments, which Pillow skips
 
 
-def to_rgb(image: Image.Image, min_side: int = 1, max_aspect_ratio: float = MAX_ASPECT_RATIO) -> Image.Image:
+def to_rgb(
+    image: Image.Image, min_side: int = 1, max_aspect_ratio: float = MAX_ASPECT_RATIO, max_pixels: int | None = None
+) -> Image.Image:
     """A Pillow image of any mode as upright RGB, transparency on white.
 
     Raises:
       ImageError: its size is outside the limits (see :func:`decode_pixels`), or its pixels have no known range.
     """
-    _check_size(*image.size, min_side, max_aspect_ratio)
+    _check_size(*image.size, min_side, max_aspect_ratio, max_pixels)
     image.load()
-    _check_size(*image.size, min_side, max_aspect_ratio)  # an ICO's directory may promise less than its pictures hold
+    _check_size(
+        *image.size, min_side, max_aspect_ratio, max_pixels
+    )  # an ICO's directory may promise less than its pictures hold
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -181,14 +190,15 @@ def to_rgb(image: Image.Image, min_side: int = 1, max_aspect_ratio: float = MAX_
     return image.convert("RGB")
 
 
-def _check_size(width: int, height: int, min_side: int, max_aspect_ratio: float) -> None:
+def _check_size(width: int, height: int, min_side: int, max_aspect_ratio: float, max_pixels: int | None) -> None:
     short, long = sorted((width, height))
     if short < 1:
         raise ImageError(f"{width} x {height} pixels are no picture", "too_small")
     if short < min_side:
         raise ImageError(f"{width} x {height} pixels: one side is under {min_side}", "too_small")
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}", "too_large")
+    most = MAX_PIXELS if max_pixels is None else max_pixels
+    if width * height > most:
+        raise ImageError(f"{width} x {height} pixels are more than {most:,}", "too_large")
     if long > max_aspect_ratio * short:
         raise ImageError(
             f"{width} x {height} pixels: one side is over {max_aspect_ratio:g} times the other", "extreme_aspect_ratio"

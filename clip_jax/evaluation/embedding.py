@@ -15,16 +15,16 @@ from clip_jax.models.clip import CLIP, normalize_images
 from clip_jax.models.presets import ResNetPreset
 from clip_jax.training.sharding import batch_sharding, replicated
 
-TOKENS_UNIT = 8  # texts are cut to a multiple of it, so that few lengths have to be compiled
+TOKENS_UNIT = 8  # texts are padded to a multiple of it, so that few lengths have to be compiled
+BATCH_FACTOR = 8  # between the sizes of batches that are compiled
 
 
 class Embedder:
-    """A model as functions of numpy arrays, compiled once for each batch size and length of text that occurs.
+    """A model as functions of numpy arrays, compiled for a few batch sizes and text lengths only.
 
     The last, incomplete batch is padded with zeros and the padding cut off again, so nothing is dropped or counted
-    twice. An input that is shorter than a batch is padded to a power of two only, so that one picture costs about what
-    one picture costs. Every host calls with the same input and gets the whole result; a host asks the input only for
-    the rows that its own devices embed.
+    twice. An input that is shorter than a batch goes in smaller batches (see :func:`batch_size_for`). Every host calls
+    with the same input and gets the whole result; a host asks the input only for the rows that its own devices embed.
     """
 
     def __init__(self, model: CLIP, mesh: Mesh, batch_size: int):
@@ -87,20 +87,26 @@ class Embedder:
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
         """M texts, cut where they are too long, to text_embeddings float32 ``[M, D]`` of unit length."""
-        tokens = tokenize(list(texts), self._context_length, truncate=True)  # [M, context_length]
-        # No token sees what comes after it, so what follows the longest text's end changes nothing.
-        longest = int(tokens.argmax(axis=1).max()) + 1
-        length = min(-(-longest // TOKENS_UNIT) * TOKENS_UNIT, self._context_length)
-        return self.encode_tokens(tokens[:, :length])
+        return self.encode_tokens(tokenize(list(texts), self._context_length, truncate=True))
 
     def encode_tokens(self, tokens: np.ndarray) -> np.ndarray:
-        """Tokens int32 ``[M, L]``, L at most context_length, to text_embeddings float32 ``[M, D]`` of unit length."""
-        return self._in_batches(self._encode_text, tokens)
+        """Tokens int32 ``[M, L]`` to text_embeddings float32 ``[M, D]`` of unit length.
+
+        L is at most context_length, except for columns after the end of every text.
+        """
+        # No token sees what comes after it, so what follows the longest text's end changes nothing.
+        longest = int(tokens.argmax(axis=1).max()) + 1
+        length = -(-longest // TOKENS_UNIT) * TOKENS_UNIT
+        if len(tokens) <= self._batch_size:  # compiling one more length would cost more than the longer texts
+            length = max(TOKENS_UNIT, 1 << (longest - 1).bit_length())
+        length = min(length, self._context_length)
+        padded = np.zeros((len(tokens), length), np.int32)
+        padded[:, : tokens.shape[1]] = tokens[:, :length]
+        return self._in_batches(self._encode_text, padded)
 
     def _in_batches(self, encode: Callable, rows: Sequence[np.ndarray]) -> np.ndarray:
         sharding, first = batch_sharding(self._mesh), _like_a_row(rows)
-        needed = -(-len(rows) // self._mesh.size)
-        batch_size = min(self._batch_size, self._mesh.size << (needed - 1).bit_length())
+        batch_size = batch_size_for(len(rows), self._batch_size, self._mesh.size)
         results, under_way, problems = [], None, []
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for start in range(0, len(rows), batch_size):
@@ -128,6 +134,21 @@ class Embedder:
         results.append(np.asarray(under_way))
         raise_first([problem for of_host in all_gather_objects(problems) for problem in of_host])
         return np.concatenate(results)[: len(rows)]
+
+
+def batch_size_for(rows: int, largest: int, devices: int) -> int:
+    """Returns the largest of a few batch sizes whose padding at most doubles the number of rows.
+
+    The sizes are 1, 8, 64, ... rows on each device, below ``largest``, and ``largest`` itself. With batches of 64, any
+    number of rows needs at most three compiled programs, and a single row is not padded.
+    """
+    sizes = [largest]
+    smaller = devices
+    while smaller < largest:
+        sizes.append(smaller)
+        smaller *= BATCH_FACTOR
+    padded = {size: -(-rows // size) * size for size in sizes}
+    return max(size for size in sizes if padded[size] <= 2 * max(rows, devices))
 
 
 def _like_a_row(rows: Sequence[np.ndarray]) -> np.ndarray:

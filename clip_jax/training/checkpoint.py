@@ -137,7 +137,8 @@ def saved_fingerprint(workdir: epath.Path) -> str | None:
 
 
 def _read_only(workdir: epath.Path) -> ocp.CheckpointManager:
-    return ocp.CheckpointManager(workdir / "checkpoints", options=ocp.CheckpointManagerOptions(read_only=True))
+    # Not read_only=True: orbax warns of that option itself and of each default that it overrides.
+    return ocp.CheckpointManager(workdir / "checkpoints", options=ocp.CheckpointManagerOptions(create=False))
 
 
 def restore_variables(workdir: epath.Path) -> dict:
@@ -162,15 +163,15 @@ def restore_variables(workdir: epath.Path) -> dict:
 
 
 def _restore_as_numpy(state: epath.Path) -> dict:
-    checkpointer = ocp.PyTreeCheckpointer()
-    saved = checkpointer.metadata(state).item_metadata.tree
+    handler = ocp.PyTreeCheckpointHandler()
+    saved = handler.metadata(state).tree  # a checkpointer's metadata() also looks for a step's file, and warns
     wanted = {name: saved.get(name) or {} for name in ("params", "batch_stats")}
     arguments = ocp.args.PyTreeRestore(
         item=wanted,
         restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted),
         partial_restore=True,
     )
-    return {"batch_stats": {}} | checkpointer.restore(state, args=arguments)
+    return {"batch_stats": {}} | ocp.Checkpointer(handler).restore(state, args=arguments)
 
 
 def save_variables(workdir: epath.Path, variables: dict) -> None:

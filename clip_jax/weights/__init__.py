@@ -71,6 +71,8 @@ def read_weights(path: str | os.PathLike, activation: str | None = None) -> Weig
     source = pathlib.Path(path)
     if not source.exists():
         raise FileNotFoundError(f"{source}: there is no such file or folder")
+    if not (source.is_file() or source.is_dir()):  # reading a pipe would block
+        raise WeightsError(f"{source}: a pipe or a device, not a file or folder of weights")
     try:
         if source.is_dir():
             return _read_folder(source)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from clip_jax.data.tokenizer import tokenize
-from clip_jax.evaluation.embedding import Embedder
+from clip_jax.evaluation.embedding import Embedder, batch_size_for
 from clip_jax.models.clip import CLIP, normalize_images
 from clip_jax.models.presets import CLIPPreset, TextTransformerPreset, VisionTransformerPreset
 
@@ -119,3 +119,13 @@ def test_texts_embed_alike_however_long_their_neighbours_are(embedder):
     alone = embedder.encode_text(["a cat"])
     beside = embedder.encode_text(["a cat", "a word and more words than there is ever any room for here"])
     np.testing.assert_allclose(alone[0], beside[0], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(("largest", "devices"), [(64, 1), (64, 8), (16, 8), (8, 8), (1, 1), (1000, 4)])
+def test_any_number_of_rows_takes_a_few_batch_sizes_and_at_most_doubles(largest, devices):
+    sizes = {rows: batch_size_for(rows, largest, devices) for rows in range(1, 3 * largest)}
+    assert len(set(sizes.values())) <= (3 if largest <= 64 else 4)
+    assert sizes[1] <= 2 * devices and sizes[max(sizes)] == largest
+    for rows, size in sizes.items():
+        assert size % devices == 0 and size <= largest
+        assert -(-rows // size) * size <= 2 * max(rows, devices)

@@ -1,6 +1,7 @@
 """What is written here, the other programs load without a flag, and compute the same from a picture and a text."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ from PIL import Image
 
 import clip_jax
 from clip_jax.convert import main as convert
+from clip_jax.convert import use_of
 from clip_jax.models.presets import PRESETS, CLIPPreset, ResNetPreset, TextTransformerPreset, VisionTransformerPreset
-from clip_jax.weights import Weights, openai, read_weights, write_weights
+from clip_jax.weights import Weights, openai, preset_name, read_weights, write_weights
 from clip_jax.weights import open_clip as open_clip_files
 from clip_jax.weights.mapping import to_variables
 
@@ -64,6 +66,68 @@ def test_open_clip_loads_a_folder(preset, picture, tmp_path):
         image_embeddings = model.eval().encode_image(transform(picture)[None])
         text_embeddings = model.encode_text(tokenize(TEXTS))
     assert_same(ours, picture, image_embeddings, text_embeddings, model.logit_scale)
+
+
+def with_activation(preset, activation):
+    towers = {
+        name: dataclasses.replace(tower, activation=activation) if hasattr(tower, "activation") else tower
+        for name, tower in (("vision", preset.vision), ("text", preset.text))
+    }
+    return dataclasses.replace(preset, **towers)
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_open_clip_knows_the_name_that_is_printed_as_the_same_architecture(name, activation):
+    preset = with_activation(PRESETS[name], activation)
+    use = use_of(preset_name(preset), False, "a.safetensors", "open_clip")
+    configs = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
+    printed = re.match(r'open_clip.create_model_and_transforms\("(.+?)"(, force_quick_gelu=True)?, pretrained=', use)
+    if printed:
+        config = configs[printed[1]] | ({"quick_gelu": True} if printed[2] else {})
+        assert open_clip_files.read_config(config) == preset
+    else:
+        assert "python -m clip_jax.convert a.safetensors a --to=open_clip" in use
+        assert preset not in [
+            open_clip_files.read_config(config)
+            for config in configs.values()
+            if config["embed_dim"] == preset.embed_dim
+        ]
+
+
+def test_the_printed_command_loads_a_file_in_open_clip(tmp_path, capsys):
+    """The one preset of which they have the plain activation alone, with the bias of a sigmoid loss."""
+    torch.manual_seed(0)
+    preset = PRESETS["ViT-S/16"]
+    tensors = peer_models.tensors_of(peer_models.open_clip_model(preset)) | {"logit_bias": np.float32(-9.5)}
+    weights = Weights(preset, to_variables(tensors, open_clip_files.TABLE, preset), "test")
+    write_weights(weights, tmp_path / "ours", "clip_jax")
+    assert convert([f"{tmp_path}/ours", f"{tmp_path}/theirs.safetensors", "--to=open_clip"]) == 0
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix("Use it:  ")
+    model, _, _ = eval(command, {"open_clip": open_clip})
+    assert model.logit_bias.item() == -9.5
+    _, tokens = peer_models.random_batch(preset, 2)
+    model = model.eval()
+    with torch.inference_mode():
+        theirs = model.encode_text(torch.from_numpy(tokens).long(), normalize=True).numpy()
+    np.testing.assert_allclose(clip_jax.load(tmp_path / "ours").encode_text(tokens), theirs, rtol=0, atol=1e-4)
+
+
+def test_tensors_are_taken_as_arrays_are(picture, tmp_path):
+    model = model_folder(SHORT, tmp_path / "ours")
+    pixels = torch.from_numpy(np.array(picture))
+    expected = model.encode_image(picture)
+    for images in (pixels, pixels[None], [pixels], pixels.permute(2, 0, 1).contiguous().permute(1, 2, 0)):
+        np.testing.assert_array_equal(model.encode_image(images), expected)
+    for wrong in (pixels.permute(2, 0, 1), pixels / 255, pixels.bfloat16(), (pixels / 255).requires_grad_()):
+        with pytest.raises(ValueError, match=r"a picture must be an array uint8 \[H, W, 3\], not"):
+            model.encode_image(wrong)
+    tokens = open_clip.get_tokenizer("ViT-B-32")(TEXTS)  # int64 [3, 77] for a context of 24
+    np.testing.assert_array_equal(model.encode_text(tokens), model.encode_text(TEXTS))
+    with pytest.raises(ValueError, match="tokens must be integers"):
+        model.encode_text(tokens.float())
+    with pytest.raises(ValueError, match="tokens must be integers"):
+        model.encode_text(tokens.bfloat16())
 
 
 def test_open_clip_has_the_bias_of_a_sigmoid_loss(picture, tmp_path):
