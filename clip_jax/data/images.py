@@ -28,6 +28,7 @@ CROP_ATTEMPTS = 10
 # A JPEG may be decoded at a lower resolution that leaves a crop at least this many times as large as it will be. At 1.5
 # crisp photographs, themselves made smaller before, change by up to 1.6 levels in the mean; at 2.5 by 0.7.
 OVERSAMPLING = 2.5
+IDENTIFIED_ONLY = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows these formats and decodes none of them
 WHITE = (255, 255, 255)
 LUMA = np.array((0.299, 0.587, 0.114))  # ITU-R BT.601, as in Pillow's own greys
 MESH_CELLS = 3  # along a side
@@ -132,6 +133,14 @@ def _open(data: bytes) -> Image.Image:
 def _formats() -> tuple[str, ...]:
     Image.init()
     return tuple(name for name in Image.ID if name != "EPS")  # a program, for which Pillow starts another one
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """The endings of files in the formats that are decoded, such as ``.jpg``, in lower case."""
+    Image.init()
+    read = {*_formats(), "MPO"} - IDENTIFIED_ONLY  # MPO is read as JPEG
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in read)
 
 
 def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
