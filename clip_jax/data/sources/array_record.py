@@ -40,7 +40,8 @@ class ArrayRecordSource:
         try:
             self._records = ArrayRecordDataSource(self._paths)
         except RuntimeError as error:
-            raise ValueError(f"not ArrayRecord files: {', '.join(self._paths)}: {_first_line(error)}") from None
+            reason = _first_line(error) or "damaged or cut short"
+            raise ValueError(f"not ArrayRecord files: {', '.join(self._paths)}: {reason}") from None
 
     def __len__(self) -> int:
         return len(self._records)
@@ -48,7 +49,11 @@ class ArrayRecordSource:
     def __getitem__(self, index: int) -> Pair:
         try:
             record = msgpack.unpackb(self._records[index])
+            if not isinstance(record, dict):
+                raise PairError(f"record {index} is {type(record).__name__}, not a map")
             key = str(record.get("key", ""))
+        except PairError:
+            raise
         except Exception as error:  # msgpack and the reader raise many kinds for damaged bytes
             raise PairError(f"record {index} is damaged: {type(error).__name__}: {_first_line(error)}") from None
         name = key or f"record {index}"
@@ -71,7 +76,7 @@ class ArrayRecordSource:
             try:
                 record = msgpack.unpackb(self._records[index])
                 used = {"key", "weights", *(column_of(record, field) for field in self._fields.names())}
-                unread.update(str(field) for field in record if field not in used)
+                unread.update(str(field) for field in dict(record) if field not in used)
             except Exception:  # a damaged record, which counts as one
                 continue
         fields = [f"{field} ({count:,} of {len(looked_at):,} records)" for field, count in unread.items()]

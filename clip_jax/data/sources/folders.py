@@ -142,8 +142,8 @@ def _pictures(folder: pathlib.Path, files: dict[str, Stamp]) -> list[str]:
 
 
 def _no_pictures(folder: pathlib.Path, files: dict[str, Stamp]) -> str:
-    found = "; ".join(_notes(list(files), Counter())).replace("not used: ", "") or "no files"
-    return f"no pictures below {folder}, only {found}; looked for .jpg, .png, .webp and all else that Pillow reads"
+    found = "; ".join(_notes(list(files), Counter())).replace("not used: ", "only ") or "nothing at all"
+    return f"no pictures below {folder}, {found}; looked for .jpg, .png, .webp and all else that Pillow reads"
 
 
 def _suffix(name: str) -> str:

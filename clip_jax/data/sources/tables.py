@@ -31,7 +31,7 @@ from clip_jax.data.sources.fields import (
 )
 from clip_jax.data.sources.files import expand, join, read_whole, stamp
 from clip_jax.data.sources.mapped_index import MappedIndex, Tables, open_or_build
-from clip_jax.data.sources.text_rows import TextRow, delimited_rows, json_rows
+from clip_jax.data.sources.text_rows import CompressedDataError, TextRow, delimited_rows, json_rows, open_text
 
 TABLE_VERSION = 2  # of what the index holds
 DEFAULT_FIELDS = Fields(image=("image",), captions=(("caption", 1.0),))
@@ -101,13 +101,14 @@ class TableSource:
             image = read_whole(path)
         except Exception as error:  # a name may be anything
             reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-            raise PairError(f"{path}: {reason.removeprefix(f'{path}: ')}", "unreadable_file") from None
+            message = reason if reason.startswith(path) else f"{path}: {reason}"
+            raise PairError(message, "unreadable_file") from None
         return Pair(image, row.captions, path, row.label, row.weights)
 
     def notes(self) -> list[str]:
         notes = count_files(self._index.meta["notes"], len(self._roots))
         for reason, (count, examples) in self._index.meta["bad"].items():
-            notes.append(f"bad in all of it: {reason} {count:,}, such as {'; '.join(examples)}")
+            notes.append(f"bad rows in all files: {reason} {count:,}, such as {'; '.join(examples)}")
         return [*self._notes, *notes]
 
     def fingerprint(self) -> str:
@@ -191,8 +192,9 @@ def open_karpathy(where: str) -> TableSource:
     fields, others = parse_fields(options, sentences, f"karpathy:{where}", also=("index", "split", "images"))
     now, split = stamp(place), others.get("split", "")
     root = others.get("images") or os.path.dirname(os.path.abspath(place))
+    text = read_text(place)
     try:
-        entries = json.loads(read_text(place))["images"]
+        entries = json.loads(text)["images"]
         found = [
             (
                 "/".join(filter(None, [entry.get("filepath", ""), entry["filename"]])),
@@ -324,8 +326,11 @@ def _json_table(path: str, fields: Fields, notes: Counter) -> Iterator[TextRow]:
 
 
 def read_text(file: str) -> str:
-    """Raises ValueError for what is not UTF-8, OSError."""
+    """The text of a file, which may be compressed. Raises ValueError for what is not UTF-8, OSError."""
     try:
-        return read_whole(file).decode("utf-8-sig")  # some programs put a byte order mark before UTF-8
+        with open_text(file) as opened:
+            return opened.read().decode("utf-8-sig")  # some programs put a byte order mark before UTF-8
+    except CompressedDataError as error:
+        raise ValueError(f"{file}: the compressed data are damaged: {error}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8: {error.reason} at byte {error.start}") from None

@@ -7,7 +7,7 @@ read as if nothing had been.
 
 import bz2
 import csv
-import gzip
+import functools
 import io
 import json
 import lzma
@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
 from clip_jax.data.sources.base import MissingPackageError
-from clip_jax.data.sources.buckets import BucketError
 from clip_jax.data.sources.files import BUFFER, open_file
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 QUOTED_MOST = 1 << 20  # characters in quotes that go over several lines; with more, the quote was never closed
 READ = 1 << 20  # bytes
+PACKED_READ = 1 << 12  # bytes: they may unpack to thousands of times as many
 
 
 class Line(NamedTuple):
@@ -43,25 +43,66 @@ class TextRow(NamedTuple):
     problem: tuple[str, str] | None = None
 
 
-def _zstandard(file: BinaryIO) -> BinaryIO:
+class CompressedDataError(ValueError):
+    """Compressed data that are damaged or end too early."""
+
+
+def _zstandard():
     try:
         import zstandard
     except ImportError:
-        raise MissingPackageError(f"{file.name} is compressed by Zstandard: pip install zstandard") from None
-    return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+        raise MissingPackageError("it is compressed by Zstandard: pip install zstandard") from None
+    return zstandard.ZstdDecompressor().decompressobj()
 
 
-# What a compressed file begins with; its name does not matter.
-COMPRESSIONS: dict[bytes, Callable[[BinaryIO], BinaryIO]] = {
-    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
-    b"BZh": bz2.BZ2File,
-    b"\xfd7zXZ\x00": lzma.LZMAFile,
+# What a compressed file begins with, whatever its name is, and what unpacks it.
+COMPRESSIONS = {
+    b"\x1f\x8b": functools.partial(zlib.decompressobj, 16 + zlib.MAX_WBITS),  # 16: gzip's header and check-sum
+    b"BZh": bz2.BZ2Decompressor,
+    b"\xfd7zXZ\x00": lzma.LZMADecompressor,
     b"\x28\xb5\x2f\xfd": _zstandard,
 }
 
 
-def open_text(path: str) -> tuple[BinaryIO, bool]:
-    """A file of text, decompressed, buffered; and whether it was compressed.
+class Unpacked(io.RawIOBase):
+    """What compressed data hold, of one stream after the other; what comes before damage is given.
+
+    The readers of the standard library pass over whatever follows a stream of bzip2 or xz, and Zstandard's over a
+    missing end.
+    """
+
+    def __init__(self, file: BinaryIO, make_unpacker: Callable):
+        self._file, self._make_unpacker, self._unpacker = file, make_unpacker, make_unpacker()
+        self._packed, self._unpacked = b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._unpacked:
+            data = self._packed or self._file.read(PACKED_READ)
+            if self._unpacker.eof:
+                data = data.lstrip(b"\0")  # padding
+                self._unpacker = self._make_unpacker() if data else self._unpacker
+            if not data:
+                if self._unpacker.eof and not self._file.peek(1):
+                    return 0
+                if not self._unpacker.eof:
+                    raise CompressedDataError("the mark of their end is missing")
+                self._packed = b""
+                continue
+            try:
+                self._unpacked = self._unpacker.decompress(data)
+            except Exception as error:  # each kind of compression raises its own
+                raise CompressedDataError(" ".join(str(error).split()) or type(error).__name__) from None
+            self._packed = self._unpacker.unused_data if self._unpacker.eof else b""
+        size = min(len(buffer), len(self._unpacked))
+        buffer[:size], self._unpacked = self._unpacked[:size], self._unpacked[size:]
+        return size
+
+
+def open_text(path: str) -> BinaryIO:
+    """A file of text, unpacked, buffered; reading it raises CompressedDataError where that cannot go on.
 
     Raises:
       OSError: it cannot be read.
@@ -73,11 +114,14 @@ def open_text(path: str) -> tuple[BinaryIO, bool]:
         raise ValueError(f"{path} is a ZIP archive; unpack it, or compress the file with gzip")
     if head.startswith(UTF_16):
         raise ValueError(f"{path} is UTF-16; save it as UTF-8")
-    for magic, unpack in COMPRESSIONS.items():
+    for magic, make_unpacker in COMPRESSIONS.items():
         # "BZh" could begin a text: after it bzip2 has a digit and its own magic.
         if head.startswith(magic) and (magic != b"BZh" or head[4:10] == b"1AY&SY"):
-            return io.BufferedReader(unpack(file), BUFFER), True
-    return file, False
+            try:
+                return io.BufferedReader(Unpacked(file, make_unpacker), BUFFER)
+            except MissingPackageError as error:
+                raise MissingPackageError(f"{path}: {error}") from None
+    return file
 
 
 def lines_of(path: str) -> Iterator[Line]:
@@ -86,18 +130,14 @@ def lines_of(path: str) -> Iterator[Line]:
     Raises:
       OSError, ValueError: as :func:`open_text`.
     """
-    file, compressed = open_text(path)
     number = 0
-    with file:
+    with open_text(path) as file:
         pieces = _pieces(file)
         while True:
             try:
                 piece = next(pieces, None)
-            except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
-                if not compressed or isinstance(error, BucketError):
-                    raise
-                reason = " ".join(str(error).split()) or type(error).__name__
-                yield Line(number + 1, "", "", f"the compressed data end here, too early, or are damaged: {reason}")
+            except CompressedDataError as error:
+                yield Line(number + 1, "", "", f"the compressed data end here, too early, or are damaged: {error}")
                 return
             if piece is None:
                 return
@@ -127,7 +167,7 @@ def _pieces(file: BinaryIO) -> Iterator[bytes]:
         yield from file
         return
     rest = b""
-    while piece := file.read(READ):
+    while piece := file.read1(READ):
         *whole, rest = (rest + piece).split(b"\r")
         for line in whole:
             yield line + b"\r"

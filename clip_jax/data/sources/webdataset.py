@@ -123,11 +123,11 @@ class WebDatasetSource:
         notes = [f"not used: files {name_some(f'.{field} ({count:,})' for field, count in unused.items())}"]
         notes = notes * bool(unused)
         if passed:
-            notes.append(f"not used: files {name_some(f'{kind} ({count:,})' for kind, count in passed.items())}")
+            notes.append(f"not used: members {name_some(f'{kind} ({count:,})' for kind, count in passed.items())}")
         kinds = np.bincount((self._records >> np.uint64(PROBLEM_SHIFT)).astype(np.int64), minlength=len(PROBLEMS))
         bad = {name: int(count) for name, count in zip(PROBLEMS, kinds, strict=True) if name and count} | +missing
         if bad:
-            notes.append(f"bad in all of it: {name_some(f'{name} {count:,}' for name, count in bad.items())}")
+            notes.append(f"bad records in all shards: {name_some(f'{name} {count:,}' for name, count in bad.items())}")
         problems = self._index.meta["problems"]
         notes += [f"damaged: {path}: {text}" for path, text in list(problems.items())[:DAMAGED_NAMED]]
         if len(problems) > DAMAGED_NAMED:
