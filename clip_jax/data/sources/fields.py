@@ -46,7 +46,7 @@ class Fields:
         fields = self.captions or ((self.label, 1.0),)
         for field, weight in fields:
             value = get(field) if self.captions else list(filter(None, self.label_of(get).split("\n")))
-            texts = _values(value)
+            texts = [value] if isinstance(value, str) else _values(value)
             for text in texts:
                 if not isinstance(text, str):
                     raise PairError(f"{name}: {field} is {type(text).__name__}, not text", "damaged_record")
@@ -65,7 +65,7 @@ class Fields:
 
     def label_of(self, get: Callable[[str], object]) -> str:
         """A record's class, or its classes, one a line; empty if it has none."""
-        return "\n".join(str(value).strip() for value in _values(get(self.label) if self.label else None))
+        return "\n".join(str(value).strip() for value in _values(get(self.label))) if self.label else ""
 
     def names(self) -> list[str]:
         """All fields, as the options name them."""
@@ -147,7 +147,7 @@ def _weighted(part: str, name: str) -> tuple[str, float]:
 
 
 def nested(
-    record: Mapping[str, object], name: str, read: Callable[[str, object], object] = lambda field, value: value
+    record: Mapping[str, object], name: str, read: Callable[[str, object], object] | None = None
 ) -> Callable[[str], object]:
     """A getter of a record's fields by name, and of the entries of JSON that they hold.
 
@@ -158,7 +158,7 @@ def nested(
     Args:
       record: the fields' values; those that are dicts or lists already are not parsed.
       name: of the record, for messages.
-      read: from a field's name and value to the value that is given.
+      read: from a field's name and value to the value that is given; without it, that is the value itself.
 
     Returns:
       The getter: None for what the record lacks. It raises PairError if such a field holds no JSON.
@@ -166,13 +166,13 @@ def nested(
     parsed: dict[str, object] = {}
 
     def value_of(field: str) -> object:
+        if field in record:
+            return read(field, record[field]) if read else record[field]
         column = column_of(record, field)
         if column is None:
             return None
-        if column == field:
-            return read(field, record[field])
         if column not in parsed:
-            text = read(column, record[column])
+            text = read(column, record[column]) if read else record[column]
             try:
                 parsed[column] = text if text is None or isinstance(text, dict | list) else json.loads(text)
             except (ValueError, TypeError, RecursionError) as error:

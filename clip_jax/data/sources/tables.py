@@ -36,9 +36,10 @@ from clip_jax.data.sources.text_rows import CompressedDataError, TextRow, delimi
 TABLE_VERSION = 2  # of what the index holds
 DEFAULT_FIELDS = Fields(image=("image",), captions=(("caption", 1.0),))
 TABS = re.compile(r"\.tsv(\.\w+)?$", re.IGNORECASE)
+ROWS_AT_ONCE = 4_096  # written to the disk
 EXAMPLES = 3  # of each kind of bad row
 KARPATHY_KEYS = {"filename", "filepath", "split", "sentences"}
-MOST_KEYS = 1_000  # of JSON objects, that are counted by name
+MOST_KEYS = 1_000  # of JSON objects, that are named
 
 
 class Row(NamedTuple):
@@ -146,9 +147,16 @@ def open_rows(
 
 
 def _tables(parts: Sequence[Part], blob: BinaryIO, also: object) -> Tables:
-    found = hashlib.sha256(json.dumps(also).encode())
+    found, waiting = hashlib.sha256(json.dumps(also).encode()), []
     ends, files, size = array.array("q"), array.array("q"), 0
     notes, bad = Counter(), {}
+
+    def write() -> None:
+        data = b"".join(waiting)
+        found.update(data)
+        blob.write(data)
+        waiting.clear()
+
     for part in parts:
         said = Counter()
         for row in part(said):
@@ -156,12 +164,14 @@ def _tables(parts: Sequence[Part], blob: BinaryIO, also: object) -> Tables:
             if problem:
                 count, examples = bad.get(problem[0], (0, []))
                 bad[problem[0]] = (count + 1, [*examples, problem[1]][:EXAMPLES])
-            found.update(packed)
-            blob.write(packed)
+            waiting.append(packed)
             size += len(packed)
             ends.append(size)
+            if len(waiting) == ROWS_AT_ONCE:
+                write()
         files.append(len(ends))
         notes.update(said.keys())
+    write()
     blob.flush()
     rows = np.memmap(blob, np.uint8, mode="r", shape=(size,)) if size else np.zeros(0, np.uint8)
     arrays = {"ends": np.array(ends, np.int64), "files": np.array(files, np.int64), "rows": rows}
@@ -308,20 +318,22 @@ def _delimited_table(kind: str, path: str, fields: Fields, notes: Counter) -> It
         if columns.count(column) > 1:
             raise ValueError(f"{path} has {columns.count(column)} columns {column!r}; name them apart")
     quoted = 0
+    if kind == "csv":
+        yield from rows
     for row in rows:
         yield row
-        if kind == "tsv":
-            quoted += any(value[:1] == '"' == value[-1:] and len(value) > 1 for value in row.values.values())
+        quoted += any(value[:1] == '"' == value[-1:] and len(value) > 1 for value in row.values.values())
     notes.update(column_notes(columns, fields))
     if quoted:
         notes[f"{quoted:,} rows have values in quotes, which stay; to take them off as CSV does, write csv:{path}"] += 1
 
 
 def _json_table(path: str, fields: Fields, notes: Counter) -> Iterator[TextRow]:
-    keys = Counter()
+    keys: dict[str, None] = {}
     for row in json_rows(path):
         yield row
-        keys.update(key for key in row.values if key in keys or len(keys) < MOST_KEYS)
+        if not row.values.keys() <= keys.keys() and len(keys) < MOST_KEYS:
+            keys |= dict.fromkeys(row.values)
     notes.update(column_notes(keys, fields, "entries"))
 
 

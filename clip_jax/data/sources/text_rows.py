@@ -150,6 +150,8 @@ def lines_of(path: str) -> Iterator[Line]:
 def _decoded(number: int, piece: bytes) -> Line:
     try:
         text, problem = piece.decode(), ""
+        if text.endswith("\n") and "\r" not in text and "\0" not in text:
+            return Line(number, text[:-1], "\n")
     except UnicodeDecodeError as error:
         text, problem = piece.decode("utf-8", "surrogateescape"), f"not UTF-8: {error.reason} at its byte {error.start}"
     if "\0" in text:
@@ -189,6 +191,9 @@ def delimited_rows(path: str, delimiter: str, quotes: bool) -> Iterator[list[str
     """
     header: list[str] = []
     for number, values in _split(lines_of(path), delimiter, quotes):
+        if len(values) == len(header) and not isinstance(values, str):
+            yield TextRow(number, dict(zip(header, values, strict=True)))
+            continue
         problem = values if isinstance(values, str) else ""
         if not header:
             if problem:
@@ -214,11 +219,11 @@ def json_rows(path: str) -> Iterator[TextRow]:
         if line.problem:
             yield TextRow(line.number, {}, _problem(line.problem))
             continue
-        if not line.text.strip():
-            continue
         try:
             values = json.loads(line.text)
         except (ValueError, RecursionError) as error:
+            if not line.text.strip():
+                continue
             yield TextRow(line.number, {}, _problem(f"no JSON: {error}"))
             continue
         if isinstance(values, dict):
@@ -234,7 +239,7 @@ def _problem(text: str) -> tuple[str, str]:
 def _split(lines: Iterator[Line], delimiter: str, quotes: bool) -> Iterator[tuple[int, list[str] | str]]:
     """The values of each line that is not blank, or what is wrong with it, with its number."""
     ahead = _Ahead(lines)
-    while (line := ahead.take()) is not None:
+    for line in ahead:
         if line.problem:
             yield line.number, line.problem
         elif not line.text.strip(" "):
@@ -254,6 +259,18 @@ class _Ahead:
 
     def __init__(self, lines: Iterator[Line]):
         self._lines, self._waiting = lines, deque()
+
+    def __iter__(self) -> Iterator[Line]:
+        while True:
+            while self._waiting:
+                yield self._waiting.popleft()
+            for line in self._lines:
+                yield line
+                if self._waiting:
+                    break
+            else:
+                if not self._waiting:
+                    return
 
     def take(self) -> Line | None:
         return self._waiting.popleft() if self._waiting else next(self._lines, None)
