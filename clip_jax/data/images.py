@@ -201,7 +201,7 @@ def to_rgb(image: Image.Image, min_side: int = 1, max_aspect_ratio: float = MAX_
     _check_size(*image.size, min_side, max_aspect_ratio)
     image.load()
     _check_size(*image.size, min_side, max_aspect_ratio)  # an ICO's directory may promise less than its pictures hold
-    if turn := TURNS.get(_orientation(image)):
+    if (turn := TURNS[_orientation(image)]) is not None:
         image = image.transpose(turn)
     if image.has_transparency_data:
         image = image.convert("RGBA")
