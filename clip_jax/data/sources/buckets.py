@@ -14,8 +14,11 @@ import fsspec
 from fsspec.asyn import sync
 from fsspec.exceptions import FSTimeoutError
 
+from clip_jax.data.sources.base import ShardError
+
 PIECE = 1 << 23  # bytes of one request, so that the time limit is one of silence and not of size
 FIRST_PAUSE = 0.25  # seconds before a request is repeated; each further pause is twice as long
+MOST_SILENT = 5  # requests in a row, each with its retries
 NO_CREDENTIALS = {
     "NoCredentialsError",
     "PartialCredentialsError",
@@ -44,6 +47,7 @@ class BucketError(OSError):
 
 
 _access = Access()
+_silent: dict[str, int] = {}  # requests without an answer since the last that had one, by protocol
 _slots = threading.BoundedSemaphore(_access.connections)
 
 
@@ -91,6 +95,7 @@ def ask(path: str, method: str, *arguments, **options):
     Raises:
       FileNotFoundError: there is no such file or bucket.
       BucketError: it may not be read, or nothing answers.
+      ShardError: nothing has answered the last five requests either.
       ValueError: as :func:`filesystem`.
     """
     protocol = path.partition("://")[0]
@@ -100,15 +105,30 @@ def ask(path: str, method: str, *arguments, **options):
             with _slots:
                 if found.async_impl:
                     call = getattr(found, f"_{method}")
-                    return sync(found.loop, call, *arguments, timeout=_access.timeout, **options)
-                return getattr(found, method)(*arguments, **options)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"no file {path}") from None
+                    answer = sync(found.loop, call, *arguments, timeout=_access.timeout, **options)
+                else:
+                    answer = getattr(found, method)(*arguments, **options)
+            _silent.pop(protocol, None)
+            return answer
+        except FileNotFoundError as error:
+            if isinstance(error.__cause__, OSError):  # fsspec says so of a web server that cannot be reached, too
+                raise _explained(path, error.__cause__) from None
+            raise FileNotFoundError(f"no file {path}; are bucket and path right?") from None
         except Exception as error:  # each kind of bucket raises its own
             if attempt == _access.retries or _is_final(error):
+                _count_silence(path, protocol, error)
                 raise _explained(path, error) from None
             time.sleep(FIRST_PAUSE * 2**attempt)
     raise AssertionError("unreachable")
+
+
+def _count_silence(path: str, protocol: str, error: Exception) -> None:
+    """Raises ShardError when so many requests in a row have had no answer that nothing more is to be expected."""
+    if not isinstance(error, FSTimeoutError | TimeoutError):
+        return
+    _silent[protocol] = _silent.get(protocol, 0) + 1
+    if _silent[protocol] >= MOST_SILENT:
+        raise ShardError(f"{_explained(path, error)}; nor had the {MOST_SILENT - 1} requests before") from None
 
 
 def _is_final(error: Exception) -> bool:

@@ -105,6 +105,8 @@ def read_range(path: str, start: int, length: int, at_start: Stamp) -> bytes:
             data = read_remote(path, start, length)
         except FileNotFoundError:
             raise ShardError(f"{path} is gone") from None
+        except ShardError:
+            raise
         except (OSError, ValueError) as error:
             raise PairError(str(error), "unreadable_file") from None
     else:

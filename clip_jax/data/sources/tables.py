@@ -16,7 +16,7 @@ from typing import BinaryIO, NamedTuple
 import msgpack
 import numpy as np
 
-from clip_jax.data.sources.base import Pair, PairError
+from clip_jax.data.sources.base import Pair, PairError, ShardError
 from clip_jax.data.sources.buckets import is_remote
 from clip_jax.data.sources.digest import digest
 from clip_jax.data.sources.fields import (
@@ -100,6 +100,8 @@ class TableSource:
         path = join(self._roots[int(np.searchsorted(self._files, index, side="right"))], row.image)
         try:
             image = read_whole(path)
+        except ShardError:
+            raise
         except Exception as error:  # a name may be anything
             reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
             message = reason if reason.startswith(path) else f"{path}: {reason}"
