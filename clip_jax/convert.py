@@ -12,6 +12,7 @@ import sys
 import absl.logging
 
 from clip_jax.models.presets import ACTIVATIONS
+from clip_jax.standard_output import run
 
 USES = {
     "clip_jax": 'clip_jax.load("{path}")',
@@ -65,4 +66,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -10,6 +10,7 @@ import sys
 import absl.logging
 
 from clip_jax.models.presets import ACTIVATIONS
+from clip_jax.standard_output import run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,4 +54,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

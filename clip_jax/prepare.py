@@ -22,6 +22,7 @@ from clip_jax.data.pipeline import Batches, InputError, LoadPair
 from clip_jax.data.records import Settings, WriteError, write_records
 from clip_jax.data.sources import ShardError, Source, open_mixture, open_source
 from clip_jax.data.sources.buckets import use_access
+from clip_jax.standard_output import run
 
 BATCH_SIZE = 64  # of the measured pipeline: the rate hardly depends on it, and a pod's batch would take minutes
 LINE_EVERY = 10.0  # seconds between two lines of progress where there is no terminal
@@ -256,4 +257,4 @@ def _bench(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)
