@@ -13,6 +13,7 @@ import sys
 
 from clip_jax.command_line import Parser
 from clip_jax.models.presets import ACTIVATIONS
+from clip_jax.standard_output import run
 
 USES = {
     "clip_jax": 'clip_jax.load("{path}")',
@@ -89,4 +90,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

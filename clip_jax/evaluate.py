@@ -21,6 +21,7 @@ from etils import epath
 
 from clip_jax.evaluation.results import MissingTask
 from clip_jax.models.presets import ACTIVATIONS, CLIPPreset
+from clip_jax.standard_output import run
 
 
 class Parser(argparse.ArgumentParser):
@@ -201,4 +202,4 @@ def _writable(folder: epath.Path) -> epath.Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

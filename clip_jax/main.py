@@ -18,6 +18,7 @@ import ml_collections
 from clip_jax.config import load_config_file, override, validate
 from clip_jax.data.bad_samples import TooManyBadSamplesError
 from clip_jax.data.pipeline import InputError
+from clip_jax.standard_output import run
 
 POD_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -155,4 +156,4 @@ def _log_to_console() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

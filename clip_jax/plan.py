@@ -17,6 +17,7 @@ from clip_jax.planning.compiling import PlanError, compile_facts
 from clip_jax.planning.report import PAPER_PAIRS, format_report, make_report
 from clip_jax.planning.searching import largest_batch, meshes_and_remats
 from clip_jax.planning.topologies import Topology, parse_topology
+from clip_jax.standard_output import run
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ml_collections.ConfigDict]:
@@ -119,4 +120,4 @@ def _search(what: str, config: ml_collections.ConfigDict, topology: Topology) ->
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

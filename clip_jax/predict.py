@@ -3,7 +3,7 @@
     python -m clip_jax.predict --model=ViT-B-32.pt --labels="a cat,a dog" photo.jpg
     python -m clip_jax.predict --model=ViT-B-32.pt --labels=@labels.txt photos/ "more/**/*.png" --json
 
-Exit codes: 0 every image is labeled, or the reader of the output closed it; 1 some images cannot be used: each is
+Exit codes: 0 every image is labeled; 1 some images cannot be used: each is
 reported on stderr, and the others are labeled; 2 none can be used, or a flag is wrong; 3 interrupted.
 """
 
@@ -21,6 +21,7 @@ from clip_jax.command_line import Parser
 from clip_jax.data.image_files import find_image_files
 from clip_jax.data.images import MAX_ASPECT_RATIO, MAX_PIXELS
 from clip_jax.models.presets import ACTIVATIONS
+from clip_jax.standard_output import run
 
 SHOWN = 3  # of the names that are listed in a line
 HINTS = {"too_large": "--max-pixels", "extreme_aspect_ratio": "--max-aspect-ratio"}
@@ -94,9 +95,6 @@ def read_labels(text: str) -> tuple[list[str], list[str]]:
 def main(argv: list[str] | None = None) -> int:
     try:
         return _predict(parse_arguments(argv))
-    except BrokenPipeError:  # the reader of stdout is gone, as after "| head"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout when it exits
-        return 0
     except KeyboardInterrupt:
         _report("interrupted")
         return 3
@@ -220,4 +218,4 @@ def _report(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -11,14 +11,18 @@ Exit codes: 0 done, 1 failed, 2 a mistake in what was asked for (one line each),
 import argparse
 import datetime
 import errno
+import math
 import pathlib
 import sys
 import time
 
 from clip_jax.data import inspection, openclipart
+from clip_jax.data.bad_samples import TooManyBadSamplesError
 from clip_jax.data.pipeline import Batches, InputError, LoadPair
 from clip_jax.data.records import Settings, WriteError, write_records
-from clip_jax.data.sources import Source, open_mixture, open_source
+from clip_jax.data.sources import ShardError, Source, open_mixture, open_source
+from clip_jax.data.sources.buckets import use_access
+from clip_jax.standard_output import run
 
 BATCH_SIZE = 64  # of the measured pipeline: the rate hardly depends on it, and a pod's batch would take minutes
 LINE_EVERY = 10.0  # seconds between two lines of progress where there is no terminal
@@ -85,6 +89,9 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     inspect = add("inspect", _inspect, "Tells what a source holds, and how much of it is bad.")
     add_source(inspect)
     inspect.add_argument("--samples", type=_positive, default=2_000, metavar="N", help="records to look at (2,000)")
+    inspect.add_argument(
+        "--max-bad-share", type=_share, default=0.1, metavar="X", help="with more bad ones it fails, exit code 1 (0.1)"
+    )
     inspect.add_argument("--sheet", type=pathlib.Path, metavar="FILE.html", help="a page of pictures and captions")
 
     bench = add("bench", _bench, "Measures how fast this host feeds a training; takes --config.NAME=VALUE as well.")
@@ -110,6 +117,16 @@ def _quality(text: str) -> int:
     return int(text)
 
 
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text} must be in [0, 1]")
+    return share
+
+
 def _rate(text: str) -> float:
     try:
         rate = float(text)
@@ -124,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments, rest = parse_arguments(sys.argv[1:] if argv is None else argv)
         arguments.run(arguments, rest)
-    except (WriteError, InputError) as error:
+    except (WriteError, InputError, ShardError, TooManyBadSamplesError) as error:
         return _say("failed", str(error), 1)
     except OSError as error:
         line = str(error)
@@ -186,6 +203,8 @@ def _write(source: Source, name: str, arguments: argparse.Namespace, licence: st
         f"{manifest['pairs']:,} pairs, {manifest['captions']:,} captions, {size / 1e6:,.1f} MB in "
         f"{len(manifest['shards']):,} shards below {arguments.output}"
     )
+    if manifest["merged"]:
+        print(f"merged: {manifest['merged']:,} records of pictures that had come before gave them their captions")
     if manifest["bad_samples"]:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in manifest["bad_samples"].items())
         print(f"left out: {reasons} (listed in {arguments.output / 'bad_samples.jsonl'})")
@@ -199,18 +218,24 @@ def _inspect(arguments: argparse.Namespace, rest: list[str]) -> None:
     print("\n".join(inspection.format_facts(facts)))
     if arguments.sheet:
         print(f"\n{len(facts.samples)} pictures and their captions are in {arguments.sheet}")
+    if facts.bad_share > arguments.max_bad_share:
+        raise TooManyBadSamplesError(
+            f"{facts.bad.total():,} of the {facts.looked_at:,} records that were looked at are bad, more than "
+            f"--max-bad-share={arguments.max_bad_share:g} allows"
+        )
 
 
 def _bench(arguments: argparse.Namespace, rest: list[str]) -> None:
     # Only here: the workers that read import this module anew, and need neither optimizer nor checkpoints.
     from clip_jax import main as training
     from clip_jax.config import validate
-    from clip_jax.training.loop import data_transform
+    from clip_jax.training.loop import data_access, data_transform
 
     config, _, _ = training.parse_arguments([f"--config={arguments.config}", *rest])
     config.data.source = arguments.source
     validate(config)
     data = config.data
+    use_access(data_access(config))
     mixture = open_mixture(data.source, data.weights)
     load_pair = LoadPair(mixture, data_transform(config, config.model.vision.image_size))
     batches = Batches(load_pair, BATCH_SIZE, config.seed, num_workers=data.num_workers, num_threads=data.num_threads)
@@ -232,4 +257,4 @@ def _bench(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -196,7 +196,7 @@ def test_output_that_nobody_reads_on_ends_quietly(run):
         capture_output=True,
         text=True,
     )
-    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (ended.returncode, ended.stderr) == (141, "")
     assert ended.stdout.startswith("photo.png ")
 
 

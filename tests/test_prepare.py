@@ -233,6 +233,9 @@ class Mixed:
         image = stream.getvalue() if index % 6 != 1 else b"broken"
         return Pair(image, [self.caption, "short", "half \ud83d"], f"<key> {index}", "<b>")
 
+    def notes(self) -> list[str]:
+        return ["not used: 3 files .heic\x1b[2J"]
+
     def fingerprint(self) -> str:
         return "mixed"
 

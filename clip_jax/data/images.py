@@ -28,12 +28,24 @@ CROP_ATTEMPTS = 10
 # A JPEG may be decoded at a lower resolution that leaves a crop at least this many times as large as it will be. At 1.5
 # crisp photographs, themselves made smaller before, change by up to 1.6 levels in the mean; at 2.5 by 0.7.
 OVERSAMPLING = 2.5
+TURNS = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF orientation: what makes a picture upright
+IDENTIFIED_ONLY = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows these formats and decodes none of them
 WHITE = (255, 255, 255)
 LUMA = np.array((0.299, 0.587, 0.114))  # ITU-R BT.601, as in Pillow's own greys
 MESH_CELLS = 3  # along a side
 EDGE_CONTRAST = 24  # levels between neighbours: what shading stays below and drawn shapes exceed
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # sizes are checked here, against a lower limit
+warnings.filterwarnings("ignore", module=r"PIL\.")  # damaged metadata, several lines a picture
 
 
 class ImageError(ValueError):
@@ -139,6 +151,14 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in Image.ID if name != "EPS")  # a program, for which Pillow starts another one
 
 
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """The endings of files in the formats that are decoded, such as ``.jpg``, in lower case."""
+    Image.init()
+    read = {*_formats(), "MPO"} - IDENTIFIED_ONLY  # MPO is read as JPEG
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in read)
+
+
 def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
     """Width and height of a JPEG in grey or RGB that is stored upright; None for any other."""
     try:
@@ -147,7 +167,7 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
         return None
     if color_space not in ("Gray", "YCbCr", "RGB"):
         return None
-    if _may_be_turned(data) and _open(data).getexif().get(ExifTags.Base.Orientation, 1) != 1:
+    if _may_be_turned(data) and _orientation(_open(data)) != 1:
         return None
     return width, height
 
@@ -165,6 +185,18 @@ def _may_be_turned(data: bytes) -> bool:
     return True  # bytes between segments, which Pillow skips
 
 
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1, upright, where there is none or it cannot be read, whatever other tags hold."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+        if isinstance(value, tuple | list | bytes):
+            value = value[0]
+        value = int(value)
+    except Exception:  # each kind of damage raises its own
+        return 1
+    return value if value in TURNS else 1
+
+
 def to_rgb(
     image: Image.Image, min_side: int = 1, max_aspect_ratio: float = MAX_ASPECT_RATIO, max_pixels: int | None = None
 ) -> Image.Image:
@@ -175,10 +207,10 @@ def to_rgb(
     """
     _check_size(*image.size, min_side, max_aspect_ratio, max_pixels)
     image.load()
-    _check_size(
-        *image.size, min_side, max_aspect_ratio, max_pixels
-    )  # an ICO's directory may promise less than its pictures hold
-    image = ImageOps.exif_transpose(image)
+    # An ICO's directory may promise less than its images hold.
+    _check_size(*image.size, min_side, max_aspect_ratio, max_pixels)
+    if (turn := TURNS[_orientation(image)]) is not None:
+        image = image.transpose(turn)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (*WHITE, 255)), image).convert("RGB")

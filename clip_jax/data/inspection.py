@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 from clip_jax.data.images import ImageError, decode_image
-from clip_jax.data.sources import PairError, Source
+from clip_jax.data.pipeline import reason_of
+from clip_jax.data.sources import ShardError, Source
 from clip_jax.data.tokenizer import tokenize
 
 CONTEXT_LENGTH = 77  # of every model that OpenAI published
@@ -27,6 +28,8 @@ SHEET_PICTURES = 120
 SHEET_SIDE = 256  # px of the long side of a picture on the sheet
 CAPTIONS_SHOWN = 3  # of a picture on the sheet; the others unfold
 PRINTED_SAMPLES = 10
+BAD_EXAMPLES = 3  # of each reason
+BAD_LENGTH = 400  # characters of a line about one
 QUANTILES = (0, 5, 50, 95, 100)  # per cent
 WARM_UP, MEASURED = 3.0, 10.0  # seconds
 
@@ -51,6 +54,7 @@ class Facts:
     records: int  # of the source
     looked_at: int
     bad: Counter  # reason: records
+    bad_examples: dict[str, list[str]]  # reason: a line for each of the first few
     formats: Counter  # Pillow's name: pictures
     labels: int  # that are different
     short_sides: np.ndarray  # px
@@ -60,6 +64,11 @@ class Facts:
     characters: np.ndarray  # of a caption
     tokens: np.ndarray  # of a caption, with both markers
     samples: list[Sample]  # drawn from all that were looked at, without the bad ones
+    notes: list[str]  # what of the source is not used, and what could be mistaken
+
+    @property
+    def bad_share(self) -> float:
+        return self.bad.total() / self.looked_at
 
 
 def inspect_source(source: Source, samples: int) -> Facts:
@@ -73,16 +82,22 @@ def inspect_source(source: Source, samples: int) -> Facts:
     looked_at = min(samples, len(source))
     drawn = np.random.default_rng(0).choice(len(source), looked_at, replace=False).tolist()
     shown = set(drawn[:SHEET_PICTURES])
-    bad, formats, labels = Counter(), Counter(), set()
+    bad, bad_examples, formats, labels = Counter(), {}, Counter(), set()
     sides, image_bytes, captions, characters, tokens, found = [], [], [], [], [], []
     for record in sorted(drawn):
         try:
             pair = source[record]
             image = decode_image(pair.image)
-        except (PairError, ImageError) as error:
-            bad[error.reason] += 1
+            image_format = Image.open(io.BytesIO(pair.image)).format or "unknown"
+        except ShardError:
+            raise
+        except Exception as error:  # a source and its pictures are whatever somebody has put on the web
+            reason = reason_of(error)
+            bad[reason] += 1
+            if bad[reason] <= BAD_EXAMPLES:
+                where = f"{pair.key}: " if isinstance(error, ImageError) else ""
+                bad_examples.setdefault(reason, []).append(f"{record}  {where}{error}")
             continue
-        image_format = Image.open(io.BytesIO(pair.image)).format or "unknown"
         formats[image_format] += 1
         labels.add(pair.label)
         sides.append(sorted(image.size))
@@ -97,7 +112,17 @@ def inspect_source(source: Source, samples: int) -> Facts:
     short_sides, long_sides = np.array(sides, int).reshape(-1, 2).T
     arrays = map(np.array, (image_bytes, captions, characters, tokens))
     return Facts(
-        len(source), looked_at, bad, formats, len(labels - {""}), short_sides, long_sides, *arrays, samples=found
+        len(source),
+        looked_at,
+        bad,
+        bad_examples,
+        formats,
+        len(labels - {""}),
+        short_sides,
+        long_sides,
+        *arrays,
+        samples=found,
+        notes=source.notes(),
     )
 
 
@@ -113,7 +138,10 @@ def format_facts(facts: Facts) -> list[str]:
     lines = [f"{facts.records:,} records; {share} were looked at"]
     bad = sum(facts.bad.values())
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in facts.bad.most_common())
-    lines.append(f"bad               {bad / facts.looked_at:.2%}" + (f": {reasons}" if bad else ""))
+    lines.append(f"bad               {facts.bad_share:.2%}" + (f": {reasons}" if bad else ""))
+    for reason, _ in facts.bad.most_common():
+        lines += [f"  {reason}  {_printable(line)[:BAD_LENGTH]}" for line in facts.bad_examples[reason]]
+    lines += [_printable(note) for note in facts.notes]
     good = facts.looked_at - bad
     if not good:
         return lines
@@ -152,6 +180,10 @@ def _quoted(text: str, length: int = 80) -> str:
     """On one line and without what would steer a terminal."""
     shown = text if len(text) <= length else f"{text[: length - 1]}…"
     return json.dumps("".join(c if c.isprintable() or c in "\n\t" else "�" for c in shown), ensure_ascii=False)
+
+
+def _printable(line: str) -> str:
+    return "".join(c if c.isprintable() else "�" for c in line)
 
 
 def contact_sheet(title: str, facts: Facts) -> str:

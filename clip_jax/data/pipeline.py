@@ -16,6 +16,7 @@ import numpy as np
 from clip_jax.data.bad_samples import REASONS
 from clip_jax.data.images import Augmentation, ImageError, decode_pixels, training_pixels
 from clip_jax.data.sources import Mixture, Pair, PairError, ShardError
+from clip_jax.data.sources.buckets import current_access, use_access
 from clip_jax.data.tokenizer import tokenize
 from clip_jax.data.workers import end_with_parent
 
@@ -69,7 +70,11 @@ class LoadPair:
     mixture: Mixture
     transform: Transform
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"access": current_access()}
+
     def __setstate__(self, state: dict) -> None:
+        use_access(state.pop("access"))
         self.__dict__.update(state)
         # Unpickling is the one moment that a worker process gives us before it starts to read.
         if multiprocessing.parent_process():

@@ -30,6 +30,7 @@ from clip_jax.data.bad_samples import REASONS, BadSample, BadSamples, TooManyBad
 from clip_jax.data.images import Augmentation, ImageError
 from clip_jax.data.pipeline import TRANSFORM_VERSION, Batches, InputError, LoadPair, Transform
 from clip_jax.data.sources import Mixture, PairError, open_mixture
+from clip_jax.data.sources.buckets import Access, use_access
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.measuring import Extras
 from clip_jax.evaluation.provenance import provenance
@@ -92,6 +93,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str, arguments: Sequence
         check_same_run(config, saved, workdir)
     mesh = configured_mesh(config)
     check_batch_divides(config.global_batch_size, mesh, config.accumulation_steps)
+    use_access(data_access(config))
     mixture = open_mixture(config.data.source, config.data.weights)
     check_first_pairs(mixture, data_transform(config, config.model.vision.image_size))
     steps = config.steps or math.ceil(config.epochs * len(mixture) / config.global_batch_size)
@@ -174,6 +176,12 @@ def check_first_pairs(mixture: Mixture, transform: Transform) -> None:
             transform.check(pair)
         except ImageError as error:
             raise ValueError(f"config.data.source={name}: its first picture, {pair.key}: {error}") from None
+
+
+def data_access(config: ml_collections.ConfigDict) -> Access:
+    """How the config wants buckets read."""
+    data = config.data
+    return Access(data.bucket_timeout, data.bucket_retries, data.bucket_connections)
 
 
 def data_transform(config: ml_collections.ConfigDict, image_size: int) -> Transform:
@@ -468,6 +476,8 @@ def _log_start(run: Run, state: TrainState) -> None:
         data,
         fsdp,
     )
+    for note in run.mixture.notes():
+        logger.info("%s", note)
 
 
 def _log_end(run: Run, results: Results) -> None:

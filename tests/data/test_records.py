@@ -6,12 +6,13 @@ import json
 import os
 import pathlib
 
+import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from clip_jax.data import records
+from clip_jax.data import merging, records, shards
 from clip_jax.data.records import Settings, WriteError, write_records
 from clip_jax.data.sources import Pair, PairError, open_source
 
@@ -59,8 +60,8 @@ def ten_pairs() -> Listed:
     ]
     pairs = [*good[:2], None, Pair(b"broken", ["a caption"], "broken"), *good[4:]]
     pairs[5] = Pair(PICTURE, [" ", "\n"], "blank")
-    pairs[7] = pairs[1]._replace(captions=["again"])
-    pairs[8] = pairs[6]._replace(captions=["again"])
+    pairs[7] = pairs[1]._replace(captions=["again"], image=PICTURE)
+    pairs[8] = pairs[6]._replace(captions=["again"], image=PICTURE)
     return Listed(pairs)
 
 
@@ -90,24 +91,51 @@ def test_what_is_written_reads_back_without_what_is_bad(tmp_path):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=12), st.integers(1, 5))
-def test_of_each_key_the_first_usable_pair_is_kept(tmp_path_factory, drawn, pairs_per_shard):
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), min_size=1, max_size=12), st.integers(1, 5))
+def test_pairs_of_a_key_and_picture_become_one_and_other_pictures_of_the_key_are_left_out(
+    tmp_path_factory, drawn, pairs_per_shard
+):
     folder = tmp_path_factory.mktemp("drawn")
-    pairs = [
-        Pair(PICTURE if good else b"broken", [f"place {place}"], str(key)) for place, (key, good) in enumerate(drawn)
-    ]
-    first = {}
+    pictures = [b"broken", PICTURE, picture(color=9)]
+    pairs = [Pair(pictures[which], [f"place {place}"], str(key)) for place, (key, which) in enumerate(drawn)]
+    expected: dict[str, Pair] = {}
     for pair in pairs:
-        if pair.image == PICTURE:
-            first.setdefault(pair.key, pair)
+        first = expected.get(pair.key)
+        if pair.image == b"broken" or (first and first.image != pair.image):
+            continue
+        expected[pair.key] = first._replace(captions=[*first.captions, *pair.captions]) if first else pair
     write = lambda: write_records(Listed(pairs), "drawn", folder, Settings(pairs_per_shard))  # noqa: E731
-    if not first:
+    if not expected:
         with pytest.raises(WriteError, match="none of the"):
             write()
         return
     manifest = write()
-    assert pairs_of(folder) == list(first.values())
-    assert manifest["pairs"] + sum(manifest["bad_samples"].values()) == len(pairs)
+    assert pairs_of(folder) == list(expected.values())
+    assert manifest["captions"] == sum(len(pair.captions) for pair in expected.values())
+    assert manifest["pairs"] + manifest["merged"] + sum(manifest["bad_samples"].values()) == len(pairs)
+
+
+def test_a_table_of_a_row_a_caption_becomes_a_record_a_picture(tmp_path):
+    """As COCO's captions are often written: all of a picture's rows in one place, or far apart."""
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(picture(color=number))
+    rows = [f"{number}.png,caption {turn} of {number}\n" for turn in range(5) for number in range(4)]
+    (tmp_path / "pairs.csv").write_text("image,caption\n" + "".join(rows) + rows[0])
+    source = f"csv:{tmp_path}/pairs.csv"
+    manifest = write_records(open_source(source), source, tmp_path / "out", Settings(pairs_per_shard=3))
+    assert [pair.captions for pair in pairs_of(tmp_path / "out")] == [
+        [f"caption {turn} of {number}" for turn in range(5)] for number in range(4)
+    ]
+    assert (manifest["pairs"], manifest["merged"], manifest["bad_samples"]) == (4, 17, {})
+
+
+def test_merged_pairs_keep_weights_and_classes():
+    pairs = [
+        Pair(PICTURE, ["a", "b"], "key", "cat", [3.0, 1.0]),
+        Pair(PICTURE, ["b", "c"], "key", "dog\ncat"),
+    ]
+    merged = merging.merge(pairs)
+    assert (merged.captions, merged.weights, merged.label) == (["a", "b", "c"], [3.0, 1.5, 0.5], "cat\ndog")
 
 
 class Killed(BaseException):
@@ -273,7 +301,7 @@ def test_quality_sets_the_size_of_the_jpegs(tmp_path):
 
 def test_weights_and_blank_captions_stay_in_step():
     pair = Pair(PICTURE, ["first", " ", "third"], "key", weights=[1, 2, 3])
-    record = records.msgpack.unpackb(records.pack(records.checked(pair, Settings())))
+    record = msgpack.unpackb(shards.pack(shards.checked(pair, Settings())))
     assert (record["captions"], record["weights"]) == (["first", "third"], [1.0, 3.0])
 
 

@@ -24,9 +24,10 @@ Options: ``image``, ``caption`` (or ``text``), ``label``, ``template``, ``clean`
 from clip_jax.data.sources.array_record import EMOJI_FOLDER, ArrayRecordSource, open_array_record, open_emoji
 from clip_jax.data.sources.base import MissingPackageError, Pair, PairError, ShardError, Source
 from clip_jax.data.sources.digits import DigitsSource
+from clip_jax.data.sources.folders import open_folder, open_image_folder
 from clip_jax.data.sources.mixture import Mixture
 from clip_jax.data.sources.parquet import open_parquet
-from clip_jax.data.sources.tables import open_folder, open_image_folder, open_karpathy, open_table
+from clip_jax.data.sources.tables import open_karpathy, open_table
 from clip_jax.data.sources.tfds import open_tfds
 from clip_jax.data.sources.webdataset import open_webdataset
 

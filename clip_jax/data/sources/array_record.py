@@ -3,19 +3,22 @@
 import json
 import os
 import pathlib
+from collections import Counter
 from collections.abc import Sequence
 
 import msgpack
 from grain.sources import ArrayRecordDataSource
 
 from clip_jax.data.sources.base import Pair, PairError
+from clip_jax.data.sources.buckets import is_remote
 from clip_jax.data.sources.digest import digest
-from clip_jax.data.sources.fields import Fields, parse_fields, split_options
+from clip_jax.data.sources.fields import Fields, column_of, name_some, nested, parse_fields, split_options
 from clip_jax.data.sources.files import ends_digest, expand
 
 EMOJI_FOLDER = pathlib.Path(__file__).parent.parent / "emoji"
 EMOJI_STYLES = ("noto", "twemoji", "openmoji")
 EMOJI_SPLITS = ("train", "held_out")
+RECORDS_LOOKED_AT = 100  # for the fields that are not read
 DEFAULT_FIELDS = Fields(image=("image",), captions=(("captions", 1.0),), label="label")
 
 
@@ -29,13 +32,16 @@ class ArrayRecordSource:
 
     def __init__(self, paths: Sequence[str], fields: Fields = DEFAULT_FIELDS):
         for path in paths:
+            if is_remote(path):
+                raise ValueError(f"{path}: ArrayRecord files must be on a disk; mount the bucket, or copy them")
             if not pathlib.Path(path).is_file():
                 raise FileNotFoundError(f"no ArrayRecord file {path}")
         self._paths, self._fields = list(paths), fields
         try:
             self._records = ArrayRecordDataSource(self._paths)
         except RuntimeError as error:
-            raise ValueError(f"not ArrayRecord files: {', '.join(self._paths)}: {_first_line(error)}") from None
+            reason = _first_line(error) or "damaged or cut short"
+            raise ValueError(f"not ArrayRecord files: {', '.join(self._paths)}: {reason}") from None
 
     def __len__(self) -> int:
         return len(self._records)
@@ -43,18 +49,38 @@ class ArrayRecordSource:
     def __getitem__(self, index: int) -> Pair:
         try:
             record = msgpack.unpackb(self._records[index])
-            image = next(record[field] for field in self._fields.image if field in record)
+            if not isinstance(record, dict):
+                raise PairError(f"record {index} is {type(record).__name__}, not a map")
             key = str(record.get("key", ""))
+        except PairError:
+            raise
         except Exception as error:  # msgpack and the reader raise many kinds for damaged bytes
             raise PairError(f"record {index} is damaged: {type(error).__name__}: {_first_line(error)}") from None
+        name = key or f"record {index}"
+        get = nested(record, name)
+        image = next((value for field in self._fields.image if (value := get(field)) is not None), None)
+        if image is None:
+            raise PairError(f"record {index} has no picture in {', '.join(self._fields.image)}", "no_picture")
         if not isinstance(image, bytes):
             raise PairError(f"record {index}: the picture must be bytes")
-        name = key or f"record {index}"
-        captions, weights = self._fields.captions_of(record.get, name)
+        captions, weights = self._fields.captions_of(get, name)
         given = record.get("weights")  # as the source had them that these files were written from
         if self._fields.captions == DEFAULT_FIELDS.captions and _are_weights(given, len(captions)):
             weights = given
-        return Pair(image, captions, name, self._fields.label_of(record.get), weights)
+        return Pair(image, captions, name, self._fields.label_of(get), weights)
+
+    def notes(self) -> list[str]:
+        """Of the fields of some records, evenly spread: a list of all fields would mean to read all records."""
+        unread, looked_at = Counter(), range(0, len(self), max(1, len(self) // RECORDS_LOOKED_AT))
+        for index in looked_at:
+            try:
+                record = msgpack.unpackb(self._records[index])
+                used = {"key", "weights", *(column_of(record, field) for field in self._fields.names())}
+                unread.update(str(field) for field in dict(record) if field not in used)
+            except Exception:  # a damaged record, which counts as one
+                continue
+        fields = [f"{field} ({count:,} of {len(looked_at):,} records)" for field, count in unread.items()]
+        return [f"not used: fields {name_some(fields)}"] if fields else []
 
     def fingerprint(self) -> str:
         files = [(os.path.basename(path), os.path.getsize(path), ends_digest(path)) for path in self._paths]

@@ -46,6 +46,10 @@ class Source(Protocol):
         """Raises PairError if this record cannot be used, ShardError if the file that held it is lost."""
         ...
 
+    def notes(self) -> list[str]:
+        """What of its files gives neither a pair nor a bad sample, and what could be mistaken: a line each."""
+        ...
+
     def fingerprint(self) -> str:
         """A digest that changes when the pairs or their order do; two runs over equal sources see equal data."""
         ...

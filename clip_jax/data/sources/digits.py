@@ -38,5 +38,8 @@ class DigitsSource:
         label = str(self._labels[index])
         return Pair(stream.getvalue(), [label], f"digits/{self._split}, record {index}", label)
 
+    def notes(self) -> list[str]:
+        return []
+
     def fingerprint(self) -> str:
         return digest("digits", self._split, len(self))

@@ -1,9 +1,10 @@
 """Which fields of a record are its picture, its captions and its class, as the options of a source's name say.
 
 ``image=url,picture`` are tried in that order. Of ``caption=txt:3,json.alt:1`` each that a record has gives captions;
-the numbers say how often one of that field is drawn. ``json.alt`` is the entry ``alt`` of the JSON in ``json``. Each
-``template=a photo of a {}`` is filled in with every caption. ``clean=1`` cleans them (:func:`clean_caption`). With
-``caption=`` and nothing after it a record's caption is its class, named by ``label``.
+the numbers say how often one of that field is drawn. ``json.alt`` is the field of that name; where there is none, the
+entry ``alt`` of the JSON in the field ``json``. Each ``template=a photo of a {}`` is filled in with every caption.
+``clean=1`` cleans them (:func:`clean_caption`). With ``caption=`` and nothing after it a record's caption is its class,
+named by ``label``.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import json
 import math
 import re
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from clip_jax.data.sources.base import PairError
 
@@ -45,7 +46,7 @@ class Fields:
         fields = self.captions or ((self.label, 1.0),)
         for field, weight in fields:
             value = get(field) if self.captions else list(filter(None, self.label_of(get).split("\n")))
-            texts = value if isinstance(value, list | tuple) else [] if value is None else [value]
+            texts = [value] if isinstance(value, str) else _values(value)
             for text in texts:
                 if not isinstance(text, str):
                     raise PairError(f"{name}: {field} is {type(text).__name__}, not text", "damaged_record")
@@ -64,9 +65,17 @@ class Fields:
 
     def label_of(self, get: Callable[[str], object]) -> str:
         """A record's class, or its classes, one a line; empty if it has none."""
-        value = get(self.label) if self.label else None
-        values = value if isinstance(value, list | tuple) else [] if value is None else [value]
-        return "\n".join(str(value).strip() for value in values)
+        return "\n".join(str(value).strip() for value in _values(get(self.label))) if self.label else ""
+
+    def names(self) -> list[str]:
+        """All fields, as the options name them."""
+        return [*self.image, *(field for field, _ in self.captions), *filter(None, [self.label])]
+
+
+def _values(value: object) -> list:
+    """A field's values: of a list those that are not null."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return [value for value in values if value is not None]
 
 
 def clean_caption(text: str) -> str:
@@ -137,23 +146,87 @@ def _weighted(part: str, name: str) -> tuple[str, float]:
     return field, value
 
 
-def nested(get: Callable[[str], object], name: str) -> Callable[[str], object]:
-    """A getter that also knows ``field.entry``: the entry of the JSON that the field holds.
+def nested(
+    record: Mapping[str, object], name: str, read: Callable[[str, object], object] | None = None
+) -> Callable[[str], object]:
+    """A getter of a record's fields by name, and of the entries of JSON that they hold.
 
-    Its values are looked up in the field once. Raises PairError, on use, if the field holds no JSON.
+    A field of the whole name comes first, dots and all. Where there is none, ``a.b.c`` is the entry ``c`` in the JSON
+    of the field ``a.b``, or the entry ``b.c``, or ``c`` of ``b``, in that of ``a``. Of a list of objects it is the
+    entry of each. JSON is parsed once.
+
+    Args:
+      record: the fields' values; those that are dicts or lists already are not parsed.
+      name: of the record, for messages.
+      read: from a field's name and value to the value that is given; without it, that is the value itself.
+
+    Returns:
+      The getter: None for what the record lacks. It raises PairError if such a field holds no JSON.
     """
-    read: dict[str, object] = {}
+    parsed: dict[str, object] = {}
 
     def value_of(field: str) -> object:
-        outer, dot, inner = field.partition(".")
-        if not dot:
-            return get(field)
-        if outer not in read:
-            text = get(outer)
+        if field in record:
+            return read(field, record[field]) if read else record[field]
+        column = column_of(record, field)
+        if column is None:
+            return None
+        if column not in parsed:
+            text = read(column, record[column]) if read else record[column]
             try:
-                read[outer] = text if text is None or isinstance(text, dict) else json.loads(text)
+                parsed[column] = text if text is None or isinstance(text, dict | list) else json.loads(text)
             except (ValueError, TypeError, RecursionError) as error:
-                raise PairError(f"{name}: {outer} is no JSON: {error}", "damaged_record") from None
-        return read[outer].get(inner) if isinstance(read[outer], dict) else None
+                raise PairError(f"{name}: {column} is no JSON: {error}", "damaged_record") from None
+        return entry_of(parsed[column], field[len(column) + 1 :])
 
     return value_of
+
+
+def column_of(columns: Collection[str], field: str) -> str | None:
+    """The column that a field's name stands for: that of the whole name, else of the longest part before a dot."""
+    return field if field in columns else next((outer for outer, _ in _splits(field) if outer in columns), None)
+
+
+def entry_of(value: object, path: str) -> object:
+    """The entry of parsed JSON at a path of keys with dots between; None if there is none."""
+    if isinstance(value, list | tuple):
+        found = [entry_of(item, path) for item in value]
+        return [item for item in found if item is not None] or None
+    if not isinstance(value, dict):
+        return None
+    if path in value:
+        return value[path]
+    return next((entry_of(value[outer], inner) for outer, inner in _splits(path) if outer in value), None)
+
+
+def _splits(field: str) -> Iterator[tuple[str, str]]:
+    """What is before and after each dot, from the last dot on."""
+    place = field.rfind(".")
+    while place >= 0:
+        yield field[:place], field[place + 1 :]
+        place = field.rfind(".", 0, place)
+
+
+def column_notes(columns: Collection[str], fields: Fields, unit: str = "columns") -> list[str]:
+    """Lines on columns that no option names, and on names that could mean a column or an entry of another's JSON."""
+    used = {column_of(columns, field) for field in fields.names()}
+    notes = [f"not used: {unit} {name_some([column for column in columns if column not in used])}"]
+    if all(column in used for column in columns):
+        notes = []
+    for field in dict.fromkeys(fields.names()):
+        outer = column_of(columns, field.rpartition(".")[0]) if "." in field and field in columns else None
+        if outer:
+            notes.append(f"{field} is the column of that name, not the entry {field[len(outer) + 1 :]} of {outer}")
+    return notes
+
+
+def name_some(names: Iterable[str], most: int = 20) -> str:
+    """Names with commas between, the first ``most`` of them."""
+    names = list(names)
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"
+
+
+def count_files(notes: Mapping[str, int], files: int) -> list[str]:
+    """Lines with the number of the files that each is about, where there are several."""
+    return [f"{note} (in {count:,} of {files:,} files)" if files > 1 else note for note, count in notes.items()]

@@ -1,19 +1,21 @@
 """Names, sizes and bytes of files, on a disk or wherever fsspec reaches (``gs://``, ``s3://``)."""
 
 import contextlib
-import functools
 import glob
 import hashlib
+import io
 import os
+import stat
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import braceexpand
-import fsspec
 
 from clip_jax.data.sources.base import PairError, ShardError
+from clip_jax.data.sources.buckets import RemoteFile, ask, is_remote, read_remote
 
 ENDS = 1 << 16  # bytes
+BUFFER = 1 << 20  # bytes
 
 
 class Stamp(NamedTuple):
@@ -23,39 +25,27 @@ class Stamp(NamedTuple):
     time: str
 
 
-def is_remote(path: str) -> bool:
-    return "://" in path
-
-
-@functools.cache
-def _filesystem(protocol: str) -> fsspec.AbstractFileSystem:
-    try:
-        return fsspec.filesystem(protocol)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"{protocol}:// cannot be read: {error}; pip install 'clip-jax-tpu[remote]'") from None
-
-
-def _remote(path: str) -> fsspec.AbstractFileSystem:
-    return _filesystem(path.partition("://")[0])
-
-
 def expand(where: str) -> list[str]:
     """Files that a text names: patterns with ``{00..99}`` and ``*``, several of them with commas between.
+
+    A local file of just this name is that file, whatever its name holds.
 
     Raises:
       FileNotFoundError: one of the patterns has no file.
       ValueError: braces that are no pattern.
     """
+    if not is_remote(where) and os.path.exists(where):
+        return [where]
     try:
         patterns = [pattern for part in _split_outside_braces(where) for pattern in braceexpand.braceexpand(part)]
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     paths = []
     for pattern in patterns:
-        if glob.has_magic(pattern):
+        if glob.has_magic(pattern) and (is_remote(pattern) or not os.path.exists(pattern)):
             if is_remote(pattern):
                 protocol = pattern.partition("://")[0]
-                found = sorted(f"{protocol}://{path}" for path in _remote(pattern).glob(pattern))
+                found = sorted(f"{protocol}://{path}" for path in ask(pattern, "glob", pattern))
             else:
                 found = sorted(glob.glob(pattern))
         else:
@@ -79,15 +69,28 @@ def _split_outside_braces(where: str) -> list[str]:
 
 def stamp(path: str) -> Stamp:
     """Raises FileNotFoundError, or another OSError, with the file's name."""
+    if is_remote(path):
+        details = ask(path, "info", path)
+        if details.get("type") == "directory":
+            raise IsADirectoryError(f"{path} is a folder, not a file")
+        if details.get("size") is None:
+            raise OSError(f"{path}: the server does not tell its size, so no part of it can be read")
+        time = next((details[name] for name in ("ETag", "etag", "LastModified", "mtime") if details.get(name)), "")
+        return Stamp(details["size"], str(time))
     try:
-        if not is_remote(path):
-            details = os.stat(path)
-            return Stamp(details.st_size, str(details.st_mtime_ns))
-        details = _remote(path).info(path)
+        details = os.stat(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"no file {path}") from None
-    time = next((details[name] for name in ("ETag", "etag", "LastModified", "mtime") if details.get(name)), "")
-    return Stamp(details["size"], str(time))
+    _check_plain(path, details.st_mode)
+    return Stamp(details.st_size, str(details.st_mtime_ns))
+
+
+def _check_plain(path: str, mode: int) -> None:
+    """Raises OSError for what is no file: opening a pipe would wait for whoever writes into it."""
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{path} is a folder, not a file")
+    if not stat.S_ISREG(mode):
+        raise OSError(f"{path} is a pipe, socket or device, not a file; write what it gives to a file first")
 
 
 def read_range(path: str, start: int, length: int, at_start: Stamp) -> bytes:
@@ -99,12 +102,13 @@ def read_range(path: str, start: int, length: int, at_start: Stamp) -> bytes:
     """
     if is_remote(path):
         try:
-            data = _remote(path).cat_file(path, start=start, end=start + length)
+            data = read_remote(path, start, length)
         except FileNotFoundError:
             raise ShardError(f"{path} is gone") from None
-        except Exception as error:  # each kind of bucket raises its own
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise PairError(f"{path}: {reason}", "unreadable_file") from None
+        except ShardError:
+            raise
+        except (OSError, ValueError) as error:
+            raise PairError(str(error), "unreadable_file") from None
     else:
         # Opened for each record: a shard that is deleted or written anew is noticed, and no limit is reached.
         with _local(path) as file:
@@ -118,7 +122,7 @@ def read_range(path: str, start: int, length: int, at_start: Stamp) -> bytes:
 @contextlib.contextmanager
 def _local(path: str) -> Iterator[int]:
     try:
-        file = os.open(path, os.O_RDONLY)
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # of a pipe it would wait for a writer
         try:
             yield file
         finally:
@@ -144,11 +148,24 @@ def ends_digest(path: str) -> str:
         return hashlib.sha256(head + file.read(ENDS)).hexdigest()[:16]
 
 
-def read_whole(path: str) -> bytes:
-    """Raises OSError."""
+def open_file(path: str) -> BinaryIO:
+    """A file to read from, buffered. Raises OSError, also for what is no plain file."""
     if is_remote(path):
-        return _remote(path).cat_file(path)
-    with open(path, "rb") as file:
+        return io.BufferedReader(RemoteFile(path, stamp(path).size), BUFFER)
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # of a pipe it would wait for a writer
+    try:
+        _check_plain(path, os.fstat(file).st_mode)
+    except OSError:
+        os.close(file)
+        raise
+    return open(file, "rb", BUFFER)
+
+
+def read_whole(path: str) -> bytes:
+    """Raises OSError, also for what is no plain file."""
+    if is_remote(path):
+        return ask(path, "cat_file", path)
+    with open_file(path) as file:
         return file.read()
 
 

@@ -114,6 +114,14 @@ class Mixture:
         drawn = self.schedule.drawn(position)
         return {name: n / len(source) for name, n, source in zip(self.names, drawn, self.sources, strict=True)}
 
+    def notes(self) -> list[str]:
+        """Those of all sources, with the source's name where there are several."""
+        return [
+            note if len(self.sources) == 1 else f"{name}: {note}"
+            for name, source in zip(self.names, self.sources, strict=True)
+            for note in source.notes()
+        ]
+
     def fingerprint(self) -> str:
         """Of one source alone it is that source's own."""
         if len(self.sources) == 1:

@@ -6,13 +6,23 @@ groups of more than some tens of pictures, write ArrayRecord files from it once 
 
 import functools
 import os
+from collections import Counter
 
 import numpy as np
 
 from clip_jax.data.sources.base import MissingPackageError, Pair, PairError, ShardError
+from clip_jax.data.sources.buckets import is_remote
+from clip_jax.data.sources.class_names import features_of, names_of, with_names
 from clip_jax.data.sources.digest import digest
-from clip_jax.data.sources.fields import Fields, nested, parse_fields, split_options
-from clip_jax.data.sources.files import Stamp, check_unchanged, ends_digest, expand, is_remote, stamp
+from clip_jax.data.sources.fields import (
+    Fields,
+    column_notes,
+    column_of,
+    nested,
+    parse_fields,
+    split_options,
+)
+from clip_jax.data.sources.files import Stamp, check_unchanged, ends_digest, expand, open_file, stamp
 
 DEFAULT_FIELDS = Fields(image=("image",), captions=(("caption", 1.0),))
 ROW_GROUPS_KEPT = 4  # in each process
@@ -27,27 +37,23 @@ class ParquetSource:
     """
 
     def __init__(self, paths: list[str], fields: Fields):
-        parquet = _import_parquet()
         self._paths, self._fields = paths, fields
         self._stamps = [stamp(path) for path in paths]
-        needed = [*fields.image, *(name.partition(".")[0] for name, _ in fields.captions)]
-        self._columns = list(dict.fromkeys([*needed, *filter(None, [fields.label.partition(".")[0]])]))
-        groups = []  # file, row group, rows
+        self._names: dict[str, list[str]] = {}  # of classes, by field
+        self._notes, groups = Counter(), []  # groups: file, row group, rows
         for number, path in enumerate(paths):
-            try:
-                with _open(path) as file, parquet.ParquetFile(file) as table:
-                    missing = [name for name in self._columns if name not in table.schema_arrow.names]
-                    found = ", ".join(table.schema_arrow.names)
-                    rows = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
-            except OSError:
-                raise
-            except Exception as error:  # pyarrow raises kinds of its own
-                raise ValueError(f"{path} is no Parquet file: {' '.join(str(error).split())}") from None
-            if missing:
-                raise ValueError(
-                    f"{path} has no column {missing[0]!r}, only {found}; name it with ?image= or ?caption="
-                )
+            schema, rows = _read_footer(path)
+            for field in fields.names():
+                _check_column(path, schema.names, field)
+            features = features_of(schema.metadata)
+            names = {field: names_of(features, field) for field in fields.names()}
+            if number and names != self._names:
+                field = next(field for field in names if names[field] != self._names[field])
+                raise ValueError(f"{path} and {paths[0]} name the classes of {field} differently; read them apart")
+            self._names = names
+            self._notes.update(column_notes(schema.names, fields))
             groups += [(number, group, count) for group, count in enumerate(rows)]
+        self._columns = list(dict.fromkeys(column_of(schema.names, field) for field in fields.names()))
         self._groups = np.array(groups, np.int64).reshape(-1, 3)
         self._ends = np.cumsum(self._groups[:, 2])
         if not len(self):
@@ -68,14 +74,23 @@ class ParquetSource:
             raise
         except Exception as error:  # damaged pages raise kinds of pyarrow's own
             raise PairError(f"{name}: {' '.join(str(error).split())}") from None
-        image = next((record[field] for field in self._fields.image if record[field] is not None), None)
+        get = with_names(nested(record, name), self._names, name)
+        image = next((value for field in self._fields.image if (value := get(field)) is not None), None)
+        elsewhere = ""
         if isinstance(image, dict):
+            elsewhere = f", only the path {image['path']}" if image.get("path") else ""
             image = image.get("bytes")
         if not isinstance(image, bytes):
-            raise PairError(f"{name} has no picture's bytes in {', '.join(self._fields.image)}", "no_picture")
-        get = nested(record.get, name)
+            wanted = ", ".join(self._fields.image)
+            raise PairError(f"{name} has no picture's bytes in {wanted}{elsewhere}", "no_picture")
         captions, weights = self._fields.captions_of(get, name)
         return Pair(image, captions, name, self._fields.label_of(get), weights)
+
+    def notes(self) -> list[str]:
+        files = len(self._paths)
+        return [
+            f"{note} (in {count:,} of {files:,} files)" if files > 1 else note for note, count in self._notes.items()
+        ]
 
     def fingerprint(self) -> str:
         files = [
@@ -93,12 +108,34 @@ def _import_parquet():
     return pyarrow.parquet
 
 
-def _open(path: str):
-    if not is_remote(path):
-        return open(path, "rb")
-    import fsspec
+def _read_footer(path: str) -> tuple:
+    """The schema of a file and the number of rows of each group.
 
-    return fsspec.open(path, "rb").open()
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is no Parquet file.
+    """
+    parquet = _import_parquet()
+    try:
+        with open_file(path) as file, parquet.ParquetFile(file) as table:
+            groups = range(table.num_row_groups)
+            return table.schema_arrow, [table.metadata.row_group(group).num_rows for group in groups]
+    except OSError as error:
+        if error.filename or error.errno or is_remote(path):
+            raise
+        raise ValueError(f"{path} is no Parquet file: {' '.join(str(error).split())}") from None
+    except Exception as error:  # pyarrow raises kinds of its own
+        raise ValueError(f"{path} is no Parquet file: {' '.join(str(error).split())}") from None
+
+
+def _check_column(path: str, columns: list[str], field: str) -> None:
+    column = column_of(columns, field)
+    if column is None:
+        raise ValueError(
+            f"{path} has no column {field!r}, only {', '.join(columns)}; name it with ?image=, ?caption= or ?label="
+        )
+    if columns.count(column) > 1:
+        raise ValueError(f"{path} has {columns.count(column)} columns {column!r}; name them apart")
 
 
 @functools.lru_cache(ROW_GROUPS_KEPT)
@@ -109,7 +146,7 @@ def _read_row_group(path: str, at_start: Stamp, group: int, columns: tuple[str, 
             check_unchanged(path, path, at_start)
         except FileNotFoundError:
             raise ShardError(f"{path} is gone") from None
-    with _open(path) as file, parquet.ParquetFile(file) as table:
+    with open_file(path) as file, parquet.ParquetFile(file) as table:
         rows = table.read_row_group(group, columns=list(columns), use_threads=False)
     return {name: rows.column(name) for name in columns}
 

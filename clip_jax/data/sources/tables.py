@@ -3,28 +3,43 @@
 What the table says is kept in a mapped index, so that its size costs memory once a machine and not once a process.
 """
 
-import contextlib
-import csv
+import array
 import hashlib
-import io
 import json
 import os
-import pathlib
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import BinaryIO, NamedTuple
 
 import msgpack
 import numpy as np
 
-from clip_jax.data.sources.base import Pair, PairError
+from clip_jax.data.sources.base import Pair, PairError, ShardError
+from clip_jax.data.sources.buckets import is_remote
 from clip_jax.data.sources.digest import digest
-from clip_jax.data.sources.fields import Fields, nested, parse_fields, split_options
-from clip_jax.data.sources.files import is_remote, join, read_whole, stamp
+from clip_jax.data.sources.fields import (
+    Fields,
+    column_notes,
+    column_of,
+    count_files,
+    name_some,
+    nested,
+    parse_fields,
+    split_options,
+)
+from clip_jax.data.sources.files import expand, join, read_whole, stamp
 from clip_jax.data.sources.mapped_index import MappedIndex, Tables, open_or_build
+from clip_jax.data.sources.text_rows import CompressedDataError, TextRow, delimited_rows, json_rows, open_text
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-TABLE_VERSION = 1  # of what a row of the index holds
+TABLE_VERSION = 2  # of what the index holds
 DEFAULT_FIELDS = Fields(image=("image",), captions=(("caption", 1.0),))
+TABS = re.compile(r"\.tsv(\.\w+)?$", re.IGNORECASE)
+ROWS_AT_ONCE = 4_096  # written to the disk
+EXAMPLES = 3  # of each kind of bad row
+KARPATHY_KEYS = {"filename", "filepath", "split", "sentences"}
+MOST_KEYS = 1_000  # of JSON objects, that are named
 
 
 class Row(NamedTuple):
@@ -37,18 +52,29 @@ class Row(NamedTuple):
     problem: tuple[str, str] | None = None
 
 
-class TableSource:
-    """Pairs by the rows of an index; pictures are read when they are asked for."""
+# The rows of one file; what of it is not used goes into the counter, a line each.
+Part = Callable[[Counter], Iterable[Row]]
 
-    def __init__(self, root: str, index: MappedIndex):
-        self._root, self._index = root, index
+
+class TableSource:
+    """Pairs by the rows of an index; pictures are read when they are asked for.
+
+    Args:
+      roots: the folder of each file, from which the paths of its pictures start.
+      index: ``rows`` uint8, packed one after the other; ``ends`` int64 ``[rows]`` of each; ``files`` int64 ``[files]``,
+        the number of rows up to the end of each file.
+      notes: lines on what is not used, next to those that the index has.
+    """
+
+    def __init__(self, roots: Sequence[str], index: MappedIndex, notes: Sequence[str] = ()):
+        self._roots, self._index, self._notes = list(roots), index, list(notes)
         self._read_arrays()
 
     def _read_arrays(self) -> None:
-        self._ends, self._rows = self._index.arrays["ends"], self._index.arrays["rows"]
+        self._ends, self._rows, self._files = (self._index.arrays[name] for name in ("ends", "rows", "files"))
 
     def __getstate__(self) -> dict:
-        return {"_root": self._root, "_index": self._index}
+        return {"_roots": self._roots, "_index": self._index, "_notes": []}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -64,115 +90,106 @@ class TableSource:
             raise PairError(row.problem[1], row.problem[0])
         return row
 
+    def _path(self, index: int, row: Row) -> str:
+        return join(self._roots[int(np.searchsorted(self._files, index, side="right"))], row.image)
+
     def said(self, index: int) -> tuple[str, list[str], str]:
         """Label, captions and the image's path, without reading the image; raises PairError as ``__getitem__``."""
         row = self._row(index)
-        return row.label, row.captions, row.image
+        return row.label, row.captions, self._path(index, row)
 
     def __getitem__(self, index: int) -> Pair:
         row = self._row(index)
-        path = join(self._root, row.image)
+        path = self._path(index, row)
         try:
             image = read_whole(path)
-        except Exception as error:  # a name may be anything, and each kind of bucket raises its own
+        except ShardError:
+            raise
+        except Exception as error:  # a name may be anything
             reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-            raise PairError(f"{path}: {reason}", "unreadable_file") from None
+            message = reason if reason.startswith(path) else f"{path}: {reason}"
+            raise PairError(message, "unreadable_file") from None
         return Pair(image, row.captions, path, row.label, row.weights)
+
+    def notes(self) -> list[str]:
+        notes = count_files(self._index.meta["notes"], len(self._roots))
+        for reason, (count, examples) in self._index.meta["bad"].items():
+            notes.append(f"bad rows in all files: {reason} {count:,}, such as {'; '.join(examples)}")
+        return [*self._notes, *notes]
 
     def fingerprint(self) -> str:
         return self._index.meta["fingerprint"]
 
 
-def _open_rows(
-    name: str, what: object, root: str, rows: Callable[[], Iterable[Row]], folder: str = "", also: object = None
+def open_rows(
+    name: str,
+    what: object,
+    roots: Sequence[str],
+    parts: Sequence[Part],
+    folder: str = "",
+    also: object = None,
+    notes: Sequence[str] = (),
 ) -> TableSource:
-    """The source of these rows; ``what`` changes whenever they do, and ``also`` is part of what the data are."""
+    """The source of the rows of these files.
+
+    Args:
+      name: of the source, for the index.
+      what: changes whenever the rows do.
+      roots: see :class:`TableSource`.
+      parts: what gives the rows of each file, if they are not in the index.
+      folder: of the index; empty for the default.
+      also: part of what the data are, next to the rows.
+      notes: see :class:`TableSource`.
+    """
 
     def build(_) -> Tables:
-        packed = [_pack(row) for row in rows()]
-        blob = b"".join(packed)
-        meta = {"fingerprint": hashlib.sha256(json.dumps(also).encode() + blob).hexdigest()[:16]}
-        ends = np.cumsum([len(row) for row in packed], dtype=np.int64)
-        return Tables(meta, {"ends": ends, "rows": np.frombuffer(blob, np.uint8)})
+        # A file without a name rather than memory: a table may be larger than that.
+        with tempfile.TemporaryFile() as blob:
+            return _tables(parts, blob, also)
 
-    return TableSource(root, open_or_build("table", digest(name, root), digest(TABLE_VERSION, what), folder, build))
+    names = digest(name, *roots)
+    return TableSource(roots, open_or_build("table", names, digest(TABLE_VERSION, what), folder, build), notes)
 
 
-def _pack(row: Row) -> bytes:
+def _tables(parts: Sequence[Part], blob: BinaryIO, also: object) -> Tables:
+    found, waiting = hashlib.sha256(json.dumps(also).encode()), []
+    ends, files, size = array.array("q"), array.array("q"), 0
+    notes, bad = Counter(), {}
+
+    def write() -> None:
+        data = b"".join(waiting)
+        found.update(data)
+        blob.write(data)
+        waiting.clear()
+
+    for part in parts:
+        said = Counter()
+        for row in part(said):
+            packed, problem = _pack(row)
+            if problem:
+                count, examples = bad.get(problem[0], (0, []))
+                bad[problem[0]] = (count + 1, [*examples, problem[1]][:EXAMPLES])
+            waiting.append(packed)
+            size += len(packed)
+            ends.append(size)
+            if len(waiting) == ROWS_AT_ONCE:
+                write()
+        files.append(len(ends))
+        notes.update(said.keys())
+    write()
+    blob.flush()
+    rows = np.memmap(blob, np.uint8, mode="r", shape=(size,)) if size else np.zeros(0, np.uint8)
+    arrays = {"ends": np.array(ends, np.int64), "files": np.array(files, np.int64), "rows": rows}
+    return Tables({"fingerprint": found.hexdigest()[:16], "notes": notes, "bad": bad}, arrays)
+
+
+def _pack(row: Row) -> tuple[bytes, tuple[str, str] | None]:
     try:
-        return msgpack.packb(row)
+        return msgpack.packb(row), row.problem
     except UnicodeEncodeError:
-        problem = ("damaged_record", f"{row.image!a} has a text with half a character")
-        return msgpack.packb(Row("", [], [], "", problem))
-
-
-def open_folder(where: str) -> TableSource:
-    """Pictures below a folder, each with a text file of the same name beside it that holds a caption a line.
-
-    Raises:
-      FileNotFoundError: there is no such folder.
-      ValueError: a picture has no text file, or there are no pictures.
-    """
-    place, options = split_options(where)
-    fields, others = parse_fields(options, Fields((), ()), f"folder:{where}", also=("index",))
-    folder = pathlib.Path(place)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}")
-    files = {}
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            path = pathlib.Path(parent) / name
-            with contextlib.suppress(FileNotFoundError):  # a link to nothing
-                files[path.relative_to(folder).as_posix()] = tuple(stamp(str(path)))
-    pictures = sorted(name for name in files if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
-    if not pictures:
-        raise ValueError(f"no pictures below {folder}: looked for {', '.join(IMAGE_SUFFIXES)}")
-    texts = {name: os.path.splitext(name)[0] + ".txt" for name in pictures}
-    for name, text in texts.items():
-        if text not in files:
-            raise ValueError(f"{folder / name} has no caption: write at least one line into {folder / text}")
-
-    def rows() -> Iterator[Row]:
-        lines = Fields((), (("its .txt", 1.0),), "", fields.templates, fields.clean)
-        for name in pictures:
-            found = _read_text(str(folder / texts[name])).splitlines()
-            yield _row(name, str(folder / name), lines, lambda _, found=found: found)
-
-    what = [[name, files[name][0], files[texts[name]]] for name in pictures]
-    sizes = [[name, files[name][0]] for name in pictures]
-    root = os.path.abspath(folder)
-    return _open_rows("folder", [what, repr(fields)], root, rows, others.get("index", ""), sizes)
-
-
-def open_image_folder(where: str) -> TableSource:
-    """Pictures in a folder a class; the class is the folder's name, and the caption (torchvision's ImageFolder).
-
-    Raises:
-      FileNotFoundError: there is no such folder.
-      ValueError: it has no folders, or no pictures in them.
-    """
-    place, options = split_options(where)
-    fields, others = parse_fields(options, Fields((), (), label="its folder"), f"image_folder:{where}", also=("index",))
-    folder = pathlib.Path(place)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}")
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    if not classes:
-        raise ValueError(f"{folder} has no folders; it must have one for each class, with pictures in it")
-    pictures = []
-    for name in classes:
-        files = (path for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        pictures += sorted((path.relative_to(folder).as_posix(), name) for path in files)
-    if not pictures:
-        raise ValueError(f"no pictures below {folder}: looked for {', '.join(IMAGE_SUFFIXES)}")
-
-    def rows() -> Iterator[Row]:
-        for path, name in pictures:
-            yield _row(path, str(folder / path), fields, lambda _, name=name: name)
-
-    sizes = [[path, os.path.getsize(folder / path)] for path, _ in pictures]
-    root = os.path.abspath(folder)
-    return _open_rows("image_folder", [sizes, repr(fields)], root, rows, others.get("index", ""), sizes)
+        text = row.problem[1] if row.problem else row.image
+        problem = ("damaged_record", f"{text!a} has a text with half a character")
+        return msgpack.packb(Row("", [], [], "", problem)), problem
 
 
 def open_karpathy(where: str) -> TableSource:
@@ -190,8 +207,9 @@ def open_karpathy(where: str) -> TableSource:
     fields, others = parse_fields(options, sentences, f"karpathy:{where}", also=("index", "split", "images"))
     now, split = stamp(place), others.get("split", "")
     root = others.get("images") or os.path.dirname(os.path.abspath(place))
+    text = read_text(place)
     try:
-        entries = json.loads(_read_text(place))["images"]
+        entries = json.loads(text)["images"]
         found = [
             (
                 "/".join(filter(None, [entry.get("filepath", ""), entry["filename"]])),
@@ -205,47 +223,77 @@ def open_karpathy(where: str) -> TableSource:
     if not found:
         raise ValueError(f"{place} has no pictures of the split {split!r}")
 
-    def rows() -> Iterator[Row]:
-        for path, texts in found:
-            yield _row(path, f"{place}, {path}", fields, lambda _, texts=texts: texts)
+    others_found = Counter(str(entry["split"]) for entry in entries if split not in ("", entry["split"]))
+    notes = [f"not used: {count:,} pictures of the split {name}" for name, count in others_found.items()]
+    keys = Counter(key for entry in entries for key in entry)
+    unread = [f"{key} ({count:,})" for key, count in keys.items() if key not in KARPATHY_KEYS]
+    notes += [f"not used: entries {name_some(unread)}"] * bool(unread)
 
-    return _open_rows("karpathy", [list(now), split, repr(fields)], root, rows, others.get("index", ""))
+    def rows(_: Counter) -> Iterator[Row]:
+        for path, texts in found:
+            yield make_row(path, f"{place}, {path}", fields, lambda _, texts=texts: texts)
+
+    what = [list(now), split, repr(fields)]
+    return open_rows("karpathy", what, [root], [rows], others.get("index", ""), notes=notes)
 
 
 def open_table(kind: str, where: str) -> TableSource:
-    """Rows of a CSV or TSV with a header, or objects of JSON lines; ``kind`` is csv, tsv or jsonl.
+    """Rows of CSVs or TSVs with a header, or objects of JSON lines; ``kind`` is csv, tsv or jsonl.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: a column is missing, the file cannot be read as what it should be, or it has no rows.
+      ValueError: a column is missing, a file cannot be read as what it should be, or there are no rows.
     """
     place, options = split_options(where)
     fields, others = parse_fields(options, DEFAULT_FIELDS, f"{kind}:{where}", also=("index",))
     if len(fields.image) > 1:
         raise ValueError(f"{kind}:{where}: image={','.join(fields.image)} must be one column")
-    now = stamp(place)
-    read = _read_json_lines if kind == "jsonl" else _read_csv
-    root = place.rpartition("/")[0] if is_remote(place) else os.path.dirname(os.path.abspath(place))
-    name = f"{kind} {os.path.basename(place)}"
+    paths = expand(place)
+    stamps = [list(stamp(path)) for path in paths]
+    roots = [path.rpartition("/")[0] if is_remote(path) else os.path.dirname(os.path.abspath(path)) for path in paths]
 
-    def rows() -> Iterator[Row]:
-        for line, get in read(place, kind, fields):
-            if isinstance(get, str):
-                yield Row("", [], [], "", ("damaged_record", f"{place}, line {line}: {get}"))
-                continue
-            image = get(fields.image[0])
-            if not isinstance(image, str) or not image.strip():
-                yield Row("", [], [], "", ("no_picture", f"{place}, line {line}: the {fields.image[0]} is empty"))
-            else:
-                yield _row(image.strip(), f"{place}, line {line}", fields, nested(get, f"{place}, line {line}"))
+    def part(path: str) -> Part:
+        def rows(notes: Counter) -> Iterator[Row]:
+            read = _json_table(path, fields, notes) if kind == "jsonl" else _delimited_table(kind, path, fields, notes)
+            for line, values, problem in read:
+                name = f"{path}, line {line}"
+                if problem:
+                    yield Row("", [], [], "", (problem[0], f"{name}: {problem[1]}"))
+                    continue
+                yield _table_row(name, fields, nested(values, name))
 
-    source = _open_rows(name, [list(now), repr(fields)], root, rows, others.get("index", ""))
+        return rows
+
+    what, also = [stamps[0], repr(fields)], None  # of one file as before there could be several
+    if len(paths) > 1:
+        what, also = [stamps, repr(fields)], _apart(paths)
+    names = ",".join(map(os.path.basename, paths))
+    name = f"{kind} {names}"
+    source = open_rows(name, what, roots, [part(path) for path in paths], others.get("index", ""), also)
     if not len(source):
-        raise ValueError(f"{place} has no rows")
+        raise ValueError(f"{', '.join(paths)} has no rows")
     return source
 
 
-def _row(image: str, name: str, fields: Fields, get: Callable[[str], object]) -> Row:
+def _apart(paths: Sequence[str]) -> list[str]:
+    """The paths without the folders that all are in: the same wherever those are."""
+    names = [path.split("/") for path in paths]
+    shared = next((depth for depth, found in enumerate(zip(*names, strict=False)) if len(set(found)) > 1), 0)
+    return ["/".join(name[shared:]) for name in names]
+
+
+def _table_row(name: str, fields: Fields, get: Callable[[str], object]) -> Row:
+    try:
+        image = get(fields.image[0])
+    except PairError as error:
+        return Row("", [], [], "", (error.reason, str(error)))
+    if not isinstance(image, str) or not image.strip():
+        return Row("", [], [], "", ("no_picture", f"{name}: the {fields.image[0]} is empty"))
+    return make_row(image.strip(), name, fields, get)
+
+
+def make_row(image: str, name: str, fields: Fields, get: Callable[[str], object]) -> Row:
+    """The row of a picture whose captions and class ``get`` gives by field."""
     try:
         captions, weights = fields.captions_of(get, name)
         return Row(image, captions, weights, fields.label_of(get))
@@ -253,41 +301,53 @@ def _row(image: str, name: str, fields: Fields, get: Callable[[str], object]) ->
         return Row(image, [], [], "", (error.reason, str(error)))
 
 
-def _read_csv(file: str, kind: str, fields: Fields) -> Iterator[tuple[int, Callable[[str], object] | str]]:
-    """Line numbers with a getter of the row's values, or with what is wrong with it."""
-    csv.field_size_limit(2**31 - 1)  # the default refuses captions of 131,072 characters
-    tabs = kind == "tsv" or file.endswith(".tsv")
-    reader = csv.DictReader(io.StringIO(_read_text(file), newline=""), delimiter="\t" if tabs else ",")
+def _delimited_table(kind: str, path: str, fields: Fields, notes: Counter) -> Iterator[TextRow]:
+    """The rows of a CSV or TSV after its header; ``csv:`` reads files called .tsv with tabs, and quotes as in a CSV.
+
+    Raises:
+      ValueError: a column is missing, or there are two of its name.
+    """
+    tabs = kind == "tsv" or TABS.search(path)
+    rows = delimited_rows(path, "\t" if tabs else ",", quotes=kind == "csv")
+    columns = next(rows, [])
+    wanted = [("image", fields.image[0]), *(("caption", field) for field, _ in fields.captions)]
+    for option, field in wanted + [("label", fields.label)] * bool(fields.label):
+        column = column_of(columns, field)
+        if column is None:
+            quoted = any(column.startswith('"') for column in columns) and kind == "tsv"
+            how = f"read its quotes with csv:{path}" if quoted else f"name it with {kind}:{path}?{option}=..."
+            name = field if "." not in field else f"{field}' and no '{field.partition('.')[0]}"
+            raise ValueError(
+                f"{path} has no column '{name}', only {name_some(columns) or 'an empty first line'}; {how}"
+            )
+        if columns.count(column) > 1:
+            raise ValueError(f"{path} has {columns.count(column)} columns {column!r}; name them apart")
+    quoted = 0
+    if kind == "csv":
+        yield from rows
+    for row in rows:
+        yield row
+        quoted += any(value[:1] == '"' == value[-1:] and len(value) > 1 for value in row.values.values())
+    notes.update(column_notes(columns, fields))
+    if quoted:
+        notes[f"{quoted:,} rows have values in quotes, which stay; to take them off as CSV does, write csv:{path}"] += 1
+
+
+def _json_table(path: str, fields: Fields, notes: Counter) -> Iterator[TextRow]:
+    keys: dict[str, None] = {}
+    for row in json_rows(path):
+        yield row
+        if not row.values.keys() <= keys.keys() and len(keys) < MOST_KEYS:
+            keys |= dict.fromkeys(row.values)
+    notes.update(column_notes(keys, fields, "entries"))
+
+
+def read_text(file: str) -> str:
+    """The text of a file, which may be compressed. Raises ValueError for what is not UTF-8, OSError."""
     try:
-        columns = reader.fieldnames or []
-        wanted = [("image", fields.image[0]), *(("caption", field.partition(".")[0]) for field, _ in fields.captions)]
-        for option, column in wanted + [("label", fields.label.partition(".")[0])] * bool(fields.label):
-            if column not in columns:
-                raise ValueError(
-                    f"{file} has no column {column!r}, only {', '.join(columns) or 'an empty first line'}; "
-                    f"name it with {kind}:{file}?{option}=..."
-                )
-        for row in reader:
-            yield reader.line_num, row.get
-    except csv.Error as error:
-        raise ValueError(f"{file}, line {reader.line_num}: {error}") from None
-
-
-def _read_json_lines(file: str, kind: str, fields: Fields) -> Iterator[tuple[int, Callable[[str], object] | str]]:
-    """The same of JSON lines."""
-    for line, text in enumerate(_read_text(file).split("\n"), 1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            yield line, f"no JSON: {error}"
-            continue
-        yield line, row.get if isinstance(row, dict) else "no object, {...}"
-
-
-def _read_text(file: str) -> str:
-    try:
-        return read_whole(file).decode("utf-8-sig")  # some programs put a byte order mark before UTF-8
+        with open_text(file) as opened:
+            return opened.read().decode("utf-8-sig")  # some programs put a byte order mark before UTF-8
+    except CompressedDataError as error:
+        raise ValueError(f"{file}: the compressed data are damaged: {error}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8: {error.reason} at byte {error.start}") from None

@@ -4,100 +4,108 @@ A record is one 64-bit number: the block of its first header (38 bits; a block i
 (23 bits, 4 GiB) and what is wrong with it (3 bits).
 """
 
-import io
-import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-BLOCK = tarfile.BLOCKSIZE
+from clip_jax.data.sources.tar_members import (
+    BLOCK,
+    EXTENDED,
+    FOLDER,
+    GNU,
+    KIND,
+    MAGIC,
+    NAME,
+    PLAIN_FILES,
+    PREFIX,
+    SIZE,
+    USTAR,
+    Damage,
+    Member,
+    members_by_tarfile,
+    speaks_for_file,
+    split_name,
+)
+
 START_BITS, LENGTH_BITS = 38, 23
+PROBLEM_SHIFT = START_BITS + LENGTH_BITS
 PROBLEMS = ("", "duplicate_key", "truncated_file", "unsafe_name", "too_large")
 
-# Of a header (POSIX 1003.1-1988, and GNU's variant): name, size in octal digits, kind, magic, start of a long name.
-NAME, SIZE, KIND, MAGIC, PREFIX = slice(0, 100), slice(124, 136), 156, slice(257, 265), slice(345, 500)
-USTAR, GNU = b"ustar\x0000", b"ustar  \x00"
-PLAIN_FILES = (b"0"[0], 0)
-FOLDER = b"5"[0]
 CUT_BETWEEN = "the mark of its end is missing, as if it had been cut between two files"
-EXTENDED = b"x"[0]  # a header about the next one, as Python's tarfile writes for each file with a time in fractions
-SPOKEN_FOR = (b" path=", b" size=", b" GNU.sparse")  # what of it would change a file's name or place
-
-
-class Member(NamedTuple):
-    """A plain file in a tar; ``start``, ``data`` and ``end`` are bytes: of its first header, its contents, its end."""
-
-    name: str
-    start: int
-    data: int
-    size: int
-
-    @property
-    def end(self) -> int:
-        return self.data + -(-self.size // BLOCK) * BLOCK
+MOST_KINDS = 100  # of contents, of one shard
+OTHERS = "/others"
+MOST_GAPS = 1_000  # between archives in one file, that are looked at all at once
 
 
 def pack(start: int, length: int, problem: int) -> int:
     """Blocks into the number of a record."""
-    return problem << (START_BITS + LENGTH_BITS) | length << START_BITS | start
+    return problem << PROBLEM_SHIFT | length << START_BITS | start
 
 
 def unpack(record: int) -> tuple[int, int, str]:
     """Start and length in bytes, and the problem, or an empty text."""
     start = record & ((1 << START_BITS) - 1)
     length = record >> START_BITS & ((1 << LENGTH_BITS) - 1)
-    return start * BLOCK, length * BLOCK, PROBLEMS[record >> (START_BITS + LENGTH_BITS)]
+    return start * BLOCK, length * BLOCK, PROBLEMS[record >> PROBLEM_SHIFT]
 
 
 class ShardIndex(NamedTuple):
     """``records`` uint64 ``[records]``; ``checksum`` of headers and of a sample of the contents, hexadecimal;
-    ``problem`` is what was found if the file is damaged or ends too early, else empty."""
+    ``problem`` is what was found if the file is damaged or ends too early, else empty. ``contents`` counts the records
+    without a problem by their fields, as ``jpg/json/txt``, and what gives no record by its kind after a ``/``."""
 
     records: np.ndarray
     checksum: str
     problem: str
+    contents: dict[str, int]
 
 
-def split_name(name: str) -> tuple[str, str] | None:
-    """WebDataset's key and field: at the first dot after the last slash; the field in lower case.
-
-    None for what WebDataset passes over: no dot, nothing before it, or a name such as ``__meta__``.
-    """
-    base = name.rfind("/") + 1
-    dot = name.find(".", base)
-    if dot <= base or (name.startswith("__") and name.endswith("__")):
-        return None
-    return name[:dot], name[dot + 1 :].lower()
+def passed_over(name: str) -> str:
+    """The kind of a name that :func:`split_name` gives None for."""
+    base = name[name.rfind("/") + 1 :]
+    if name.startswith("__") and name.endswith("__"):
+        return "/called __NAME__"
+    return "/hidden" if base.startswith(".") else "/without an ending"
 
 
 def index_shard(data: np.ndarray | bytes) -> ShardIndex:
-    """All records of a tar file.
+    """All records of a tar file, or of several that were written one after the other (``cat a.tar b.tar``).
 
     Args:
       data: uint8 ``[bytes]``, or the same as bytes; may be mapped, since hardly more than the headers is looked at.
     """
     data = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
     headers = _find_headers(data)
-    records = None if headers is None else _plain_records(headers)
-    if records is not None:
+    found = None if headers is None else _plain_records(headers)
+    if found is not None:
         problem = "" if headers.ends[-1] + BLOCK <= len(data) else CUT_BETWEEN
-        return ShardIndex(records, _checksum(data, headers.data_starts), problem)
-    members, problem = _members_by_tarfile(data)
+        return ShardIndex(found[0], _checksum(data, headers.data_starts), problem, most_common(found[1]))
+    members, contents, damage = members_by_tarfile(data)
     end = members[-1].end if members else 0
     if end > len(data):
-        problem = f"{members[-1].name} ends {end - len(data):,} bytes after the file"
-    elif not problem and len(data) % BLOCK and np.any(data[-(len(data) % BLOCK) :]):
-        problem = "the file ends within a header"
-    found = list(_records(members, len(data)))
-    if problem and not (found and unpack(found[-1])[2] == "truncated_file"):
+        damage = Damage(f"{members[-1].name} ends {end - len(data):,} bytes after the file", members[-1].start)
+    elif not damage.text and len(data) % BLOCK and np.any(data[-(len(data) % BLOCK) :]):
+        damage = Damage("the file ends within a header", len(data) - len(data) % BLOCK)
+    records = list(_records(members, len(data), contents))
+    problem = damage.text
+    if problem and not (records and unpack(records[-1])[2] == "truncated_file"):
         # What follows is lost, and counts as one bad record: a shard that shrank must not pass for a whole one.
-        found.append(pack(len(data) // BLOCK, 0, PROBLEMS.index("truncated_file")))
+        records.append(pack(min(damage.place // BLOCK, (1 << START_BITS) - 1), 0, PROBLEMS.index("truncated_file")))
     if members and not problem and end + BLOCK > len(data):
         problem = CUT_BETWEEN
     starts = np.array([member.data for member in members], np.int64)
-    return ShardIndex(np.array(found, np.uint64), _checksum(data, starts), problem)
+    return ShardIndex(np.array(records, np.uint64), _checksum(data, starts), problem, most_common(contents))
+
+
+def most_common(contents: Counter) -> dict[str, int]:
+    """The counts of the most frequent kinds of contents, and the sum of all others as one kind."""
+    found = dict(contents.most_common(MOST_KINDS))
+    if rest := contents.total() - sum(found.values()):
+        found[OTHERS] = found.get(OTHERS, 0) + rest
+    return found
 
 
 def _checksum(data: np.ndarray, data_starts: np.ndarray) -> str:
@@ -141,14 +149,13 @@ def _find_headers(data: np.ndarray) -> _Headers | None:
         return None
     sizes = digits @ 8 ** np.arange(10, -1, -1)
     following = candidates + 1 + -(-sizes // BLOCK)
-    whole = candidates[0] == 0 and np.array_equal(following[:-1], candidates[1:]) and following[-1] <= len(blocks)
-    # After the last file: the end of the file, or a block of zeros.
-    if not whole or (following[-1] < len(blocks) and np.any(blocks[following[-1]])):
-        return None
+    whole = candidates[0] == 0 and following[-1] <= len(blocks) and _only_zeros_between(blocks, candidates, following)
     extended = kinds == EXTENDED
+    if not whole or np.any(extended[:-1] & (following[:-1] != candidates[1:])):
+        return None
     if extended.any():
         told = blocks[candidates[extended] + 1]
-        if sizes[extended].max() > BLOCK or np.any(extended[:-1] & extended[1:]) or _speaks_for_file(told.tobytes()):
+        if sizes[extended].max() > BLOCK or np.any(extended[:-1] & extended[1:]) or speaks_for_file(told.tobytes()):
             return None
     starts = np.where(np.roll(extended, 1), np.roll(candidates, 1), candidates)
     files = np.isin(kinds, PLAIN_FILES)
@@ -159,12 +166,19 @@ def _find_headers(data: np.ndarray) -> _Headers | None:
     )
 
 
-def _speaks_for_file(extended: bytes) -> bool:
-    return any(word in extended for word in SPOKEN_FOR)
+def _only_zeros_between(blocks: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> bool:
+    """Whether members follow one another, but for the blocks of zeros that end an archive, which another may follow."""
+    nexts = np.append(starts[1:], len(blocks))
+    gaps = np.flatnonzero(ends != nexts)
+    if len(gaps) > MOST_GAPS or np.any(ends > nexts):
+        return False
+    return not any(blocks[ends[gap] : nexts[gap]].any() for gap in gaps.tolist())
 
 
-def _plain_records(headers: _Headers) -> np.ndarray | None:
-    """What :func:`_records` gives, for all files at once; None where a name, or a field that comes twice, is for that.
+def _plain_records(headers: _Headers) -> tuple[np.ndarray, Counter] | None:
+    """What :func:`_records` gives, for all files at once, and what it counts.
+
+    None where a name, or a field that comes twice, is for that.
 
     Keys and fields are compared as sums of their bytes times random numbers of 64 bits.
     """
@@ -183,6 +197,7 @@ def _plain_records(headers: _Headers) -> np.ndarray | None:
     named = dot > slash + 1
     if not named.any():
         return None
+    contents = Counter(passed_over(name.tobytes().rstrip(b"\0").decode()) for name in names[~named])
     names, dot = names[named], dot[named, None]
     names = np.where((names >= ord("A")) & (names <= ord("Z")) & (place > dot), names + 32, names)  # fields' case
     factors = np.random.default_rng(0).integers(2**64, size=len(place), dtype=np.uint64)
@@ -200,61 +215,47 @@ def _plain_records(headers: _Headers) -> np.ndarray | None:
     _, seen_first = np.unique(keys[first], return_index=True)
     problem = np.full(len(start), PROBLEMS.index("duplicate_key"), np.uint64)
     problem[seen_first] = 0
-    return (
-        problem << np.uint64(START_BITS + LENGTH_BITS)
+    contents += _combinations(names, dot[:, 0], fields, np.flatnonzero(first), problem == 0)
+    records = (
+        problem << np.uint64(PROBLEM_SHIFT)
         | (end - start).astype(np.uint64) << np.uint64(START_BITS)
         | start.astype(np.uint64)
     )
+    return records, contents
 
 
-def _members_by_tarfile(data: np.ndarray) -> tuple[list[Member], str]:
-    """The same by the standard library, which knows every variant; and what it says where it cannot go on."""
-    found, end = [], 0
-    try:
-        with tarfile.open(fileobj=_Reader(data), mode="r:") as tar:
-            for entry in tar:
-                if entry.size < 0 or tar.offset <= end:  # tarfile would go back, and for ever
-                    return found, f"the header at byte {entry.offset:,} has a size that cannot be"
-                end = tar.offset
-                if entry.isreg() and not entry.issparse():
-                    found.append(Member(entry.name, entry.offset, entry.offset_data, entry.size))
-                tar.members = []  # tarfile would keep all
-            end = tar.offset
-    except Exception as error:  # whatever a hostile header provokes
-        return found, " ".join(str(error).split()) or type(error).__name__
-    # tarfile takes a damaged header in the middle for the end.
-    rest = data[end : end + BLOCK]
-    return found, f"no header at byte {end:,}" if np.any(rest) else ""
+def _combinations(
+    names: np.ndarray, dots: np.ndarray, fields: np.ndarray, first: np.ndarray, good: np.ndarray
+) -> Counter:
+    """How many of the good records have the same fields.
+
+    Args:
+      names: uint8 ``[files, length]``.
+      dots: int64 ``[files]``, where the field begins.
+      fields: uint64 ``[files]``, a sum for each field, which may differ where the dot does.
+      first: int64 ``[records]``, the first file of each.
+      good: bool ``[records]``.
+    """
+    sums = np.add.reduceat(fields, first)  # whatever the order
+    _, examples, counts = np.unique(sums[good], return_index=True, return_counts=True)
+    ends, rows, found = np.append(first[1:], len(names)), np.flatnonzero(good), Counter()
+    for example, count in sorted(zip(examples.tolist(), counts.tolist(), strict=True), key=lambda pair: -pair[1]):
+        if len(found) > MOST_KINDS:
+            found[OTHERS] += count
+            continue
+        files = range(first[rows[example]], ends[rows[example]])
+        kinds = sorted(
+            names[file, dots[file] + 1 :].astype(np.uint8).tobytes().rstrip(b"\0").decode() for file in files
+        )
+        found["/".join(kinds)] += count
+    return found
 
 
-class _Reader(io.RawIOBase):
-    """Mapped bytes as a file, of which only what is asked for, and is there, takes memory."""
+def _records(members: Iterable[Member], size: int, contents: Counter) -> Iterator[int]:
+    """Runs of neighbours with one key, as numbers; a field that comes twice begins another record.
 
-    def __init__(self, data: np.ndarray):
-        self._data, self._place = data, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: len(self._data)}[whence]
-        return self._place
-
-    def read(self, size: int = -1) -> bytes:
-        end = len(self._data) if size < 0 else min(self._place + size, len(self._data))
-        piece = self._data[self._place : end].tobytes()
-        self._place += len(piece)
-        return piece
-
-
-def _records(members: Iterable[Member], size: int) -> Iterator[int]:
-    """Runs of neighbours with one key, as numbers; a field that comes twice begins another record."""
+    ``contents`` counts them as :class:`ShardIndex` does.
+    """
     keys: set[str] = set()
     key, fields, start, end, problem = None, set(), 0, 0, 0
 
@@ -262,11 +263,14 @@ def _records(members: Iterable[Member], size: int) -> Iterator[int]:
         length = (end - start) // BLOCK
         if start // BLOCK >= 1 << START_BITS or length >= 1 << LENGTH_BITS:
             return pack(min(start // BLOCK, (1 << START_BITS) - 1), 0, PROBLEMS.index("too_large"))
+        if not problem:
+            contents["/".join(sorted(fields))] += 1
         return pack(start // BLOCK, length, problem)
 
     for member in members:
         parts = split_name(member.name)
         if parts is None:
+            contents[passed_over(member.name)] += 1
             continue
         member_key, field = parts
         if member_key != key or field in fields:
@@ -283,47 +287,3 @@ def _records(members: Iterable[Member], size: int) -> Iterator[int]:
             problem = PROBLEMS.index("truncated_file")
     if key is not None:
         yield record()
-
-
-def read_record(data: bytes) -> tuple[str, dict[str, bytes]]:
-    """The key of a record, as :func:`index_shard` found it, and its contents by field.
-
-    Raises:
-      tarfile.TarError: this is no longer the record that was indexed.
-    """
-    try:
-        named = [(split_name(name), content) for name, content in _read_members(data)]
-    except (ValueError, OverflowError, EOFError) as error:
-        raise tarfile.ReadError(str(error)) from None
-    fields = {parts[1]: content for parts, content in named if parts}
-    keys = {parts[0] for parts, _ in named if parts}
-    if len(keys) != 1:
-        raise tarfile.ReadError(f"files of {len(keys)} keys where one was")
-    return keys.pop(), fields
-
-
-def _read_members(data: bytes) -> Iterator[tuple[str, bytes]]:
-    place = 0
-    while place < len(data):
-        header = data[place : place + BLOCK]
-        kind, digits = header[KIND], header[SIZE].rstrip(b"\0 ")
-        plain = header[MAGIC] in (USTAR, GNU) and digits.isdigit() and not header[PREFIX.start]
-        size, start = int(digits, 8) if plain else 0, place + BLOCK
-        if kind == EXTENDED and plain and not _speaks_for_file(data[start : start + size]):
-            place = start + -(-size // BLOCK) * BLOCK
-            continue
-        if kind == FOLDER and plain:
-            place = start
-            continue
-        if kind not in PLAIN_FILES or not plain:
-            yield from _read_by_tarfile(data[place:])
-            return
-        yield header[NAME].partition(b"\0")[0].decode("utf-8", "surrogateescape"), data[start : start + size]
-        place = start + -(-size // BLOCK) * BLOCK
-
-
-def _read_by_tarfile(data: bytes) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        for entry in tar:
-            if entry.isreg():
-                yield entry.name, tar.extractfile(entry).read()

@@ -6,8 +6,9 @@ Fields of fields are named with slashes: ``tfds:coco_captions/train?image=image&
 from collections.abc import Callable
 
 from clip_jax.data.sources.base import MissingPackageError, Pair, PairError
+from clip_jax.data.sources.class_names import with_names
 from clip_jax.data.sources.digest import digest
-from clip_jax.data.sources.fields import Fields, parse_fields, split_options
+from clip_jax.data.sources.fields import Fields, name_some, parse_fields, split_options
 
 DEFAULT_FIELDS = Fields(image=("image",), captions=(("captions/text", 1.0),))
 
@@ -40,13 +41,12 @@ class TFDSSource:
         if split.partition("[")[0] not in known:
             raise FileNotFoundError(f"tfds:{name} has no split {split!r}, only {', '.join(known)}")
         features = builder.info.features
-        for field in [*fields.image, *(field for field, _ in fields.captions), *filter(None, [fields.label])]:
+        for field in fields.names():
             _check_field(features, field, f"tfds:{name}")
         split_info = known[split.partition("[")[0]]
         self._content = [str(builder.info.full_name), split_info.num_bytes, list(split_info.shard_lengths or [])]
-        label = features[fields.label] if fields.label and "/" not in fields.label else None
-        label = getattr(label, "feature", label)  # of a picture with several classes
-        self._label_names = list(getattr(label, "names", None) or [])
+        self._unused = [name for name in features if name not in {field.partition("/")[0] for field in fields.names()}]
+        self._class_names = {field: _names_of(features, field) for field in fields.names()}
         try:
             decoders = {field: tfds.decode.SkipDecoding() for field in fields.image}
             self._records = builder.as_data_source(split, decoders=decoders)
@@ -68,23 +68,12 @@ class TFDSSource:
         image = next((value for field in self._fields.image if isinstance(value := _find(record, field), bytes)), None)
         if image is None:
             raise PairError(f"{name} has no picture's bytes in {', '.join(self._fields.image)}", "no_picture")
-        get = self._with_names(_texts_of(record))
+        get = with_names(_texts_of(record), self._class_names, name)
         captions, weights = self._fields.captions_of(get, name)
         return Pair(image, captions, name, self._fields.label_of(get), weights)
 
-    def _with_names(self, get: Callable[[str], object]) -> Callable[[str], object]:
-        """The same getter, but of a number of a class its name."""
-
-        def name_of(number: int) -> str | None:
-            return self._label_names[number] if number >= 0 else None  # -1: it has none
-
-        def value_of(field: str) -> object:
-            value = get(field)
-            if not self._label_names or field != self._fields.label:
-                return value
-            return [name_of(number) for number in value] if isinstance(value, list) else name_of(value)
-
-        return value_of
+    def notes(self) -> list[str]:
+        return [f"not used: features {name_some(self._unused)}"] if self._unused else []
 
     def fingerprint(self) -> str:
         return digest(self._content, self._split, len(self), repr(self._fields))
@@ -97,6 +86,12 @@ def _check_field(features, field: str, name: str) -> None:
         if part not in (getattr(found, "keys", list)() or ()):
             raise ValueError(f"{name} has no field {field!r}, only {', '.join(features.keys())}")
         found = found[part]
+
+
+def _names_of(features, field: str) -> list[str]:
+    for part in field.split("/"):
+        features = getattr(features, "feature", features)[part]
+    return list(getattr(getattr(features, "feature", features), "names", None) or [])
 
 
 def _find(record: object, field: str) -> object:

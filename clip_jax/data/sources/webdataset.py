@@ -8,21 +8,35 @@ import logging
 import os
 import tarfile
 import time
+from collections import Counter
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from clip_jax.data.images import image_suffixes
 from clip_jax.data.sources.base import Pair, PairError
+from clip_jax.data.sources.buckets import is_remote, read_remote
 from clip_jax.data.sources.digest import digest
-from clip_jax.data.sources.fields import Fields, nested, parse_fields, split_options
-from clip_jax.data.sources.files import Stamp, expand, is_remote, read_range, read_whole, stamp
+from clip_jax.data.sources.fields import Fields, column_of, name_some, nested, parse_fields, split_options
+from clip_jax.data.sources.files import Stamp, expand, read_range, stamp
 from clip_jax.data.sources.mapped_index import MappedIndex, Tables, open_or_build
-from clip_jax.data.sources.tar_index import ShardIndex, index_shard, read_record, unpack
+from clip_jax.data.sources.tar_index import (
+    OTHERS,
+    PROBLEM_SHIFT,
+    PROBLEMS,
+    ShardIndex,
+    index_shard,
+    unpack,
+)
+from clip_jax.data.sources.tar_members import read_record
 
 logger = logging.getLogger("clip_jax")
 
-INDEX_VERSION = 1  # of what a record's number means
+INDEX_VERSION = 2  # of what a record's number means
 DEFAULT_FIELDS = Fields(image=("jpg", "jpeg", "png", "webp", "gif", "bmp"), captions=(("txt", 1.0),))
+MOST_KINDS = 1_000  # of contents, of all shards
+DAMAGED_NAMED = 5  # shards
 
 
 class WebDatasetSource:
@@ -60,28 +74,65 @@ class WebDatasetSource:
         start, length, problem = unpack(int(self._records[index]))
         where = f"{path}, record {index - int(self._firsts[shard])} at byte {start:,}"
         if problem:
-            raise PairError(f"{where}: {PROBLEM_TEXTS[problem]}", problem)
+            raise PairError(f"{where}: {self._problem_text(shard, start, problem)}", problem)
         try:
             key, contents = read_record(read_range(path, start, length, self._stamps[shard]))
         except tarfile.TarError as error:
             raise PairError(f"{where}: {error}") from None
         name = f"{path}: {key}"
-        image = next((contents[field] for field in self._fields.image if field in contents), None)
-        if image is None:
+        picture = self._picture_of(contents)
+        if picture is None:
             raise PairError(f"{name} has no picture, only {', '.join(contents)}", "no_picture")
 
-        def text(field: str) -> str | None:
-            content = contents.get(field)
-            if content is None:
-                return None
+        def text(field: str, content: bytes) -> str:
             try:
                 return content.decode("utf-8")
             except UnicodeDecodeError:
                 raise PairError(f"{name}: {field} is not UTF-8", "damaged_record") from None
 
-        get = nested(text, name)
+        get = nested(contents, name, text)
         captions, weights = self._fields.captions_of(get, name)
-        return Pair(image, captions, name, self._fields.label_of(get), weights)
+        return Pair(contents[picture], captions, name, self._fields.label_of(get), weights)
+
+    def _problem_text(self, shard: int, start: int, problem: str) -> str:
+        if problem != "truncated_file":
+            return PROBLEM_TEXTS[problem]
+        lost = self._stamps[shard].size - start
+        found = self._index.meta["problems"].get(self._paths[shard], "the shard ends here, too early, or is damaged")
+        return f"{lost:,} bytes from here on are lost: {found}"
+
+    def _picture_of(self, fields: Collection[str]) -> str | None:
+        """The first field of the options that a record has; without an option, any whose ending Pillow reads."""
+        named = next((field for field in self._fields.image if field in fields), None)
+        if named or self._fields.image != DEFAULT_FIELDS.image:
+            return named
+        return next((field for field in fields if f".{field}" in image_suffixes()), None)
+
+    def notes(self) -> list[str]:
+        unused, passed, missing = Counter(), Counter(), Counter()
+        for kind, count in _contents_of(self._index).items():
+            if kind.startswith("/"):
+                passed[kind[1:]] += count
+                continue
+            fields = kind.split("/")
+            used = {column_of(fields, field) for field in self._fields.names()[len(self._fields.image) :]}
+            picture = self._picture_of(fields)
+            missing["no_picture"] += count * (picture is None)
+            missing["empty_caption"] += count * (picture is not None and used <= {None})
+            unused.update({field: count for field in fields if field != picture and field not in used})
+        notes = [f"not used: files {name_some(f'.{field} ({count:,})' for field, count in unused.items())}"]
+        notes = notes * bool(unused)
+        if passed:
+            notes.append(f"not used: members {name_some(f'{kind} ({count:,})' for kind, count in passed.items())}")
+        kinds = np.bincount((self._records >> np.uint64(PROBLEM_SHIFT)).astype(np.int64), minlength=len(PROBLEMS))
+        bad = {name: int(count) for name, count in zip(PROBLEMS, kinds, strict=True) if name and count} | +missing
+        if bad:
+            notes.append(f"bad records in all shards: {name_some(f'{name} {count:,}' for name, count in bad.items())}")
+        problems = self._index.meta["problems"]
+        notes += [f"damaged: {path}: {text}" for path, text in list(problems.items())[:DAMAGED_NAMED]]
+        if len(problems) > DAMAGED_NAMED:
+            notes.append(f"damaged: {len(problems) - DAMAGED_NAMED:,} more shards")
+        return notes
 
     def fingerprint(self) -> str:
         # Neither place nor time: a data set that was copied is the same.
@@ -91,7 +142,6 @@ class WebDatasetSource:
 
 PROBLEM_TEXTS = {
     "duplicate_key": "its key is that of an earlier record of the shard",
-    "truncated_file": "the shard ends here, too early, or is damaged",
     "unsafe_name": "its name leads out of the shard's folder",
     "too_large": "it is larger than 4 GiB, or the shard than 128 TiB",
 }
@@ -121,7 +171,10 @@ def _open_index(paths: list[str], folder: str) -> MappedIndex:
         counts = [len(one.records) for one in found]
         shards = [[*shard, len(one.records), one.checksum] for shard, one in zip(wanted, found, strict=True)]
         firsts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        return Tables({"shards": shards}, {"records": np.concatenate([one.records for one in found]), "firsts": firsts})
+        problems = {name: one.problem for name, one in zip(names, found, strict=True) if one.problem}
+        kinds, contents = _pack_contents([one.contents for one in found])
+        arrays = {"records": np.concatenate([one.records for one in found]), "firsts": firsts, "contents": contents}
+        return Tables({"shards": shards, "problems": problems, "kinds": kinds}, arrays)
 
     index = open_or_build("tar", digest(INDEX_VERSION, names), digest(wanted), folder, build)
     empty = [path for path, _, _, count, _ in index.meta["shards"] if not count]
@@ -130,18 +183,49 @@ def _open_index(paths: list[str], folder: str) -> MappedIndex:
     return index
 
 
+def _pack_contents(contents: list[dict[str, int]]) -> tuple[list[str], np.ndarray]:
+    """What each shard holds: the kinds, and int64 ``[n, 3]`` of a shard, the place of a kind and its count."""
+    total = Counter()
+    for one in contents:
+        total.update(one)
+    kinds = [kind for kind, _ in total.most_common(MOST_KINDS) if kind != OTHERS] + [OTHERS]
+    places = {kind: place for place, kind in enumerate(kinds)}
+    rows = [
+        (shard, places.get(kind, len(kinds) - 1), count)
+        for shard, one in enumerate(contents)
+        for kind, count in one.items()
+    ]
+    return kinds, np.array(rows, np.int64).reshape(-1, 3)
+
+
+def _contents_of(index: MappedIndex, shards: slice = slice(None)) -> Counter:
+    """What all shards hold, or those whose rows of the table these are."""
+    found, kinds = Counter(), index.meta["kinds"]
+    rows = index.arrays["contents"][shards]
+    counts = np.bincount(rows[:, 1], rows[:, 2], minlength=len(kinds))
+    found.update({kind: int(count) for kind, count in zip(kinds, counts, strict=True) if count})
+    return found
+
+
 def _records_of(index: MappedIndex) -> dict[tuple, ShardIndex]:
     firsts, records = index.arrays["firsts"], index.arrays["records"]
+    shards = index.meta["shards"]
+    ends = np.searchsorted(index.arrays["contents"][:, 0], np.arange(len(shards) + 1))  # rows are in order of shards
     return {
-        tuple(shard[:3]): ShardIndex(records[first:end], shard[4], "")
-        for shard, first, end in zip(index.meta["shards"], firsts[:-1], firsts[1:], strict=True)
+        tuple(shard[:3]): ShardIndex(
+            records[firsts[place] : firsts[place + 1]],
+            shard[4],
+            index.meta["problems"].get(shard[0], ""),
+            dict(_contents_of(index, slice(ends[place], ends[place + 1]))),
+        )
+        for place, shard in enumerate(shards)
     }
 
 
 def _index_file(path: str, at_start: Stamp) -> ShardIndex:
     if not at_start.size:
-        return ShardIndex(np.array([], np.uint64), "", "it is empty")
-    return index_shard(read_whole(path) if is_remote(path) else np.memmap(path, np.uint8, mode="r"))
+        return ShardIndex(np.array([], np.uint64), "", "it is empty", {})
+    return index_shard(read_remote(path, 0, at_start.size) if is_remote(path) else np.memmap(path, np.uint8, mode="r"))
 
 
 def open_webdataset(where: str) -> WebDatasetSource:

@@ -12,7 +12,7 @@ DEFAULTS = Fields(("image",), (("caption", 1.0),))
 
 def captions(options: str, record: dict) -> tuple[list[str], list[float]]:
     fields, _ = parse_fields(options, DEFAULTS, "csv:x")
-    return fields.captions_of(nested(record.get, "x"), "x")
+    return fields.captions_of(nested(record, "x"), "x")
 
 
 def test_a_fields_weight_is_shared_by_its_captions_and_a_missing_one_leaves_all_to_the_others():

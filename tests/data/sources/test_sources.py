@@ -78,7 +78,7 @@ def test_a_missing_picture_of_a_csv_is_a_broken_pair_rather_than_fatal(tmp_path)
     ("record", "expected"),
     [
         (b"not msgpack", "record 0 is damaged"),
-        (msgpack.packb({"captions": ["a"]}), "record 0 is damaged"),
+        (msgpack.packb({"captions": ["a"]}), "record 0 has no picture in image"),
         (msgpack.packb({"image": "text", "captions": ["a"]}), "must be bytes"),
         (msgpack.packb({"image": b"", "captions": []}), "has no caption"),
         (msgpack.packb({"image": b"", "captions": [3]}), "captions is int, not text"),
@@ -103,9 +103,9 @@ def test_a_byte_order_mark_is_not_part_of_the_first_column(tmp_path):
     assert len(open_source(f"csv:{tmp_path}/pairs.csv")) == 1
 
 
-def test_a_file_that_is_not_utf_8_is_named(tmp_path):
-    (tmp_path / "pairs.csv").write_bytes("image,caption\na.png,caf\xe9\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"pairs\.csv is not UTF-8"):
+def test_a_header_that_is_not_utf_8_is_named(tmp_path):
+    (tmp_path / "pairs.csv").write_bytes("image,caf\xe9\na.png,words\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"pairs\.csv, line 1: not UTF-8"):
         open_source(f"csv:{tmp_path}/pairs.csv")
 
 

@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 from shards import pair_members, picture, write_tar
 
 from clip_jax.data.sources import tar_index
-from clip_jax.data.sources.tar_index import index_shard, pack, read_record, split_name, unpack
+from clip_jax.data.sources.tar_index import index_shard, pack, unpack
+from clip_jax.data.sources.tar_members import members_by_tarfile, read_record, split_name
 
 KINDS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 
 
 def records_of(data: bytes) -> tuple[list[tuple[dict[str, bytes], str]], str]:
     """The files of each record, by name, and its problem, as a source would read them."""
-    records, _, problem = index_shard(data)
+    records, _, problem, _ = index_shard(data)
     found = []
     for record in records.tolist():
         start, length, wrong = unpack(record)
@@ -113,9 +114,11 @@ def test_all_headers_at_once_give_what_one_after_the_other_does(names, kind):
             with contextlib.suppress(ValueError):  # a name of slashes alone
                 tar.addfile(entry, io.BytesIO(bytes(300 * number)))
     data = np.frombuffer(stream.getvalue(), np.uint8)
-    members, problem = tar_index._members_by_tarfile(data)
-    assert problem == ""
-    assert index_shard(data).records.tolist() == list(tar_index._records(members, len(data)))
+    members, contents, damage = members_by_tarfile(data)
+    assert damage.text == ""
+    found = index_shard(data)
+    assert found.records.tolist() == list(tar_index._records(members, len(data), contents))
+    assert found.contents == contents
 
 
 def test_a_field_that_comes_twice_begins_a_duplicate(tmp_path):
@@ -130,7 +133,7 @@ def test_a_tar_cut_anywhere_keeps_its_whole_records_and_shows_the_cut(tmp_path, 
     data = tar_bytes(members, kind, tmp_path)
     whole = [unpack(record) for record in index_shard(data).records.tolist()]
     for kept in range(1, whole[-1][0] + whole[-1][1], 97):
-        records, _, problem = index_shard(data[:kept])
+        records, _, problem, _ = index_shard(data[:kept])
         ends = [start + length for start, length, _ in whole]
         intact = sum(end <= kept for end in ends)
         found = [unpack(record) for record in records.tolist()]
@@ -206,7 +209,7 @@ def test_no_header_with_a_right_checksum_makes_the_index_fail_or_hang(data):
 @settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=2000))
 def test_what_is_no_tar_has_no_usable_records(data):
-    records, _, problem = index_shard(data)
+    records, _, problem, _ = index_shard(data)
     assert problem or not any(data)
     assert all(unpack(record)[2] == "truncated_file" for record in records.tolist())
 

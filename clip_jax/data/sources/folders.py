@@ -1,0 +1,162 @@
+"""Pairs of pictures in a folder: each beside a text file of its captions, or in a folder a class."""
+
+import os
+import pathlib
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from clip_jax.data.images import image_suffixes
+from clip_jax.data.sources.fields import Fields, parse_fields, split_options
+from clip_jax.data.sources.files import Stamp
+from clip_jax.data.sources.tables import Row, TableSource, make_row, open_rows, read_text
+
+LINE_END = re.compile("\r?\n")
+TEXT = ".txt"
+
+
+def open_folder(where: str) -> TableSource:
+    """Pictures below a folder, each with a text file of the same name beside it that holds a caption a line.
+
+    Raises:
+      FileNotFoundError: there is no such folder.
+      ValueError: there are no pictures, or none has a text file.
+    """
+    place, options = split_options(where)
+    fields, others = parse_fields(options, Fields((), ()), f"folder:{where}", also=("index",))
+    folder = _existing(place)
+    files, passed_over = _files_below(folder)
+    pictures = _pictures(folder, files)
+    # .txt before .TXT
+    by_stem = {os.path.splitext(name)[0]: name for name in sorted(files) if _suffix(name) == TEXT}
+    texts = {name: by_stem.get(os.path.splitext(name)[0], "") for name in pictures}
+    if not any(texts.values()):
+        expected = folder / (os.path.splitext(pictures[0])[0] + TEXT)
+        raise ValueError(f"{folder / pictures[0]} has no caption: write at least one line into {expected}")
+    used = {*pictures, *texts.values()}
+
+    def rows(_: Counter) -> Iterator[Row]:
+        lines = Fields((), (("its .txt", 1.0),), "", fields.templates, fields.clean)
+        for name in pictures:
+            try:
+                found = _captions(folder / texts[name]) if texts[name] else []
+            except ValueError as error:
+                yield Row(name, [], [], "", ("damaged_record", str(error)))
+                continue
+            yield make_row(name, str(folder / name), lines, lambda _, found=found: found)
+
+    what = [[name, files[name].size, files.get(texts[name])] for name in pictures]
+    sizes = [[name, files[name].size] for name in pictures]
+    notes = _notes([name for name in files if name not in used], passed_over)
+    root = os.path.abspath(folder)
+    return open_rows("folder", [what, repr(fields)], [root], [rows], others.get("index", ""), sizes, notes)
+
+
+def _captions(path: pathlib.Path) -> list[str]:
+    """The lines of a text file: only a line feed, with or without a carriage return before it, ends one."""
+    text = read_text(str(path))
+    if "\0" in text:
+        raise ValueError(f"{path} holds a zero byte")
+    return LINE_END.split(text)
+
+
+def open_image_folder(where: str) -> TableSource:
+    """Pictures in a folder a class; the class is the folder's name, and the caption (torchvision's ImageFolder).
+
+    Raises:
+      FileNotFoundError: there is no such folder.
+      ValueError: it has no folders, or no pictures in them.
+    """
+    place, options = split_options(where)
+    fields, others = parse_fields(options, Fields((), (), label="its folder"), f"image_folder:{where}", also=("index",))
+    folder = _existing(place)
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    if not classes:
+        raise ValueError(f"{folder} has no folders; it must have one for each class, with pictures in it")
+    files, passed_over = {}, Counter()
+    for name in classes:
+        found, passed = _files_below(folder / name)
+        files |= {f"{name}/{path}": stamp for path, stamp in found.items()}
+        passed_over += passed
+    pictures = []
+    for name in classes:
+        pictures += sorted((path, name) for path in files if path.startswith(f"{name}/") and _is_picture(path))
+    if not pictures:
+        raise ValueError(_no_pictures(folder, files))
+    without = set(classes) - {name for _, name in pictures}
+    passed_over |= Counter({f"folder {name} without a picture": 1 for name in without})
+    used = {path for path, _ in pictures}
+    unused = [path for path in files if path not in used]
+    unused += [entry.name for entry in folder.iterdir() if not entry.is_dir()]
+
+    def rows(_: Counter) -> Iterator[Row]:
+        for path, name in pictures:
+            yield make_row(path, str(folder / path), fields, lambda _, name=name: name)
+
+    sizes = [[path, files[path].size] for path, _ in pictures]
+    root = os.path.abspath(folder)
+    what, notes = [sizes, repr(fields)], _notes(unused, passed_over)
+    return open_rows("image_folder", what, [root], [rows], others.get("index", ""), sizes, notes)
+
+
+def _existing(place: str) -> pathlib.Path:
+    folder = pathlib.Path(place)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
+    return folder
+
+
+def _files_below(folder: pathlib.Path) -> tuple[dict[str, Stamp], Counter]:
+    """All files by path below the folder, and what else there is, counted by kind.
+
+    Raises:
+      OSError: a folder cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    files, passed_over = {}, Counter()
+    for parent, folders, names in os.walk(folder, onerror=fail):
+        passed_over["link to a folder"] += sum(os.path.islink(os.path.join(parent, name)) for name in folders)
+        for name in names:
+            path = pathlib.Path(parent) / name
+            try:
+                details = os.stat(path)
+            except FileNotFoundError:
+                passed_over["link to nothing"] += 1
+                continue
+            if stat.S_ISREG(details.st_mode):
+                files[path.relative_to(folder).as_posix()] = Stamp(details.st_size, str(details.st_mtime_ns))
+            else:
+                passed_over["pipe, socket or device"] += 1
+    return files, +passed_over
+
+
+def _pictures(folder: pathlib.Path, files: dict[str, Stamp]) -> list[str]:
+    pictures = sorted(filter(_is_picture, files))
+    if not pictures:
+        raise ValueError(_no_pictures(folder, files))
+    return pictures
+
+
+def _no_pictures(folder: pathlib.Path, files: dict[str, Stamp]) -> str:
+    found = "; ".join(_notes(list(files), Counter())).replace("not used: ", "only ") or "nothing at all"
+    return f"no pictures below {folder}, {found}; looked for .jpg, .png, .webp and all else that Pillow reads"
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _is_picture(name: str) -> bool:
+    return _suffix(name) in image_suffixes()
+
+
+def _notes(unused: Sequence[str], passed_over: Counter) -> list[str]:
+    """``not used: 12 files .heic, 1 file without an ending, 2 of: link to nothing``."""
+    endings = Counter(_suffix(name) or "without an ending" for name in unused)
+    said = [f"{count:,} {'file' if count == 1 else 'files'} {ending}" for ending, count in endings.most_common()]
+    said += [f"{count:,} x {kind}" for kind, count in passed_over.items()]
+    return [f"not used: {', '.join(said)}"] if said else []
