@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PEERS_VENV ?= .venv-peers
 CUDA_VENV ?= .venv-cuda
+NEWEST_VENV ?= .venv-newest
 # Large pages for the arrays of each step: 10 to 15 % of a step's time on CPU (glibc 2.35 or newer; ignored elsewhere).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
@@ -18,7 +19,7 @@ define make_venv
 endef
 
 .NOTPARALLEL:
-.PHONY: quickstart test test-nightly test-peers test-peers-nightly test-cuda lint format bench lock clean
+.PHONY: quickstart test test-newest test-nightly test-peers test-peers-nightly test-cuda lint format bench lock clean
 
 quickstart: $(VENV)/.base  ## train a small CLIP on the pairs that ship, and report
 	$(VENV)/bin/python -m clip_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
@@ -28,6 +29,13 @@ test: $(VENV)/.test  ## every test but the slow ones and those that need the PyT
 
 test-nightly: $(VENV)/.test  ## the slow ones as well
 	$(VENV)/bin/python -m pytest $(IN_PARALLEL) --ignore=tests/peers
+
+# The tests of a few minutes: models, loss, weights, data, and a training that is saved, resumed, evaluated and converted.
+SHORT_TESTS = tests/models tests/weights tests/data tests/training/test_loss.py tests/test_relative_paths.py \
+	tests/training/test_step.py::test_a_batch_seen_again_and_again_is_learnt_by_heart
+
+test-newest: $(NEWEST_VENV)/.test  ## short tests with the newest versions of everything: make PYTHON=python3.13 test-newest
+	$(NEWEST_VENV)/bin/python -m pytest $(IN_PARALLEL) -m "not slow" $(SHORT_TESTS)
 
 test-peers: $(PEERS_VENV)/.peers  ## compare with PyTorch's CLIPs, live
 	$(PEERS_VENV)/bin/python -m pytest -m "not slow" tests/peers
@@ -61,6 +69,13 @@ $(VENV)/.base: setup.py constraints.txt
 $(VENV)/.test: setup.py constraints.txt
 	$(call make_venv,$(VENV),.[test])
 
+# Without constraints.txt, and anew each time that setup.py changes.
+$(NEWEST_VENV)/.test: setup.py
+	$(PYTHON) -m venv --clear $(NEWEST_VENV)
+	$(NEWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@$(NEWEST_VENV)/bin/python -m pip list 2>/dev/null | grep -E '^(jax|flax|optax|orbax-checkpoint|grain|numpy) '
+	@touch $@
+
 $(VENV)/.dev: setup.py constraints.txt
 	$(call make_venv,$(VENV),.[dev$(,)test])
 
@@ -82,6 +97,6 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf $(VENV) $(PEERS_VENV) $(CUDA_VENV) build *.egg-info
+	rm -rf $(VENV) $(PEERS_VENV) $(CUDA_VENV) $(NEWEST_VENV) build *.egg-info
 
 , := ,

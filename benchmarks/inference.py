@@ -9,7 +9,7 @@ median over rounds, and the ratio.
 """
 
 import argparse
-import importlib.util
+import importlib
 import multiprocessing
 import os
 import statistics
@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
+from benchmarks.missing import has_peer
 from benchmarks.random_data import random_batch
 from clip_jax.models.presets import CLIPPreset, get_preset
 
@@ -74,11 +75,11 @@ def serve(connection: Connection, name: str, preset: CLIPPreset, batch_size: int
         connection.send(time.perf_counter() - start)
 
 
-def measure(preset: CLIPPreset, batch_size: int, rounds: int) -> dict[str, dict[str, float]]:
+def measure(names: list[str], preset: CLIPPreset, batch_size: int, rounds: int) -> dict[str, dict[str, float]]:
     """Median seconds a batch, by kind of input and implementation."""
     context = multiprocessing.get_context("spawn")
     servers = {}
-    for name in IMPLEMENTATIONS:
+    for name in names:
         ours, theirs = context.Pipe()
         process = context.Process(target=serve, args=(theirs, name, preset, batch_size), daemon=True)
         process.start()
@@ -103,16 +104,14 @@ def main() -> int:
     parser.add_argument("--batch-sizes", default="1,16,64")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    if importlib.util.find_spec("open_clip") is None:
-        print('open_clip is not installed: pip install -e ".[peers]"', file=sys.stderr)
-        return 2
+    names = [name for name in IMPLEMENTATIONS if name == "clip_jax" or has_peer(name, "torch torchvision open_clip")]
     print(f"{os.cpu_count()} cores, float32, median of {arguments.rounds} rounds; embeddings per second")
     for model in arguments.models.split(","):
         for batch_size in map(int, arguments.batch_sizes.split(",")):
-            for kind, seconds in measure(get_preset(model), batch_size, arguments.rounds).items():
+            for kind, seconds in measure(names, get_preset(model), batch_size, arguments.rounds).items():
                 rates = "  ".join(f"{name} {batch_size / value:6.1f}" for name, value in seconds.items())
-                ratio = seconds["open_clip"] / seconds["clip_jax"]
-                print(f"{model:9} {kind:6} batch {batch_size:3}:  {rates}  ratio {ratio:.2f}", flush=True)
+                ratio = f"  ratio {seconds['open_clip'] / seconds['clip_jax']:.2f}" if "open_clip" in names else ""
+                print(f"{model:9} {kind:6} batch {batch_size:3}:  {rates}{ratio}", flush=True)
     return 0
 
 

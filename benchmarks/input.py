@@ -32,6 +32,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 from PIL import Image, ImageDraw
 
+from benchmarks.missing import has_peer
 from benchmarks.tokenizer import caption_stream
 
 IMAGE_SIZE, CONTEXT_LENGTH, BATCH_SIZE = 224, 77, 128
@@ -157,6 +158,12 @@ def tf_data_batches(folder: pathlib.Path) -> Iterator:
     return iter(pairs.map(load, num_parallel_calls=2).batch(BATCH_SIZE).prefetch(2).with_options(options))
 
 
+INSTALL = 'pip install -e ".[peers]" webdataset==0.2.86 pandas tensorflow'
+MODULES = {
+    "clip_jax": "",
+    "open_clip": "torch torchvision open_clip open_clip_train webdataset pandas",
+    "tf.data": "tensorflow",
+}
 MAKERS = {"clip_jax": our_batches, "open_clip": open_clip_batches, "tf.data": tf_data_batches}
 
 
@@ -208,7 +215,10 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=1024, help="in each round, of each implementation")
     parser.add_argument("--only", choices=MAKERS, help="this implementation alone")
     arguments = parser.parse_args()
-    names = [arguments.only] if arguments.only else list(MAKERS)
+    wanted = [arguments.only] if arguments.only else list(MAKERS)
+    names = [name for name in wanted if has_peer(name, MODULES[name], INSTALL)]
+    if not names:
+        return 2
     for width, height in SIZES:
         with tempfile.TemporaryDirectory() as name:
             folder = pathlib.Path(name)

@@ -17,6 +17,7 @@ import time
 import numpy as np
 
 from benchmarks.loss import resident_bytes
+from benchmarks.missing import has_peer
 
 TEXTS_AN_IMAGE = 5
 
@@ -68,6 +69,16 @@ def measure(which: str, images: int, width: int) -> dict:
     return json.loads(result.stdout.splitlines()[-1])
 
 
+def print_comparison(ours: dict, theirs: dict) -> None:
+    print(
+        f"ours takes 1/{theirs['bytes'] / ours['bytes']:.1f} of the memory, "
+        f"{theirs['seconds'] / ours['seconds']:.1f} x as fast"
+    )
+    for name, value in ours["recalls"].items():
+        difference = abs(value - theirs["recalls"][name])
+        print(f"  {name:26} {value:.6f}" + (f"  differs by {difference:.2g}" if difference > 1e-6 else "  the same"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=25_000)
@@ -84,17 +95,14 @@ def main() -> None:
         seconds = time.perf_counter() - started
         print(json.dumps({"seconds": seconds, "bytes": resident_bytes("VmHWM") - before, "recalls": recalls}))
         return
-    pair = {which: measure(which, arguments.peer_images, arguments.width) for which in ("clip_jax", "CLIP_benchmark")}
+    names = ["clip_jax"]
+    if has_peer("CLIP_benchmark", "torch torchvision open_clip clip_benchmark"):
+        names.append("CLIP_benchmark")
+    pair = {which: measure(which, arguments.peer_images, arguments.width) for which in names}
     for which, found in pair.items():
         print(f"{arguments.peer_images:,} images: {which:16} {found['seconds']:7.1f} s  {found['bytes'] / 1e9:6.2f} GB")
-    one, other = pair.values()
-    print(
-        f"ours takes 1/{other['bytes'] / one['bytes']:.1f} of the memory, "
-        f"{other['seconds'] / one['seconds']:.1f} x as fast"
-    )
-    for name, value in one["recalls"].items():
-        difference = abs(value - other["recalls"][name])
-        print(f"  {name:26} {value:.6f}" + (f"  differs by {difference:.2g}" if difference > 1e-6 else "  the same"))
+    if "CLIP_benchmark" in pair:
+        print_comparison(*pair.values())
     whole = measure("clip_jax", arguments.images, arguments.width)
     print(f"{arguments.images:,} images: {'clip_jax':16} {whole['seconds']:7.1f} s  {whole['bytes'] / 1e9:6.2f} GB")
 

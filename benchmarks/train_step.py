@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import jax
 
+from benchmarks.missing import has_peer
 from benchmarks.random_data import random_batch
 from clip_jax.config import load_config_file, model_preset, override
 from clip_jax.training.optimizer import make_optimizer
@@ -91,21 +92,21 @@ def main() -> int:
     config = load_config_file("configs/quickstart.py")
     for name, _, value in (item.partition("=") for item in arguments.overrides):
         override(config, name, value)
-    try:
+    makers = {"clip_jax": lambda: our_step(config)}
+    versions = f"jax {jax.__version__}"
+    if has_peer("open_clip", "torch torchvision open_clip"):
         importlib.import_module("benchmarks.peers")  # must come first
         import open_clip
         import torch
-    except ImportError:
-        print('open_clip is not installed: pip install -e ".[peers]"', file=sys.stderr)
-        return 2
 
-    makers = {
-        "clip_jax": lambda: our_step(config),
-        "open_clip eager": lambda: open_clip_step(config, compiled=False),
-        "open_clip compiled": lambda: open_clip_step(config, compiled=True),
-    }
+        makers["open_clip eager"] = lambda: open_clip_step(config, compiled=False)
+        makers["open_clip compiled"] = lambda: open_clip_step(config, compiled=True)
+        versions += f", torch {torch.__version__}, open_clip {open_clip.__version__}"
     implementations = {name: make() for name, make in makers.items() if arguments.only in (None, name)}
-    print(f"jax {jax.__version__}, torch {torch.__version__}, open_clip {open_clip.__version__}")
+    if not implementations:
+        print(f"--only={arguments.only} is none of {', '.join(makers)}", file=sys.stderr)
+        return 2
+    print(versions)
     vision = config.model.vision
     print(
         f"{vision.image_size} px, patch {vision.patch_size}, width {vision.width}, {vision.num_layers} layers, "
@@ -130,7 +131,7 @@ def main() -> int:
     for name in implementations:
         seconds, cpu_seconds = statistics.median(wall[name]), statistics.median(cpu[name])
         print(f"{name:20} {seconds:7.3f} s wall  {cpu_seconds:7.3f} s CPU  {images / seconds:6.0f} images/s")
-    if arguments.only:
+    if len(implementations) == 1:
         return 0
     for measure, values in (("wall", wall), ("CPU", cpu)):
         peers = {name: statistics.median(value) for name, value in values.items() if name != "clip_jax"}

@@ -142,7 +142,7 @@ def load_config_file(path: str) -> ml_collections.ConfigDict:
     packaged = pathlib.Path(__file__).parent / "configs"  # in an installed wheel
     if not packaged.is_dir():
         packaged = pathlib.Path(__file__).parent.parent / "configs"
-    file = pathlib.Path(path)
+    file = pathlib.Path(path).expanduser()
     if not file.is_file() and str(file.parent) in (".", "configs"):
         file = packaged / file.with_suffix(".py").name
     if not file.is_file():

@@ -32,12 +32,14 @@ class Parser(argparse.ArgumentParser):
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Raises ValueError if the flags do not go together; one line."""
     parser = Parser(prog="python -m clip_jax.evaluate", description="Scores a model on tasks.")
-    parser.add_argument("--model", help="a run, or weights of OpenAI, open_clip or Hugging Face")
+    parser.add_argument(
+        "--model", type=os.path.expanduser, help="a run, or weights of OpenAI, open_clip or Hugging Face"
+    )
     parser.add_argument("--tasks", default="", help="tasks, groups or files of tasks, separated by commas; see --list")
-    parser.add_argument("--output", type=epath.Path, help="a folder for results.json and report.html")
+    parser.add_argument("--output", type=_path, help="a folder for results.json and report.html")
     parser.add_argument("--data", default="~/data", help="the folder of data sets (%(default)s)")
     parser.add_argument("--list", action="store_true", help="print all tasks, which are missing and how to get them")
-    parser.add_argument("--compare", nargs="+", type=epath.Path, metavar="FOLDER", help="outputs to set side by side")
+    parser.add_argument("--compare", nargs="+", type=_path, metavar="FOLDER", help="outputs to set side by side")
     parser.add_argument("--synthetic-shift", action="store_true", help="blur, noise, JPEG and brightness as well")
     parser.add_argument(
         "--linear-probe", action="store_true", help="and logistic regression, where there is a train split"
@@ -67,6 +69,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 3
+
+
+def _path(text: str) -> epath.Path:
+    return epath.Path(text).expanduser()  # a shell leaves the ~ of --output=~/folder alone
 
 
 def _list(arguments: argparse.Namespace) -> int:

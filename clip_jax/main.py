@@ -36,7 +36,11 @@ def parse_arguments(argv: list[str]) -> tuple:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="a config file, such as configs/quickstart.py")
-    parser.add_argument("--workdir", help="the folder of the run; runs/NAME_OF_CONFIG if not given")
+    parser.add_argument(
+        "--workdir",
+        type=os.path.expanduser,  # a shell leaves the ~ of --workdir=~/run alone
+        help="the folder of the run; runs/NAME_OF_CONFIG if not given",
+    )
     parser.add_argument(
         "--distributed",
         action="store_true",

@@ -7,13 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 DEADLINE = 300  # seconds; whatever takes longer is killed
-# Many of these processes compile the same program, which is most of their time.
-COMPILED = tempfile.TemporaryDirectory(prefix="clip_jax-tests-")
 
 SMALL = [
     "--config=configs/quickstart.py",
@@ -40,9 +37,6 @@ def environment(devices: int = 1) -> dict[str, str]:
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
         "PYTHONUNBUFFERED": "1",
-        "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "PYTHONPATH": str(REPOSITORY),
     }
 

@@ -6,6 +6,8 @@ A folder of a step that a crash left half-written, or that a disk has damaged, i
 import contextlib
 import json
 import logging
+import os
+import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -37,7 +39,7 @@ class Checkpointer:
 
     def __init__(self, workdir: epath.Path, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(workdir / "checkpoints", options=options)
+        self._manager = ocp.CheckpointManager(absolute(workdir) / "checkpoints", options=options)
 
     def save(self, step: int, state: TrainState, position: int, data_fingerprint: str) -> None:
         """Starts a save; returns before it is on disk, but after the state may be donated.
@@ -117,6 +119,17 @@ class Checkpointer:
         self._manager.close()
 
 
+def absolute(folder: str | os.PathLike) -> epath.Path:
+    """The folder by its full path, ``~`` and symbolic links resolved; an address in a bucket is returned unchanged.
+
+    orbax returns no metadata for a relative path, without an error.
+    """
+    if "://" in os.fspath(folder):
+        return epath.Path(folder)
+    # Not epath's resolve(): it takes the ".." of link/.. for the folder that holds the link.
+    return epath.Path(pathlib.Path(folder).expanduser().resolve())
+
+
 def _saved_part(state: TrainState) -> dict:
     """Without ``batch_stats`` where the model has none: orbax would take their absence for another tree."""
     return {name: value for name, value in state._asdict().items() if name != "batch_stats" or value}
@@ -124,6 +137,7 @@ def _saved_part(state: TrainState) -> dict:
 
 def saved_fingerprint(workdir: epath.Path) -> str | None:
     """The fingerprint of the data that the newest readable checkpoint was trained on, or None without one."""
+    workdir = absolute(workdir)
     if not (workdir / "checkpoints").exists():
         return None
     with _read_only(workdir) as manager:
@@ -148,6 +162,7 @@ def restore_variables(workdir: epath.Path) -> dict:
       FileNotFoundError: the run has no checkpoint.
       CheckpointError: it has some, but none can be read.
     """
+    workdir = absolute(workdir)
     if not (workdir / "checkpoints").exists():
         raise FileNotFoundError(f"{workdir} has no checkpoint")
     with _read_only(workdir) as manager:
@@ -176,7 +191,7 @@ def _restore_as_numpy(state: epath.Path) -> dict:
 
 def save_variables(workdir: epath.Path, variables: dict) -> None:
     """Writes ``params`` and ``batch_stats`` alone, as step 0, where :func:`restore_variables` finds them."""
-    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+    with ocp.CheckpointManager(absolute(workdir) / "checkpoints") as manager:
         manager.save(0, args=ocp.args.Composite(state=ocp.args.StandardSave(variables)))
 
 

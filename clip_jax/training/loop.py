@@ -43,6 +43,7 @@ from clip_jax.models.clip import INITIAL_LOGIT_SCALE, SIGMOID_INITIAL_LOGIT_BIAS
 from clip_jax.training.checkpoint import (
     Checkpointer,
     CheckpointError,
+    absolute,
     read_config,
     saved_fingerprint,
     write_config,
@@ -156,7 +157,7 @@ def check_workdir(workdir: str) -> epath.Path:
     """Raises ValueError unless the folder is there, or can be made, and can be written to."""
     if not workdir or "://" in workdir:
         raise ValueError(f"--workdir={workdir} must be a folder on a disk that all hosts share; mount a bucket first")
-    folder = epath.Path(workdir).resolve()
+    folder = absolute(workdir)
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir():
         raise ValueError(f"--workdir={workdir}: {existing} is not a folder")

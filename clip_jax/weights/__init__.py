@@ -68,7 +68,7 @@ def read_weights(path: str | os.PathLike, activation: str | None = None) -> Weig
       FileNotFoundError: there is nothing, or nothing of ours in a folder.
       WeightsError: it is there, but damaged, unsafe, or not one of the models that are built here.
     """
-    source = pathlib.Path(path)
+    source = pathlib.Path(path).expanduser()
     if not source.exists():
         raise FileNotFoundError(f"{source}: there is no such file or folder")
     if not (source.is_file() or source.is_dir()):  # reading a pipe would block
@@ -196,7 +196,7 @@ def write_weights(weights: Weights, destination: str | os.PathLike, format: str)
       FileExistsError: there is something already.
       WeightsError: that program has no such model, or the name does not fit the format.
     """
-    target = pathlib.Path(destination)
+    target = pathlib.Path(destination).expanduser()
     single_file = format == "openai" or (format == "open_clip" and target.suffix == ".safetensors")
     if format not in FORMATS:
         raise WeightsError(f"{format!r} is not a format; the formats are {', '.join(FORMATS)}")
