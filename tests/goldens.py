@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from clip_jax.models.clip import CLIP, normalize_images
 from clip_jax.models.presets import CLIPPreset, ResNetPreset, TextTransformerPreset, VisionTransformerPreset
 from clip_jax.weights import Weights
-from clip_jax.weights.torch_file import read_torch_file
+from clip_jax.weights.tensor_files import read_tensors
 
 ARCHIVES = pathlib.Path(__file__).parent / "weights" / "golden"
 OPENAI_VIT = CLIPPreset(
@@ -52,7 +52,7 @@ class Golden(NamedTuple):
 
     def tensors(self) -> dict[str, np.ndarray]:
         """What the file holds, by the peer's names."""
-        return load_file(self.file) if self.file.suffix == ".safetensors" else read_torch_file(self.file)
+        return load_file(self.file) if self.file.suffix == ".safetensors" else read_tensors(self.file)[0]
 
 
 class Model(NamedTuple):

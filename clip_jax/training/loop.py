@@ -139,7 +139,7 @@ def read_initial_variables(config: ml_collections.ConfigDict) -> dict:
       FileNotFoundError, ValueError: there is no model, or one that differs in more than the image size.
     """
     try:
-        weights = read_weights(config.init_from, config.model.text.activation)
+        weights = read_weights(config.init_from, assumed_activation=config.model.text.activation)
         variables = at_image_size(weights.variables, weights.preset, model_preset(config))
     except (ValueError, OSError, CheckpointError) as error:
         raise ValueError(f"config.init_from={config.init_from}: {error}") from None

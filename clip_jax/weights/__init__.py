@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,8 @@ import numpy as np
 from clip_jax.models.presets import PRESETS, CLIPPreset, preset_from_dict
 from clip_jax.weights import huggingface, open_clip, openai
 from clip_jax.weights.mapping import Tensors, WeightsError, preset_from_shapes, to_variables
-from clip_jax.weights.torch_file import TorchFileError, read_torch_file
+from clip_jax.weights.tensor_files import SHARD_NAME, SUFFIXES, is_index, read_json, read_tensors
+from clip_jax.weights.torch_file import TorchFileError
 
 __all__ = ["FORMATS", "Weights", "WeightsError", "preset_name", "read_weights", "write_weights"]
 
@@ -58,15 +60,18 @@ def digest_of(variables: dict) -> str:
     return result.hexdigest()
 
 
-def read_weights(path: str | os.PathLike, activation: str | None = None) -> Weights:
+def read_weights(
+    path: str | os.PathLike, activation: str | None = None, assumed_activation: str = "quick_gelu"
+) -> Weights:
     """Reads a model from a file or folder of any known kind, recognised by what is in it.
 
-    A file without a config beside it does not tell its activation; it is then ``activation``, or OpenAI's
-    "quick_gelu" if that is None.
+    A file without a config in its folder does not tell its activation; it is then ``activation``, or
+    ``assumed_activation`` if that is None; OpenAI's is "quick_gelu".
 
     Raises:
       FileNotFoundError: there is nothing, or nothing of ours in a folder.
-      WeightsError: it is there, but damaged, unsafe, or not one of the models that are built here.
+      WeightsError: it is there, but damaged, unsafe, or not one of the models that are built here; or it tells another
+        activation than ``activation``.
     """
     source = pathlib.Path(path).expanduser()
     if not source.exists():
@@ -74,9 +79,9 @@ def read_weights(path: str | os.PathLike, activation: str | None = None) -> Weig
     if not (source.is_file() or source.is_dir()):  # reading a pipe would block
         raise WeightsError(f"{source}: a pipe or a device, not a file or folder of weights")
     try:
-        if source.is_dir():
-            return _read_folder(source)
-        return _read_file(source, activation)
+        weights = _read_folder(source) if source.is_dir() else _read_file(source, activation, assumed_activation)
+        _check_activation(weights.preset, activation)
+        return weights
     except (WeightsError, TorchFileError) as error:
         where = str(error).startswith(str(source))
         raise WeightsError(str(error) if where else f"{source}: {error}") from None
@@ -85,9 +90,19 @@ def read_weights(path: str | os.PathLike, activation: str | None = None) -> Weig
         raise WeightsError(f"{source}: its config or its tensors make no sense ({reason})") from error
 
 
+def _check_activation(preset: CLIPPreset, given: str | None) -> None:
+    for name, tower in (("image", preset.vision), ("text", preset.text)):
+        told = getattr(tower, "activation", given)  # a ResNet has none of the two
+        if given is not None and told != given:
+            raise WeightsError(
+                f"activation={given!r} contradicts the model's config, by which its {name} tower has {told!r}; leave "
+                "--activation away, or correct the config"
+            )
+
+
 def _read_folder(folder: pathlib.Path) -> Weights:
     config_file = folder / huggingface.CONFIG_FILE  # of a run as well
-    config = _read_json(config_file) if config_file.is_file() else {}
+    config = read_json(config_file) if config_file.is_file() else {}
     if (folder / "checkpoints").is_dir() and "model" in config:
         return _read_run(folder, config)
     for config_name, names in (
@@ -95,7 +110,7 @@ def _read_folder(folder: pathlib.Path) -> Weights:
         (huggingface.CONFIG_FILE, huggingface.WEIGHT_FILES),
     ):
         if (folder / config_name).is_file():
-            file = next((folder / name for name in names if (folder / name).is_file()), None)
+            file = _weight_file(folder, names)
             if file is not None:
                 return _read_configured(file, config_name)
             if not (config_name == open_clip.CONFIG_FILE and config_file.is_file()):
@@ -104,6 +119,22 @@ def _read_folder(folder: pathlib.Path) -> Weights:
         f"{folder} holds no model: neither a run (config.json and checkpoints/), nor {open_clip.CONFIG_FILE}, "
         f"nor Hugging Face's config.json"
     )
+
+
+def _weight_file(folder: pathlib.Path, names: Sequence[str]) -> pathlib.Path | None:
+    """The first of these files, or its index of shards; else the only other one of weights, such as a variant."""
+    usual = (folder / candidate for name in names for candidate in (name, f"{name}.index.json"))
+    if (file := next((file for file in usual if file.is_file()), None)) is not None:
+        return file
+    beginnings = {name.partition(".")[0] for name in names}
+    others = [
+        file
+        for file in sorted(folder.iterdir())
+        if file.name.partition(".")[0] in beginnings and (file.suffix in SUFFIXES or is_index(file))
+    ]
+    if len(others) > 1:
+        raise WeightsError(f"{folder} has several files of weights; name one: {', '.join(f.name for f in others)}")
+    return others[0] if others else None
 
 
 def _read_run(folder: pathlib.Path, config: dict) -> Weights:
@@ -115,18 +146,20 @@ def _read_run(folder: pathlib.Path, config: dict) -> Weights:
     return Weights(preset_from_dict(config["model"]), restore_variables(epath.Path(folder)), "clip_jax")
 
 
-def _read_file(file: pathlib.Path, activation: str | None) -> Weights:
-    if file.name in huggingface.WEIGHT_FILES and (file.parent / huggingface.CONFIG_FILE).is_file():
-        return _read_configured(file, huggingface.CONFIG_FILE)
-    if (file.parent / open_clip.CONFIG_FILE).is_file():
-        return _read_configured(file, open_clip.CONFIG_FILE)
-    tensors, metadata = _read_tensors(file)
+def _read_file(file: pathlib.Path, activation: str | None, assumed_activation: str) -> Weights:
+    if SHARD_NAME.fullmatch(file.name):
+        raise WeightsError("one shard of several; name the folder, or its index, such as model.safetensors.index.json")
+    tensors, metadata = read_tensors(file)
+    named_by_huggingface = "text_model.final_layer_norm.weight" in tensors
+    config_name = huggingface.CONFIG_FILE if named_by_huggingface else open_clip.CONFIG_FILE
+    if (file.parent / config_name).is_file():
+        return _with_config(file, config_name, tensors)
     if open_clip.CONFIG_FILE in metadata:
         preset = open_clip.read_config(json.loads(metadata[open_clip.CONFIG_FILE]))
         return Weights(preset, to_variables(tensors, open_clip.TABLE, preset), open_clip.TABLE.format)
     openai_names = open_clip.TABLE if "logit_bias" in tensors else openai.TABLE  # OpenAI's models have none
-    table = huggingface.TABLE if "text_model.final_layer_norm.weight" in tensors else openai_names
-    preset = preset_from_shapes(tensors, table, activation or "quick_gelu")
+    table = huggingface.TABLE if named_by_huggingface else openai_names
+    preset = preset_from_shapes(tensors, table, activation or assumed_activation)
     published = "input_resolution" in tensors  # OpenAI's archives alone have it
     note = ""
     if activation is None and not published:
@@ -138,52 +171,21 @@ def _read_file(file: pathlib.Path, activation: str | None) -> Weights:
 
 
 def _read_configured(file: pathlib.Path, config_name: str) -> Weights:
-    """Weights with a config beside them."""
-    config = _read_json(file.parent / config_name)
+    tensors, _ = read_tensors(file)
+    return _with_config(file, config_name, tensors)
+
+
+def _with_config(file: pathlib.Path, config_name: str, tensors: Tensors) -> Weights:
+    """The model of these tensors of a file, by the config in its folder."""
+    config = read_json(file.parent / config_name)
     if config_name == open_clip.CONFIG_FILE:
         table, preset = open_clip.TABLE, open_clip.read_config(config)
     else:
-        preprocessor = file.parent / "preprocessor_config.json"
-        table = huggingface.TABLE
-        preset = huggingface.read_config(config, _read_json(preprocessor) if preprocessor.is_file() else None)
-    tensors, _ = _read_tensors(file)
+        table, preset = huggingface.TABLE, huggingface.read_config(config)
+        for name in huggingface.PREPROCESSOR_FILES:
+            if (file.parent / name).is_file():
+                huggingface.check_preprocessing(name, read_json(file.parent / name), preset.vision.image_size)
     return Weights(preset, to_variables(tensors, table, preset), table.format)
-
-
-def _read_tensors(file: pathlib.Path) -> tuple[Tensors, dict[str, str]]:
-    """Tensors by name, and the metadata of a safetensors file."""
-    if file.suffix != ".safetensors":
-        return read_torch_file(file), {}
-    import ml_dtypes
-    import safetensors
-    from safetensors.numpy import load_file
-
-    try:
-        with safetensors.safe_open(file, framework="numpy") as opened:
-            metadata = opened.metadata() or {}
-        try:
-            return load_file(file), metadata
-        except KeyError:  # numpy alone has no bfloat16
-            views = safetensors.deserialize(file.read_bytes())
-            dtypes = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": ml_dtypes.bfloat16, "I64": "i8", "I32": "i4"}
-            other = sorted({view["dtype"] for _, view in views} - dtypes.keys())
-            if other:
-                raise WeightsError(f"it holds tensors of {', '.join(other)}, which is not read") from None
-            return {
-                name: np.frombuffer(view["data"], dtypes[view["dtype"]]).reshape(view["shape"]) for name, view in views
-            }, metadata
-    except safetensors.SafetensorError as error:
-        raise WeightsError(f"not a whole safetensors file ({error}); download or copy it again") from None
-
-
-def _read_json(file: pathlib.Path) -> dict:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{file} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise WeightsError(f"{file} is not a config: it holds a {type(content).__name__}")
-    return content
 
 
 def write_weights(weights: Weights, destination: str | os.PathLike, format: str) -> None:  # noqa: A002

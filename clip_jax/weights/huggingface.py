@@ -4,12 +4,13 @@ import json
 import pathlib
 import re
 
-import numpy as np
 from safetensors.numpy import save_file
 
 from clip_jax.data.tokenizer import END_OF_TEXT, START_OF_TEXT, published_vocabulary
 from clip_jax.models.clip import IMAGE_MEAN, IMAGE_STD
 from clip_jax.models.presets import ACTIVATIONS, CLIPPreset, TextTransformerPreset, VisionTransformerPreset
+from clip_jax.weights import huggingface_fields
+from clip_jax.weights.huggingface_fields import MODEL_FIELDS, TEXT_FIELDS, VISION_FIELDS, refuse_unknown, side_of
 from clip_jax.weights.mapping import (
     PATCHES,
     SCALAR,
@@ -25,6 +26,7 @@ from clip_jax.weights.mapping import (
 
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # the second one since transformers 5
 
 
 def _blocks(ours: str, theirs: str) -> tuple[Row, ...]:
@@ -84,8 +86,8 @@ _VISION_DEFAULTS = {
 }
 
 
-def read_config(config: dict, preprocessor: dict | None = None) -> CLIPPreset:
-    """The preset that ``config.json`` describes; ``preprocessor`` is ``preprocessor_config.json``, if there.
+def read_config(config: dict) -> CLIPPreset:
+    """The preset that ``config.json`` describes.
 
     Raises:
       WeightsError: it is another kind of model, or a CLIP with what isn't built here.
@@ -116,7 +118,12 @@ def read_config(config: dict, preprocessor: dict | None = None) -> CLIPPreset:
         raise WeightsError(f"{CONFIG_FILE}: text_config.eos_token_id={end_of_text} is not the highest id, as CLIP's is")
     if vision["num_channels"] != 3:
         raise WeightsError(f"{CONFIG_FILE}: vision_config.num_channels={vision['num_channels']} is not 3")
-    _check_preprocessing(preprocessor or {})
+    refuse_unknown(CONFIG_FILE, config, MODEL_FIELDS)
+    refuse_unknown(f"{CONFIG_FILE}: text_config", text, TEXT_FIELDS)
+    refuse_unknown(f"{CONFIG_FILE}: vision_config", vision, VISION_FIELDS)
+    image_size, patch_size = (
+        side_of(f"{CONFIG_FILE}: vision_config.{key}", vision[key]) for key in ("image_size", "patch_size")
+    )
 
     def transformer(part: dict) -> dict:
         return {
@@ -129,26 +136,20 @@ def read_config(config: dict, preprocessor: dict | None = None) -> CLIPPreset:
 
     return CLIPPreset(
         config.get("projection_dim", 512),
-        VisionTransformerPreset(vision["image_size"], vision["patch_size"], **transformer(vision)),
+        VisionTransformerPreset(image_size, patch_size, **transformer(vision)),
         TextTransformerPreset(
             context_length=text["max_position_embeddings"], vocab_size=text["vocab_size"], **transformer(text)
         ),
     )
 
 
-def _check_preprocessing(preprocessor: dict) -> None:
-    """Raises WeightsError if pictures would have to be prepared otherwise than CLIP's."""
-    for key, wanted in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD)):
-        given = preprocessor.get(key, wanted)
-        if not np.allclose(given, wanted, rtol=0, atol=1e-4):
-            raise WeightsError(f"preprocessor_config.json: {key}={given} is not CLIP's {list(wanted)}")
-    wanted = dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True) | {"resample": 3}
-    size = preprocessor.get("size", {})
-    squashed = isinstance(size, dict) and size and "shortest_edge" not in size
-    other = [f"{key}={preprocessor[key]}" for key, value in wanted.items() if preprocessor.get(key, value) != value]
-    if other or squashed:
-        what = ", ".join(other + ([f"size={size}"] if squashed else []))
-        raise WeightsError(f"preprocessor_config.json asks for other preprocessing than CLIP's: {what}")
+def check_preprocessing(file: str, content: dict, image_size: int) -> None:
+    """Checks one of :data:`PREPROCESSOR_FILES`.
+
+    Raises:
+      WeightsError: images would have to be prepared in another way than CLIP's.
+    """
+    huggingface_fields.check_preprocessing(file, content, image_size, IMAGE_MEAN, IMAGE_STD)
 
 
 def config_of(preset: CLIPPreset, dtype: str = "float32") -> dict:

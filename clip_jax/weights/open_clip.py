@@ -18,6 +18,7 @@ from clip_jax.models.presets import (
     VisionTransformerPreset,
 )
 from clip_jax.weights import openai
+from clip_jax.weights.huggingface_fields import side_of
 from clip_jax.weights.mapping import HEAD_WIDTH, SCALAR, WeightsError, row, to_tensors
 
 CONFIG_FILE = "open_clip_config.json"
@@ -31,7 +32,14 @@ _TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_r
 _MODEL_KEYS = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "init_logit_scale", "init_logit_bias"}
 # Named explicitly, some say what is so anyway.
 _DEFAULTS = {"pool_type": ("tok", "argmax"), "pos_embed_type": ("learnable",), "proj_type": ("linear",)}
-_PREPROCESSING = {"mean": IMAGE_MEAN, "std": IMAGE_STD, "interpolation": "bicubic", "resize_mode": "shortest"}
+# Of open_clip's PreprocessCfg; fill_color has an effect only where images are padded.
+_PREPROCESSING = {
+    "mean": list(IMAGE_MEAN),
+    "std": list(IMAGE_STD),
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+    "mode": "RGB",
+}
 
 
 def read_config(config: dict) -> CLIPPreset:
@@ -47,24 +55,15 @@ def read_config(config: dict) -> CLIPPreset:
         f"{prefix}{key}={value!r}"
         for prefix, part, known in parts
         for key, value in part.items()
-        if key not in known and value and value not in _DEFAULTS.get(key, ())
+        if key not in known and (value not in _DEFAULTS[key] if key in _DEFAULTS else value)
     ]
     if unknown:
         raise WeightsError(f"{CONFIG_FILE} describes a model that is not built here: {', '.join(unknown)}")
-    expected = {key: list(value) if isinstance(value, tuple) else value for key, value in _PREPROCESSING.items()}
-    preprocessing = {
-        f"{key}={value!r}"
-        for key, value in (config.get("preprocess_cfg") or {}).items()
-        if key in expected and value not in (expected[key], None)
-    }
-    if preprocessing:
-        raise WeightsError(
-            f"{CONFIG_FILE} asks for other preprocessing than CLIP's: {', '.join(sorted(preprocessing))}"
-        )
+    _check_preprocessing(config.get("preprocess_cfg") or {}, vision.get("image_size", 224))
     activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
     # What is left out has open_clip's defaults (CLIPVisionCfg and CLIPTextCfg in its model.py).
     width, head_width = vision.get("width", 768), vision.get("head_width", HEAD_WIDTH)
-    layers, image_size = vision.get("layers", 12), vision.get("image_size", 224)
+    layers, image_size = vision.get("layers", 12), side_of("vision_cfg.image_size", vision.get("image_size", 224))
     try:
         if isinstance(layers, list):
             heads = width * RESNET_REDUCTION // head_width
@@ -72,7 +71,13 @@ def read_config(config: dict) -> CLIPPreset:
         else:
             ratio = int(width * vision.get("mlp_ratio", 4.0)) / width
             vision_preset = VisionTransformerPreset(
-                image_size, vision.get("patch_size", 16), width, layers, width // head_width, activation, ratio
+                image_size,
+                side_of("vision_cfg.patch_size", vision.get("patch_size", 16)),
+                width,
+                layers,
+                width // head_width,
+                activation,
+                ratio,
             )
         width = text.get("width", 512)
         text_preset = TextTransformerPreset(
@@ -87,6 +92,23 @@ def read_config(config: dict) -> CLIPPreset:
         return CLIPPreset(model["embed_dim"], vision_preset, text_preset)
     except (KeyError, TypeError) as error:
         raise WeightsError(f"{CONFIG_FILE} is not a whole config: {type(error).__name__} {error}") from None
+
+
+def _check_preprocessing(preprocessing: dict, image_size: int | list) -> None:
+    wrong = []
+    for key, value in preprocessing.items():
+        if key == "size":
+            same = value is None or side_of("preprocess_cfg.size", value) == side_of(
+                "vision_cfg.image_size", image_size
+            )
+        elif key in _PREPROCESSING:
+            same = value is None or value == _PREPROCESSING[key]
+        else:
+            same = key == "fill_color" or not value
+        if not same:
+            wrong.append(f"{key}={value!r}")
+    if wrong:
+        raise WeightsError(f"{CONFIG_FILE} asks for other preprocessing than CLIP's: {', '.join(sorted(wrong))}")
 
 
 def config_of(preset: CLIPPreset, with_logit_bias: bool = False) -> dict:

@@ -31,7 +31,6 @@ STORAGE_DTYPES = {
     "torch.BoolStorage": np.dtype("?"),
 }
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 KNOWN_NAMES = re.compile(
     r"collections\.(OrderedDict|Counter)|torch\.(\w+Storage|Size|device|b?float\d+|u?int\d+|bool)"
     r"|torch\._utils\._rebuild_(tensor|tensor_v2|parameter|parameter_with_state)"
@@ -81,8 +80,8 @@ class _Module(dict):
 def read_torch_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The tensors of a state dict, of a training checkpoint that holds one, or of a TorchScript archive, by name.
 
-    Names are those of ``state_dict()``, without the prefixes that wrappers put before all of them. Dtypes and shapes
-    are those stored. The arrays may be read-only, and those that share a storage in the file share memory.
+    Names are those of ``state_dict()``. Dtypes and shapes are those stored. The arrays may be read-only, and those that
+    share a storage in the file share memory.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -231,8 +230,6 @@ def _choose(root: object) -> dict[str, _Tensor]:
     if not tensors:
         held = _shown(", ".join(root)) or "something else"
         raise TorchFileError(f"it holds {held} instead of a state dict; save the model's state_dict()")
-    while prefix := next((p for p in WRAPPER_PREFIXES if all(name.startswith(p) for name in tensors)), ""):
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
 
 

@@ -88,14 +88,31 @@ def test_a_config_without_weights(refused, goldens, tmp_path):
 
 @pytest.mark.parametrize(
     "other",
-    [{"resample": 2}, {"do_center_crop": False}, {"do_normalize": False}, {"size": {"height": 32, "width": 32}}],
+    [
+        {"resample": 2},
+        {"do_center_crop": False},
+        {"do_normalize": False},
+        {"do_rescale": False},
+        {"rescale_factor": 1 / 127.5},
+        {"image_mean": [0.5, 0.5, 0.5]},
+        {"image_std": [1, 1, 1]},
+        {"size": {"height": 24, "width": 24}},
+        {"size": {"longest_edge": 24}},
+        {"size": {"shortest_edge": 28}},
+        {"size": 28},
+        {"crop_size": {"height": 28, "width": 28}},
+        {"do_pad": True},
+        {"do_sharpen": True},
+    ],
 )
-def test_a_hugging_face_folder_that_prepares_pictures_otherwise(refused, goldens, tmp_path, other):
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+def test_a_hugging_face_folder_that_prepares_pictures_otherwise(refused, goldens, tmp_path, other, file):
     folder = tmp_path / "other"
     shutil.copytree(goldens[HUGGING_FACE].path, folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(other))
+    nested = file == "processor_config.json"
+    (folder / file).write_text(json.dumps({"image_processor": other} if nested else other))
     line = refused(folder)
-    assert "preprocessing" in line and next(iter(other)) in line
+    assert file in line and next(iter(other)) in line
 
 
 @pytest.mark.parametrize("name", ["openai_vit/archive", "openai_resnet/float16", OPEN_CLIP])
@@ -152,7 +169,10 @@ def test_a_pickle_that_would_run_something_is_refused_and_does_not_run(refused, 
         (lambda c: c.update(projection_dim=16), ["visual_projection.weight 32x48", "text_projection.weight 32x32"]),
         (lambda c: c["vision_config"].update(num_hidden_layers=3), ["missing: vision_model.encoder.layers.2."]),
         (lambda c: c["text_config"].update(num_hidden_layers=1), ["not part", "text_model.encoder.layers.1.", "more"]),
-        (lambda c: c["vision_config"].update(image_size=32), ["vision_model.embeddings.position_embedding.weight"]),
+        (lambda c: c["vision_config"].update(image_size=32), ["preprocessor_config.json", "size", "the model's 32"]),
+        (lambda c: c["vision_config"].update(use_window=True), ["vision_config", "use_window=True", "not known"]),
+        (lambda c: c["text_config"].update(rope_theta=1e4), ["text_config", "rope_theta=10000.0"]),
+        (lambda c: c.update(quantization_config={"bits": 4}), ["quantization_config"]),
     ],
 )
 def test_a_config_of_hugging_face_for_something_else(refused, changed, change, words):
@@ -172,6 +192,11 @@ def test_other_preprocessing_than_clips(refused, changed):
         changed(OPEN_CLIP, "open_clip_config.json", lambda c: c["preprocess_cfg"].update(resize_mode="squash"))
     )
     assert "resize_mode='squash'" in squash
+    for key, value in (("size", 28), ("mode", "L"), ("interpolation", "bilinear"), ("sharpen", 1)):
+        line = refused(
+            changed(OPEN_CLIP, "open_clip_config.json", lambda c: c["preprocess_cfg"].update({key: value}))  # noqa: B023
+        )
+        assert f"{key}={value!r}" in line
 
 
 @pytest.mark.parametrize(
@@ -180,6 +205,7 @@ def test_other_preprocessing_than_clips(refused, changed):
         ("text_cfg", "hf_model_name", "roberta-base"),
         ("text_cfg", "pool_type", "last"),
         ("text_cfg", "no_causal_mask", True),
+        ("text_cfg", "proj_type", None),
         ("vision_cfg", "timm_model_name", "convnext_base"),
         ("vision_cfg", "pool_type", "avg"),
         ("vision_cfg", "no_ln_pre", True),

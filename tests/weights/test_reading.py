@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 
+import ml_dtypes
 import numpy as np
 import pytest
 from goldens import MODELS, assert_like_the_peer, compute, flat
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import clip_jax
 from clip_jax.models.presets import PRESETS
-from clip_jax.weights import read_weights, write_weights
+from clip_jax.weights import WeightsError, read_weights, write_weights
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -100,9 +101,12 @@ def test_the_activation_of_a_bare_file_is_what_one_says(goldens):
     assert np.abs(other["text_embeddings"] - expected["text_embeddings"]).max() > 1e-3
 
 
-def test_an_activation_given_for_weights_that_tell_theirs_changes_nothing(goldens):
-    for name in ("huggingface/gelu", "open_clip_vit/gelu"):
-        assert read_weights(goldens[name].path, "quick_gelu").preset == MODELS[name].preset
+@pytest.mark.parametrize("name", ["huggingface/gelu", "open_clip_vit/gelu"])
+def test_an_activation_that_contradicts_the_config_is_refused(goldens, name):
+    for path in (goldens[name].path, goldens[name].file):
+        assert read_weights(path, "gelu").preset == MODELS[name].preset
+        with pytest.raises(WeightsError, match=r"activation='quick_gelu' contradicts the model's config.* 'gelu'"):
+            read_weights(path, "quick_gelu")
 
 
 def test_loading_a_bare_file_warns_of_its_activation_once(goldens, caplog):
@@ -225,3 +229,98 @@ def test_position_ids_of_old_files_are_passed_over(goldens, tmp_path):
     ids = {f"{tower}_model.embeddings.position_ids": np.arange(8)[None] for tower in ("text", "vision")}
     save_file(load_file(golden.file) | ids, tmp_path / "old/model.safetensors")
     assert read_weights(tmp_path / "old").preset == MODELS["huggingface/gelu"].preset
+
+
+def sharded(golden, folder, name="model.safetensors", shards=2):
+    """Copies a golden folder of Hugging Face with its tensors in shards, and returns the index."""
+    shutil.copytree(golden.path, folder)
+    tensors = load_file(golden.file)
+    (folder / golden.file.name).unlink()
+    index = {}
+    for number in range(shards):
+        shard = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        part = dict(list(tensors.items())[number::shards])
+        save_file(part, folder / shard)
+        index |= dict.fromkeys(part, shard)
+    (folder / f"{name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return folder / f"{name}.index.json"
+
+
+def test_shards_are_read_by_their_index(goldens, tmp_path):
+    golden = goldens["huggingface/gelu"]
+    index = sharded(golden, tmp_path / "model")
+    whole = flat(read_weights(golden.path).variables)
+    for path in (index, index.parent):
+        weights = read_weights(path)
+        assert weights.preset == MODELS["huggingface/gelu"].preset
+        assert all(np.array_equal(leaf, whole[name]) for name, leaf in flat(weights.variables).items())
+
+
+def test_damaged_shards_are_refused_by_name(goldens, tmp_path):
+    index = sharded(goldens["huggingface/gelu"], tmp_path / "model")
+    first, second = sorted(index.parent.glob("model-*"))
+    second.unlink()
+    with pytest.raises(WeightsError, match=second.name):
+        read_weights(index)
+    shutil.copy(first, second)
+    with pytest.raises(WeightsError, match="differ in"):
+        read_weights(index.parent)
+    for content, words in (("{}", "weight_map"), ('{"weight_map": {"a": "../a.safetensors"}}', "'../a.safetensors'")):
+        index.write_text(content)
+        with pytest.raises(WeightsError, match=words):
+            read_weights(index)
+
+
+def test_one_shard_alone_is_refused(goldens, tmp_path):
+    sharded(goldens["huggingface/gelu"], tmp_path / "model")
+    with pytest.raises(WeightsError, match="one shard of several"):
+        read_weights(tmp_path / "model/model-00001-of-00002.safetensors")
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model.", "clip.", "module._orig_mod.", "model.clip."])
+@pytest.mark.parametrize("name", ["huggingface/gelu", "open_clip_vit/gelu"])
+def test_the_prefixes_of_wrappers_are_removed(goldens, tmp_path, name, prefix):
+    golden = goldens[name]
+    shutil.copytree(golden.path, tmp_path / "model")
+    tensors = {prefix + key: tensor for key, tensor in load_file(golden.file).items()}
+    save_file(tensors, tmp_path / "model" / golden.file.name)
+    found = flat(read_weights(tmp_path / "model").variables)
+    assert all(np.array_equal(leaf, found[key]) for key, leaf in flat(read_weights(golden.path).variables).items())
+
+
+def test_a_variant_is_read_with_the_config_in_its_folder(goldens, tmp_path):
+    golden = goldens["huggingface/gelu"]
+    shutil.copytree(golden.path, tmp_path / "model")
+    golden_file = tmp_path / "model" / golden.file.name
+    variant = golden_file.rename(tmp_path / "model/model.fp16.safetensors")
+    for path in (variant, variant.parent):
+        assert read_weights(path).preset == MODELS["huggingface/gelu"].preset
+    shutil.copy(variant, tmp_path / "model/model.fp32.safetensors")
+    with pytest.raises(WeightsError, match=r"name one: model.fp16.safetensors, model.fp32.safetensors"):
+        read_weights(tmp_path / "model")
+
+
+def test_sizes_may_be_given_for_both_sides(goldens, tmp_path):
+    for name, part, file in (
+        ("huggingface/gelu", ("vision_config",), "config.json"),
+        ("open_clip_vit/gelu", ("model_cfg", "vision_cfg"), "open_clip_config.json"),
+    ):
+        folder = tmp_path / name
+        shutil.copytree(goldens[name].path, folder)
+        config = json.loads((folder / file).read_text())
+        vision = config
+        for key in part:
+            vision = vision[key]
+        vision.update({key: [vision[key]] * 2 for key in ("image_size", "patch_size")})
+        (folder / file).write_text(json.dumps(config))
+        assert read_weights(folder).preset == MODELS[name].preset
+        vision["image_size"][0] += 1
+        (folder / file).write_text(json.dumps(config))
+        with pytest.raises(WeightsError, match=r"image_size=.* is not square"):
+            read_weights(folder)
+
+
+def test_float8_is_refused_by_its_name(tmp_path):
+    save_file({"a": np.zeros(2, ml_dtypes.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"F8_E4M3.*save the model in float32"):
+        read_weights(tmp_path / "model.safetensors")

@@ -45,7 +45,7 @@ def test_a_model_written_in_its_own_format_has_every_tensor_of_the_peers_file(go
     weights = read_weights(goldens[name].path)
     path = write(weights, tmp_path, OWN_FORMATS[weights.format])
     assert_same_tensors(tensors_in(path), own_tensors(goldens[name]))
-    assert_same_weights(read_weights(path, "quick_gelu"), weights)
+    assert_same_weights(read_weights(path, "quick_gelu" if path.suffix == ".pt" else None), weights)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -13,6 +13,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from clip_jax.weights import WeightsError
+from clip_jax.weights.tensor_files import read_tensors
 from clip_jax.weights.torch_file import TorchFileError, read_torch_file, write_torch_file
 
 DTYPES = ("float16", "float32", "float64", "int64", "int32", "int16", "int8", "uint8", "bool", ml_dtypes.bfloat16)
@@ -150,16 +152,27 @@ OTHER_THINGS = {
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
-def test_the_state_dict_of_a_training_checkpoint_is_found_and_its_prefix_dropped(file, key, prefix):
+def test_the_state_dict_of_a_training_checkpoint_is_found(file, key):
     parameter = Call("torch._utils _rebuild_parameter", (tensor(), True, Call("collections OrderedDict", ())))
-    state = {f"{prefix}a.weight": parameter, f"{prefix}b": tensor(), f"{prefix}_extra_state": None}
+    state = {"a.weight": parameter, "b": tensor(), "_extra_state": None}
     expected = {"a.weight": NUMBERS.reshape(2, 3), "b": NUMBERS.reshape(2, 3)}
     assert_same(read_torch_file(saved(file, {**OTHER_THINGS, key: state})), expected)
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model.clip."])
+def test_the_prefixes_of_wrappers_that_all_names_share_are_removed(file, prefix):
+    path = saved(file, {f"{prefix}a": tensor(), f"{prefix}b": tensor()})
+    assert list(read_tensors(path)[0]) == ["a", "b"]
+
+
 def test_a_prefix_that_only_some_names_have_stays(file):
-    assert list(read_torch_file(saved(file, {"module.a": tensor(), "b": tensor()}))) == ["module.a", "b"]
+    assert list(read_tensors(saved(file, {"module.a": tensor(), "b": tensor()}))[0]) == ["module.a", "b"]
+
+
+def test_a_compiled_part_is_read_by_its_own_names_unless_both_are_there(file):
+    assert list(read_tensors(saved(file, {"a._orig_mod.b": tensor()}))[0]) == ["a.b"]
+    with pytest.raises(WeightsError, match="with and without"):
+        read_tensors(saved(file, {"a._orig_mod.b": tensor(), "a.b": tensor()}))
 
 
 def test_other_tensors_of_a_checkpoint_are_not_even_read(file):
