@@ -1,7 +1,7 @@
 """Runs clip_jax.main as a pod of several processes on this machine, each with its own CPU devices.
 
     python launch/local_pod.py --processes=2 --devices=2 -- \
-        --config=configs/quickstart.py --config.steps=20 --workdir=runs/pod
+        --config=configs/quickstart.py --config.steps=10 --workdir=runs/pod
 
 To try what several hosts would do, without them. The first process's output is shown as it is, the others' behind
 their number. If one ends by itself the others get time to notice and to leave; Ctrl-C and SIGTERM are passed on to all.

@@ -70,7 +70,7 @@ BLOCKS = (
         writes=("runs/b32/checkpoints/2",),
         removes=("runs/b32",),
     ),
-    Run("docs/training.md", "python launch/local_pod.py", writes=("runs/pod/checkpoints/20",)),
+    Run("docs/training.md", "python launch/local_pod.py", writes=("runs/pod/checkpoints/10",)),
     Run(
         "docs/weights.md",
         "python -m clip_jax.convert",
