@@ -67,13 +67,18 @@ def value_and_gradients_before(context_length: int):
     return value_and_gradients(*started(context_length), *inputs(context_length))
 
 
+def assert_close(result: jax.Array, expected: jax.Array):
+    # Float32 rounding follows an array's largest values, up to 77 in these gradients; processors round differently.
+    np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5 * max(1, np.abs(expected).max()))
+
+
 @pytest.mark.parametrize(("context_length", "remat"), [(8, "none"), (7, "none"), *((7, r) for r in REMAT_POLICIES)])
 def test_fused_attention_changes_neither_function_nor_gradients(without_cudnn, context_length, remat):
     model, params = started(context_length)
     fused = dataclasses.replace(model, fused_attention=True, remat=remat, scan_unroll=99 if remat == "lite" else 1)
     expected = value_and_gradients_before(context_length)
     result = value_and_gradients(fused, params, *inputs(context_length))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), result, expected)
+    jax.tree.map(assert_close, result, expected)
     assert all(np.abs(gradient).max() > 0 for gradient in jax.tree.leaves(expected[1]))
 
 
@@ -116,7 +121,7 @@ def test_what_cudnn_leaves_in_the_gradients_of_padding_reaches_no_parameter(with
     model, params = started(7)
     fused = dataclasses.replace(model, fused_attention=True)
     result, expected = value_and_gradients(fused, params, *inputs(7)), value_and_gradients_before(7)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), result, expected)
+    jax.tree.map(assert_close, result, expected)
 
 
 @pytest.mark.parametrize("length", [5, 6])

@@ -109,7 +109,7 @@ def test_a_training_checkpoint(file, small, key):
         "shape": torch.zeros(2, 3).size(),
     }
     torch.save(checkpoint, file)
-    assert_same(read_torch_file(file), small.state_dict())
+    assert_same(read_torch_file(file), model.state_dict())
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
