@@ -7,6 +7,8 @@ import tarfile
 
 from PIL import Image
 
+from clip_jax.data.sources import PairError
+
 
 def picture(number: int, size: int = 8, kind: str = "PNG") -> bytes:
     """A picture of one colour that tells its number below 65,536."""
@@ -41,3 +43,14 @@ def write_shards(folder: pathlib.Path, shards: int, pairs: int) -> str:
     for shard in range(shards):
         write_tar(folder / f"{shard:05d}.tar", pair_members(range(shard * pairs, (shard + 1) * pairs)))
     return f"wds:{folder}/{{00000..{shards - 1:05d}}}.tar"
+
+
+def captions_or_reasons(source) -> list[list[str] | str]:
+    """Of each record its captions, or the reason why it is none."""
+    found = []
+    for index in range(len(source)):
+        try:
+            found.append(list(source[index].captions))
+        except PairError as error:
+            found.append(error.reason if "\n" not in str(error) else f"more than a line: {error}")
+    return found

@@ -19,6 +19,7 @@ from clip_jax.data.sources.base import ShardError
 PIECE = 1 << 23  # bytes of one request, so that the time limit is one of silence and not of size
 FIRST_PAUSE = 0.25  # seconds before a request is repeated; each further pause is twice as long
 MOST_SILENT = 5  # requests in a row, each with its retries
+DENIED = (401, 403)  # statuses of HTTP
 NO_CREDENTIALS = {
     "NoCredentialsError",
     "PartialCredentialsError",
@@ -111,8 +112,9 @@ def ask(path: str, method: str, *arguments, **options):
             _silent.pop(protocol, None)
             return answer
         except FileNotFoundError as error:
-            if isinstance(error.__cause__, OSError):  # fsspec says so of a web server that cannot be reached, too
-                raise _explained(path, error.__cause__) from None
+            cause = error.__cause__  # fsspec says so of a web server that cannot be reached or refuses, too
+            if isinstance(cause, OSError) or _status(cause) not in (None, 404):
+                raise _explained(path, cause) from None
             raise FileNotFoundError(f"no file {path}; are bucket and path right?") from None
         except Exception as error:  # each kind of bucket raises its own
             if attempt == _access.retries or _is_final(error):
@@ -134,7 +136,12 @@ def _count_silence(path: str, protocol: str, error: Exception) -> None:
 def _is_final(error: Exception) -> bool:
     """Whether asking again would give the same answer."""
     final = isinstance(error, PermissionError | IsADirectoryError | ValueError | TypeError | NotImplementedError)
-    return final or type(error).__name__ in NO_CREDENTIALS or getattr(error, "code", None) in (400, 401, 403)
+    return final or type(error).__name__ in NO_CREDENTIALS or _status(error) in (400, *DENIED)
+
+
+def _status(error: Exception | None) -> int | None:
+    """The status of HTTP that an error of gcsfs or aiohttp has."""
+    return getattr(error, "code", None) or getattr(error, "status", None)
 
 
 def _explained(path: str, error: Exception) -> BucketError:
@@ -142,7 +149,7 @@ def _explained(path: str, error: Exception) -> BucketError:
     how = HOW_TO_LOG_IN.get(path.partition("://")[0], "see fsspec's documentation of this protocol")
     if type(error).__name__ in NO_CREDENTIALS:
         return BucketError(f"{path}: no credentials ({reason}): {how}")
-    if isinstance(error, PermissionError) or getattr(error, "code", None) in (401, 403):
+    if isinstance(error, PermissionError) or _status(error) in DENIED:
         return BucketError(f"{path}: access denied ({reason}); check the credentials and the bucket's permissions")
     if isinstance(error, FSTimeoutError | TimeoutError):
         tries = _access.retries + 1

@@ -1,11 +1,12 @@
-"""JSON lines, Parquet, TensorFlow Datasets and buckets give the pairs that were put into them."""
+"""JSON lines, Parquet and TensorFlow Datasets give the pairs that were put into them."""
 
-import contextlib
 import json
 import pickle
 
+import msgpack
 import pytest
-from shards import pair_members, picture, write_shards, write_tar
+from array_record.python.array_record_module import ArrayRecordWriter
+from shards import captions_or_reasons, picture
 
 from clip_jax.data.sources import PairError, ShardError, open_source
 
@@ -132,6 +133,79 @@ def test_a_parquet_file_that_is_none_or_lacks_a_column_is_refused(parquet_file, 
         open_source(f"parquet:{tmp_path}/b.parquet")
 
 
+CLASSES = {"names": ["cat", "dog"], "_type": "ClassLabel"}
+
+
+def write_parquet(file, columns: dict, features: dict | None = None):
+    """A file as Hugging Face's datasets write it: with the features in the schema's metadata."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table({"image": [{"bytes": picture(n), "path": None} for n in range(4)]} | columns)
+    if features:
+        told = json.dumps({"info": {"features": features}}).encode()
+        table = table.replace_schema_metadata({b"huggingface": told})
+    parquet.write_table(table, file)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("caption=&label=one", [["cat"], ["dog"], "empty_caption", "damaged_record"]),
+        ("caption=one", [["cat"], ["dog"], "empty_caption", "damaged_record"]),
+        ("caption=several", [["cat", "dog"], ["dog"], "empty_caption", "empty_caption"]),
+        ("caption=older", [["cat", "dog"], ["dog"], "empty_caption", "empty_caption"]),
+        ("caption=deep.one", [["cat"], ["dog", "cat"], "empty_caption", "empty_caption"]),
+        ("caption=plain", ["damaged_record"] * 4),
+        ("caption=&label=plain", [["0"], ["1"], ["0"], ["1"]]),
+    ],
+)
+def test_numbers_of_hugging_faces_classes_become_their_names(tmp_path, options, expected):
+    several = [[0, 1], [1], [], None]
+    columns = {"one": [0, 1, -1, 7], "several": several, "older": several, "plain": [0, 1, 0, 1]}
+    columns["deep"] = [{"one": [0]}, {"one": [1, 0]}, {"one": [-1]}, None]
+    features = {"one": CLASSES, "several": {"feature": CLASSES, "_type": "Sequence"}, "older": [CLASSES]}
+    features["deep"] = {"feature": {"one": CLASSES}, "_type": "Sequence"}
+    write_parquet(tmp_path / "a.parquet", columns, features)
+    source = open_source(f"parquet:{tmp_path}/a.parquet?{options}")
+    assert captions_or_reasons(pickle.loads(pickle.dumps(source))) == expected
+    if "label" in options:
+        assert source[1].label == expected[1][0]
+    assert source.notes()[0].startswith("not used: columns ")
+
+
+def test_files_that_name_classes_differently_are_refused(tmp_path):
+    write_parquet(tmp_path / "a.parquet", {"one": [0, 1, 0, 1]}, {"one": CLASSES})
+    write_parquet(tmp_path / "b.parquet", {"one": [0, 1, 0, 1]})
+    with pytest.raises(ValueError, match=r"b\.parquet and .*a\.parquet name the classes of one differently"):
+        open_source(f"parquet:{tmp_path}/*.parquet?caption=one")
+
+
+def test_gaps_of_parquet_are_bad_samples_and_unread_columns_are_named(tmp_path):
+    image = [None, {"bytes": None, "path": "a.png"}, {"bytes": picture(1), "path": None}, {"bytes": b"", "path": "b"}]
+    columns = {"image": image, "caption": ["a", "b", None, "d"], "texts": [["a"], ["b"], ["c", None], [None]]}
+    columns |= {"caption.en": ["x"] * 4, "width": [1] * 4}
+    write_parquet(tmp_path / "a.parquet", columns)
+    source = open_source(f"parquet:{tmp_path}/a.parquet")
+    assert captions_or_reasons(source) == ["no_picture", "no_picture", "empty_caption", ["d"]]
+    assert source.notes() == ["not used: columns texts, caption.en, width"]
+    with pytest.raises(PairError, match=r"no picture's bytes in image, only the path a\.png"):
+        source[1]
+    source = open_source(f"parquet:{tmp_path}/a.parquet?caption=texts,caption.en&image=image")
+    assert captions_or_reasons(source)[2:] == [["c", "x"], ["x"]]
+    assert "caption.en is the column of that name, not the entry en of caption" in source.notes()
+
+
+def test_fields_of_array_records_that_are_not_read_are_named(tmp_path):
+    writer = ArrayRecordWriter(str(tmp_path / "pairs"), "group_size:1")
+    for record in ({"image": b"x", "captions": ["a"], "url": "u", "json": '{"alt": "b"}'}, [1], {"captions": ["a"]}):
+        writer.write(msgpack.packb(record))
+    writer.close()
+    source = open_source(f"array_record:{tmp_path}/pairs?caption=json.alt,captions")
+    assert captions_or_reasons(source) == [["b", "a"], "damaged_record", "no_picture"]
+    assert source.notes() == ["not used: fields url (1 of 3 records)"]
+
+
 @pytest.fixture(scope="module")
 def tfds_folder(tmp_path_factory):
     tfds = pytest.importorskip("tensorflow_datasets")
@@ -170,6 +244,10 @@ def test_tensorflow_datasets_are_read_without_tensorflow(tfds_folder):
     assert {(pair.captions[0], pair.label) for pair in (source[index] for index in range(6))} == {
         (f"number {number}", ("even", "odd")[number % 2]) for number in range(6)
     }
+    assert source.notes() == []
+    named = open_source(f"tfds:tiny_pairs/train?caption=label&data_dir={tfds_folder}")
+    assert {pair[1] for pair in pairs(named)} == {("even",), ("odd",)}
+    assert named.notes() == ["not used: features captions"]
     assert "tensorflow" not in sys.modules
 
 
@@ -188,64 +266,3 @@ def test_a_mistake_about_tensorflow_datasets_is_one_line(tfds_folder, where, exp
         open_source(f"tfds:{where}{mark}data_dir={tfds_folder}" if "/" in where else f"tfds:{where}")
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    """An S3 server on localhost with one bucket, and fsspec set up for it."""
-    moto_server = pytest.importorskip("moto.server")
-    s3fs = pytest.importorskip("s3fs")
-    import os
-
-    import fsspec
-
-    server = moto_server.ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    variables = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ |= variables
-    s3fs.S3FileSystem.clear_instance_cache()
-    filesystem = fsspec.filesystem("s3")
-    filesystem.mkdir("bucket")
-    yield filesystem
-    for name, value in before.items():
-        os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
-    with contextlib.suppress(Exception):
-        s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
-
-
-def test_shards_in_a_bucket_are_read_by_ranges(tmp_path, bucket):
-    local = open_source(write_shards(tmp_path, shards=2, pairs=5))
-    for shard in range(2):
-        bucket.put(f"{tmp_path}/0000{shard}.tar", f"bucket/shards/0000{shard}.tar")
-    for name in ("{00000..00001}", "*"):
-        source = open_source(f"wds:s3://bucket/shards/{name}.tar")
-        assert pairs(source) == pairs(local)
-        assert source.fingerprint() == local.fingerprint()
-    bucket.rm("bucket/shards/00001.tar")
-    with pytest.raises(ShardError, match=r"s3://bucket/shards/00001\.tar is gone"):
-        source[7]
-    with pytest.raises(FileNotFoundError):
-        open_source("wds:s3://bucket/shards/{00000..00001}.tar")
-
-
-def test_a_shard_in_a_bucket_that_is_written_anew_is_indexed_anew(tmp_path, bucket):
-    for numbers in (range(3), range(5, 7)):
-        write_tar(tmp_path / "a.tar", pair_members(numbers))
-        bucket.put(f"{tmp_path}/a.tar", "bucket/a.tar")
-        bucket.invalidate_cache()
-        source = open_source("wds:s3://bucket/a.tar")
-        assert pairs(source) == [(picture(number), (f"number {number}",)) for number in numbers]
-
-
-def test_a_table_in_a_bucket_names_pictures_beside_it(bucket):
-    bucket.pipe("bucket/table/pairs.csv", b"image,caption\nfolder/a.png,words\n")
-    bucket.pipe("bucket/table/folder/a.png", picture(3))
-    assert pairs(open_source("csv:s3://bucket/table/pairs.csv")) == [(picture(3), ("words",))]
-
-
-def test_an_address_that_nothing_installed_can_read_says_so():
-    with pytest.raises(ValueError, match=r"nonsense:// cannot be read: .*"):
-        open_source("wds:nonsense://bucket/a.tar")

@@ -104,8 +104,19 @@ NAMES = st.text("aB.-/_", min_size=1, max_size=12) | st.sampled_from(["a.jpg", "
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(NAMES, min_size=1, max_size=12), st.sampled_from(KINDS))
-def test_all_headers_at_once_give_what_one_after_the_other_does(names, kind):
+@given(st.lists(NAMES, min_size=1, max_size=12), st.sampled_from(KINDS), st.integers(0, 12), st.integers(0, 3))
+def test_all_headers_at_once_give_what_one_after_the_other_does(names, kind, first, blocks):
+    """Also where the file is two archives, the first with so many names, and so many blocks of zeros between."""
+    whole = b"".join((archive(names[:first], kind), bytes(512 * blocks), archive(names[first:], kind)))
+    data = np.frombuffer(whole, np.uint8)
+    members, contents, damage = members_by_tarfile(data)
+    assert damage.text == ""
+    found = index_shard(data)
+    assert found.records.tolist() == list(tar_index._records(members, len(data), contents))
+    assert found.contents == contents
+
+
+def archive(names: list[str], kind: int) -> bytes:
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=kind) as tar:
         for number, name in enumerate(names):
@@ -113,12 +124,7 @@ def test_all_headers_at_once_give_what_one_after_the_other_does(names, kind):
             entry.size = 300 * number
             with contextlib.suppress(ValueError):  # a name of slashes alone
                 tar.addfile(entry, io.BytesIO(bytes(300 * number)))
-    data = np.frombuffer(stream.getvalue(), np.uint8)
-    members, contents, damage = members_by_tarfile(data)
-    assert damage.text == ""
-    found = index_shard(data)
-    assert found.records.tolist() == list(tar_index._records(members, len(data), contents))
-    assert found.contents == contents
+    return stream.getvalue()
 
 
 def test_a_field_that_comes_twice_begins_a_duplicate(tmp_path):

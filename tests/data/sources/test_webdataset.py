@@ -1,13 +1,16 @@
 """Shards are read in place, in any order, and what changes on the disk is noticed."""
 
+import gzip
+import io
 import json
 import os
 import pickle
 import subprocess
 import sys
+import tarfile
 
 import pytest
-from shards import pair_members, picture, write_shards, write_tar
+from shards import captions_or_reasons, pair_members, picture, write_shards, write_tar
 
 from clip_jax.data.sources import PairError, ShardError, open_source
 
@@ -124,17 +127,7 @@ def test_a_truncated_shard_keeps_its_whole_records(tmp_path):
     name = write_shards(tmp_path, shards=1, pairs=4)
     data = (tmp_path / "00000.tar").read_bytes()
     (tmp_path / "00000.tar").write_bytes(data[: data.index(b"told 2")])
-    assert captions_or_reasons(open_source(name)) == ["number 0", "number 1", "truncated_file"]
-
-
-def captions_or_reasons(source) -> list[str]:
-    found = []
-    for index in range(len(source)):
-        try:
-            found.append(source[index].captions[0])
-        except PairError as error:
-            found.append(error.reason)
-    return found
+    assert captions_or_reasons(open_source(name)) == [["number 0"], ["number 1"], "truncated_file"]
 
 
 def test_json_that_is_none_is_a_bad_record(tmp_path):
@@ -168,3 +161,81 @@ def test_a_mistake_is_one_clear_line(tmp_path, where, expected):
         open_source("wds:" + where.replace("{tmp}", str(tmp_path)))
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def tar_bytes(tmp_path, members) -> bytes:
+    write_tar(tmp_path / "part.tar", members)
+    return (tmp_path / "part.tar").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [
+        (b"", []),
+        (bytes(512 * 50), []),
+        (b"next", [["number 8"], ["number 9"]]),
+        (bytes(512 * 50) + b"next", [["number 8"], ["number 9"]]),
+        (b"next" + b"next", [["number 8"], ["number 9"], "duplicate_key", "duplicate_key"]),
+        (b"junk" * 500, ["truncated_file"]),
+        (b"junk", ["truncated_file"]),
+        (b"next" + b"junk" * 128, [["number 8"], ["number 9"], "truncated_file"]),
+    ],
+)
+def test_what_follows_the_end_of_an_archive_is_read_or_counted(tmp_path, after, expected):
+    """As after ``cat a.tar b.tar``, whose first part ends with its own mark."""
+    after = after.replace(b"next", tar_bytes(tmp_path, pair_members(range(8, 10))))
+    (tmp_path / "a.tar").write_bytes(tar_bytes(tmp_path, pair_members(range(2))) + after)
+    source = open_source(f"wds:{tmp_path}/a.tar")
+    assert captions_or_reasons(source) == [["number 0"], ["number 1"], *expected]
+    assert ("damaged: " in "".join(source.notes())) == ("truncated_file" in expected)
+
+
+def test_a_compressed_tar_says_that_it_must_be_unpacked(tmp_path):
+    (tmp_path / "a.tar").write_bytes(gzip.compress(tar_bytes(tmp_path, pair_members(range(2)))))
+    with pytest.raises(PairError, match="compressed by gzip: unpack it"):
+        open_source(f"wds:{tmp_path}/a.tar")[0]
+
+
+ODD = [
+    *pair_members(range(2)),
+    *[("README", b"x"), ("__meta__", b"x"), ("folder/.DS_Store", b"x")],
+    *[("a.png", picture(1)), ("a.jpg", picture(2)), ("a.outputs.txt", b"dotted"), ("a.cls", b"3")],
+    *[("b.avif", picture(3, 16, "AVIF")), ("b.txt", b"b"), ("c.txt", b"alone")],
+]
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
+def test_members_that_give_no_pair_are_named_with_their_number(tmp_path, kind):
+    write_tar(tmp_path / "a.tar", ODD, kind)
+    source = open_source(f"wds:{tmp_path}/a.tar?index={tmp_path}/index")
+    assert captions_or_reasons(source) == [["number 0"], ["number 1"], "empty_caption", ["b"], "no_picture"]
+    notes = source.notes()
+    assert notes[0] == "not used: files .json (2), .cls (1), .outputs.txt (1), .png (1)"
+    assert notes[1] == "not used: members without an ending (1), called __NAME__ (1), hidden (1)"
+    assert notes[2] == "bad records in all shards: no_picture 1, empty_caption 1"
+    write_tar(tmp_path / "b.tar", ODD, kind)  # takes over what is known of the first
+    both = open_source(f"wds:{tmp_path}/{{a,b}}.tar?index={tmp_path}/index")
+    assert both.notes()[0] == "not used: files .json (4), .cls (2), .outputs.txt (2), .png (2)"
+
+
+def test_links_and_sparse_files_are_named(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE):
+            entry = tarfile.TarInfo(f"{kind.decode()}.png")
+            entry.type = kind
+            tar.addfile(entry)
+        for name, content in pair_members(range(1)):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    notes = open_source(f"wds:{tmp_path}/a.tar").notes()
+    assert "symbolic links (1), hard links (1), devices, pipes and kinds that are not known (1)" in notes[1]
+
+
+def test_a_dot_is_part_of_a_fields_name_where_there_is_such_a_field(tmp_path):
+    told = json.dumps({"txt": "from JSON", "a": {"b": ["x", None, "y"]}}).encode()
+    members = [("a.png", picture(1)), ("a.outputs.txt", b"field"), ("b.png", picture(2)), ("b.outputs", told)]
+    write_tar(tmp_path / "a.tar", members)
+    assert captions_or_reasons(open_source(f"wds:{tmp_path}/a.tar?caption=outputs.txt")) == [["field"], ["from JSON"]]
+    found = captions_or_reasons(open_source(f"wds:{tmp_path}/a.tar?caption=outputs.a.b"))
+    assert found == ["empty_caption", ["x", "y"]]

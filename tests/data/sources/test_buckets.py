@@ -1,0 +1,204 @@
+"""Shards and tables in buckets give their pairs; a bucket that does not answer is a line, in good time."""
+
+import contextlib
+import gzip
+import pickle
+import random
+import socket
+import threading
+import time
+
+import pytest
+from shards import pair_members, picture, write_shards, write_tar
+
+from clip_jax.data.pipeline import LoadPair
+from clip_jax.data.sources import Mixture, PairError, ShardError, buckets, open_source
+
+
+def pairs(source) -> list[tuple[bytes, tuple[str, ...]]]:
+    return [(source[index].image, tuple(source[index].captions)) for index in range(len(source))]
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """An S3 server on localhost with one bucket, and fsspec set up for it."""
+    moto_server = pytest.importorskip("moto.server")
+    s3fs = pytest.importorskip("s3fs")
+    import os
+
+    import fsspec
+
+    server = moto_server.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    variables = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ |= variables
+    s3fs.S3FileSystem.clear_instance_cache()
+    filesystem = fsspec.filesystem("s3")
+    filesystem.mkdir("bucket")
+    yield filesystem
+    for name, value in before.items():
+        os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+    with contextlib.suppress(Exception):
+        s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+def test_shards_in_a_bucket_are_read_by_ranges(tmp_path, bucket):
+    local = open_source(write_shards(tmp_path, shards=2, pairs=5))
+    for shard in range(2):
+        bucket.put(f"{tmp_path}/0000{shard}.tar", f"bucket/shards/0000{shard}.tar")
+    for name in ("{00000..00001}", "*"):
+        source = open_source(f"wds:s3://bucket/shards/{name}.tar")
+        assert pairs(source) == pairs(local)
+        assert source.fingerprint() == local.fingerprint()
+    bucket.rm("bucket/shards/00001.tar")
+    with pytest.raises(ShardError, match=r"s3://bucket/shards/00001\.tar is gone"):
+        source[7]
+    with pytest.raises(FileNotFoundError):
+        open_source("wds:s3://bucket/shards/{00000..00001}.tar")
+
+
+def test_a_shard_in_a_bucket_that_is_written_anew_is_indexed_anew(tmp_path, bucket):
+    for numbers in (range(3), range(5, 7)):
+        write_tar(tmp_path / "a.tar", pair_members(numbers))
+        bucket.put(f"{tmp_path}/a.tar", "bucket/a.tar")
+        bucket.invalidate_cache()
+        source = open_source("wds:s3://bucket/a.tar")
+        assert pairs(source) == [(picture(number), (f"number {number}",)) for number in numbers]
+
+
+def test_a_table_in_a_bucket_names_pictures_beside_it(bucket):
+    bucket.pipe("bucket/table/pairs.csv", b"image,caption\nfolder/a.png,words\n")
+    bucket.pipe("bucket/table/folder/a.png", picture(3))
+    assert pairs(open_source("csv:s3://bucket/table/pairs.csv")) == [(picture(3), ("words",))]
+
+
+@contextlib.contextmanager
+def server(answer):
+    """A server on localhost that does this with each connection; gives its address."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        connections = []
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connections.append(listening.accept()[0])
+                    answer(connections[-1])
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        listening.shutdown(socket.SHUT_RDWR)
+        for connection in connections:
+            connection.close()
+
+
+def deny(connection: socket.socket) -> None:
+    """As for a wrong key and for a missing permission."""
+    head_only = connection.recv(65_536).startswith(b"HEAD ")
+    body = b"<Error><Code>InvalidAccessKeyId</Code><Message>The key does not exist</Message></Error>"
+    headers = b"HTTP/1.1 403 Forbidden\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+    connection.sendall(headers if head_only else headers + body)
+    connection.close()
+
+
+def stall(connection: socket.socket) -> None:
+    """Begins an answer and does not go on with it."""
+    connection.recv(65_536)
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\nContent-Type: text/csv\r\n\r\nimage,")
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
+    before = buckets.current_access()
+    buckets.use_access(buckets.Access(timeout=0.3, retries=1))
+    monkeypatch.setattr(buckets, "FIRST_PAUSE", 0.01)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    yield
+    buckets.use_access(before)
+
+
+@pytest.mark.parametrize(
+    ("answer", "address", "expected"),
+    [
+        (deny, "s3://bucket/a", "access denied .*check the credentials and the bucket's permissions"),
+        (lambda connection: None, "s3://bucket/a", r"no answer within 0\.3 s, 2 times; .*config\.data\.bucket_timeout"),
+        (lambda connection: connection.close(), "s3://bucket/a", "s3://bucket/a: "),
+        (stall, "{server}/a", r"no answer within 0\.3 s, 2 times"),
+        (deny, "{server}/a", "access denied"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["csv", "wds"])
+def test_a_bucket_that_does_not_give_its_files_is_one_line_in_good_time(
+    impatient, monkeypatch, answer, address, expected, kind
+):
+    with server(answer) as endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        started = time.monotonic()
+        with pytest.raises(OSError, match=expected) as caught:
+            open_source(f"{kind}:{address.format(server=endpoint)}")
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"AWS_ACCESS_KEY_ID": None}, "no credentials .*: set AWS_ACCESS_KEY_ID"),
+        ({"AWS_PROFILE": "none"}, "no credentials .*none"),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, "Could not connect to the endpoint"),
+        ({"AWS_ENDPOINT_URL": "nonsense"}, "Invalid endpoint: nonsense"),
+        ({}, "no file s3://nowhere/a; are bucket and path right"),
+    ],
+)
+def test_a_mistake_about_a_bucket_is_one_line(bucket, impatient, monkeypatch, tmp_path, variables, expected):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name, value in variables.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    with pytest.raises(OSError, match=expected) as caught:
+        open_source("csv:s3://nowhere/a")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bucket_that_falls_silent_ends_the_reading_after_five_records(bucket, impatient, monkeypatch):
+    bucket.pipe("bucket/silent/pairs.csv", b"image,caption\n" + b"a.png,words\n" * 9)
+    bucket.pipe("bucket/silent/a.png", picture(3))
+    source = open_source("csv:s3://bucket/silent/pairs.csv")
+    assert source[0].image == picture(3)
+    with server(lambda connection: None) as endpoint:
+        pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
+        buckets.filesystem.cache_clear()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        for index in range(buckets.MOST_SILENT - 1):
+            with pytest.raises(PairError, match="no answer within") as caught:
+                source[index]
+            assert caught.value.reason == "unreadable_file"
+        with pytest.raises(ShardError, match="nor had the 4 requests before"):
+            source[5]
+
+
+def test_workers_read_buckets_as_the_training_process_does(impatient):
+    packed = pickle.dumps(LoadPair(Mixture(["digits"], [["pair"]]), None))
+    wanted = buckets.current_access()
+    buckets.use_access(buckets.Access())
+    pickle.loads(packed)
+    assert buckets.current_access() == wanted
+
+
+def test_a_large_object_is_read_in_pieces(bucket, monkeypatch):
+    monkeypatch.setattr(buckets, "PIECE", 1_000)
+    bucket.pipe("bucket/large/pairs.csv.gz", gzip.compress(random.Random(0).randbytes(3_000)))
+    expected = bucket.cat("bucket/large/pairs.csv.gz")
+    assert buckets.read_remote("s3://bucket/large/pairs.csv.gz", 0, len(expected)) == expected
+    rows = b"image,caption\n" + b"".join(b"%d.png,%d\n" % (n, n) for n in range(900))
+    bucket.pipe("bucket/large/pairs.csv", rows)
+    assert len(open_source("csv:s3://bucket/large/pairs.csv")) == 900
+
+
+def test_an_address_that_nothing_installed_can_read_says_so():
+    with pytest.raises(ValueError, match=r"nonsense:// cannot be read: .*"):
+        open_source("wds:nonsense://bucket/a.tar")

@@ -1,0 +1,94 @@
+"""Folders give every picture that Pillow reads, and name all else."""
+
+import os
+
+import pytest
+from shards import captions_or_reasons, picture
+
+from clip_jax.data.images import decode_image, image_suffixes
+from clip_jax.data.sources import open_source
+
+
+@pytest.fixture(autouse=True)
+def own_index(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def write(folder, **files: bytes) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_bytes(content)
+    return f"folder:{folder}"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("one\ntwo\r\n\nthree", ["one", "two", "three"]),
+        ("one\u2028still\x85one\x0cand\x0b\x1cmore\ntwo", ["one\u2028still\x85one\x0cand\x0b\x1cmore", "two"]),
+        ("one\rstill one\n", ["one\rstill one"]),
+        ("\ufeffone", ["one"]),
+        (" \n\t\n", "empty_caption"),
+        (b"caf\xe9", "damaged_record"),
+        ("a\0b", "damaged_record"),
+    ],
+)
+def test_only_a_line_feed_ends_a_caption(tmp_path, text, expected):
+    text = text if isinstance(text, bytes) else text.encode()
+    source = open_source(write(tmp_path / "f", a__png=picture(1), a__txt=text, b__png=picture(2), b__txt=b"b"))
+    assert captions_or_reasons(source) == [expected, ["b"]]
+
+
+@pytest.mark.parametrize(
+    ("ending", "kind"),
+    [
+        *[("tif", "TIFF"), ("TIFF", "TIFF"), ("avif", "AVIF"), ("jfif", "JPEG"), ("jpe", "JPEG"), ("jp2", "JPEG2000")],
+        *[("tga", "TGA"), ("ppm", "PPM"), ("ico", "ICO"), ("dib", "DIB"), ("mpo", "MPO"), ("qoi", "QOI")],
+    ],
+)
+def test_every_ending_of_a_picture_is_found(tmp_path, ending, kind):
+    name = f"a__{ending}"
+    write(tmp_path / "f/class", **{name: picture(1, 16, kind), "a__txt": b"words"})
+    for source in (open_source(f"folder:{tmp_path}/f"), open_source(f"image_folder:{tmp_path}/f")):
+        assert len(source) == 1
+        assert decode_image(source[0].image).size == (16, 16)
+
+
+def test_endings_of_formats_that_are_not_decoded_are_none():
+    assert image_suffixes().isdisjoint({".eps", ".pdf", ".mpg", ".wmf", ".h5", ".txt", ".svg", ".heic", ""})
+
+
+def test_what_gives_no_pair_is_named_by_its_ending(tmp_path):
+    folder = tmp_path / "f"
+    name = write(folder, a__png=picture(1), a__TXT=b"a", b__png=picture(2), c__txt=b"c", d__heic=b"x", README=b"x")
+    write(folder / "deep", e__heic=b"x", __hidden=b"x")
+    os.symlink(tmp_path / "nowhere", folder / "l.png")
+    os.symlink(tmp_path, folder / "linked")
+    os.mkfifo(folder / "pipe.png")
+    source = open_source(name)
+    assert captions_or_reasons(source) == [["a"], "empty_caption"]
+    [said, _] = source.notes()
+    assert said.startswith("not used: 2 files .heic, 2 files without an ending, 1 file .txt, ")
+    for kind in ("link to nothing", "link to a folder", "pipe, socket or device"):
+        assert f"1 x {kind}" in said
+
+
+def test_an_image_folder_names_what_is_in_no_class_and_classes_without_pictures(tmp_path):
+    write(tmp_path / "f", top__png=picture(1))
+    write(tmp_path / "f/a", x__png=picture(1), x__txt=b"x")
+    (tmp_path / "f/b").mkdir()
+    [said] = open_source(f"image_folder:{tmp_path}/f").notes()
+    assert said == "not used: 1 file .txt, 1 file .png, 1 x folder b without a picture"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, "no pictures below .*, nothing at all"),
+        ({"a__heic": b"x"}, "only 1 file .heic; looked for"),
+        ({"a__png": b"x"}, r"a\.png has no caption: write at least one line into .*a\.txt"),
+    ],
+)
+def test_a_folder_without_a_pair_says_what_it_has(tmp_path, files, expected):
+    with pytest.raises(ValueError, match=expected):
+        open_source(write(tmp_path / "f", **files))
