@@ -69,7 +69,9 @@ _PROCESSOR_NO_EFFECT = frozenset(
 def refuse_unknown(where: str, part: Mapping, known: Collection[str]) -> None:
     """Raises WeightsError if a field that is in no table has a value; empty ones (None, False, {}) ask for nothing."""
     unknown = [
-        f"{key}={value!r}" for key, value in part.items() if key not in known and value not in (None, False, {}, [])
+        f"{key}={value!r}"
+        for key, value in part.items()
+        if key not in known and not (value is None or value is False or value in ({}, []))
     ]
     if unknown:
         raise WeightsError(
@@ -100,7 +102,7 @@ def check_preprocessing(file: str, content: Mapping, image_size: int, mean: tupl
       WeightsError: images would have to be prepared in another way than CLIP's: the fields are named.
     """
     if file == "processor_config.json":
-        content = content.get("image_processor") or {}
+        content = content.get("image_processor") or content
     processor = {key: value for key, value in content.items() if value is not None}
     wrong = []
     for key, wanted in (("image_mean", mean), ("image_std", std)):

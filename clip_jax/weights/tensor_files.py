@@ -110,6 +110,10 @@ def _read_shards(index: pathlib.Path) -> dict[str, np.ndarray]:
             shown = ", ".join(other[:SHOWN_NAMES]) + (" and more" if len(other) > SHOWN_NAMES else "")
             raise WeightsError(f"{shard} and {index.name} differ in {shown}; download or copy both again")
         tensors |= found
+    beginning = INDEX_NAME.fullmatch(index.name)[1].partition(".")[0]
+    for file in sorted(index.parent.glob(f"{beginning}-*")):
+        if SHARD_NAME.fullmatch(file.name) and file.name not in listed.values():
+            raise WeightsError(f"{index} does not name the shard {file.name} of its folder; remove one of the two")
     return tensors
 
 

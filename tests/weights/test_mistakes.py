@@ -109,10 +109,11 @@ def test_a_config_without_weights(refused, goldens, tmp_path):
 def test_a_hugging_face_folder_that_prepares_pictures_otherwise(refused, goldens, tmp_path, other, file):
     folder = tmp_path / "other"
     shutil.copytree(goldens[HUGGING_FACE].path, folder)
-    nested = file == "processor_config.json"
-    (folder / file).write_text(json.dumps({"image_processor": other} if nested else other))
-    line = refused(folder)
-    assert file in line and next(iter(other)) in line
+    contents = [other, {"image_processor": other}] if file == "processor_config.json" else [other]
+    for content in contents:
+        (folder / file).write_text(json.dumps(content))
+        line = refused(folder)
+        assert file in line and next(iter(other)) in line
 
 
 @pytest.mark.parametrize("name", ["openai_vit/archive", "openai_resnet/float16", OPEN_CLIP])
@@ -172,6 +173,7 @@ def test_a_pickle_that_would_run_something_is_refused_and_does_not_run(refused, 
         (lambda c: c["vision_config"].update(image_size=32), ["preprocessor_config.json", "size", "the model's 32"]),
         (lambda c: c["vision_config"].update(use_window=True), ["vision_config", "use_window=True", "not known"]),
         (lambda c: c["text_config"].update(rope_theta=1e4), ["text_config", "rope_theta=10000.0"]),
+        (lambda c: c["text_config"].update(scale=0.0), ["text_config", "scale=0.0"]),
         (lambda c: c.update(quantization_config={"bits": 4}), ["quantization_config"]),
     ],
 )

@@ -259,6 +259,10 @@ def test_shards_are_read_by_their_index(goldens, tmp_path):
 def test_damaged_shards_are_refused_by_name(goldens, tmp_path):
     index = sharded(goldens["huggingface/gelu"], tmp_path / "model")
     first, second = sorted(index.parent.glob("model-*"))
+    third = shutil.copy(first, index.parent / "model-00003-of-00003.safetensors")
+    with pytest.raises(WeightsError, match=third.name):
+        read_weights(index)
+    third.unlink()
     second.unlink()
     with pytest.raises(WeightsError, match=second.name):
         read_weights(index)
