@@ -327,7 +327,8 @@ def test_whatever_the_bytes_there_are_pixels_or_an_image_error(data):
 def test_a_picture_cut_anywhere_is_refused(data):
     picture = data.draw(st.sampled_from(PICTURES))
     with pytest.raises(ImageError):
-        decode_pixels(picture[: data.draw(st.integers(0, len(picture) - 20))])
+        # Without the last 20 to 24 bytes, checksums and the end marker, all pixels of a PNG can still be there.
+        decode_pixels(picture[: data.draw(st.integers(0, len(picture) - 32))])
 
 
 def encoded_without_load(width: int, height: int) -> bytes:
