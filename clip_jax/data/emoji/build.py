@@ -1,14 +1,16 @@
-"""Builds the pairs that ship: one emoji, three hands, its name and its keywords.
+"""Builds the pairs that ship: emoji in eight styles, each with its name and its keywords.
 
     pip install -e ".[dev]"
     python -m clip_jax.data.emoji.build
 
-downloads four npm packages at the versions below (``npm`` must be installed), keeps the concepts that
-all of them have, and writes one ArrayRecord file per style and split beside this script, with
-``concepts.json``, the list of every concept. Given the same packages it writes the same bytes.
+downloads the npm packages below at fixed versions (``npm`` must be installed). The concepts are those that
+Noto, Twemoji, OpenMoji and emojibase all have. The script writes one ArrayRecord file per style and split into
+its own folder, and ``concepts.json``, the list of all concepts. Noto, Twemoji and OpenMoji have every concept;
+the other styles have some of them. Given the same packages it writes the same bytes.
 
-A record is what :class:`clip_jax.data.sources.ArrayRecordSource` reads: a msgpack map of
-``key`` (the emoji's code points), ``image`` (PNG, RGB, 64 x 64, on white), ``captions`` and ``label``.
+A record is what :class:`clip_jax.data.sources.ArrayRecordSource` reads: a msgpack map of ``key`` (the emoji's
+code points), ``image`` (lossless WebP, RGB on white, 64 x 64 pixels, or 36 x 36 in the styles that come from
+Iconify), ``captions`` and ``label``.
 """
 
 import argparse
@@ -23,13 +25,28 @@ import msgpack
 from array_record.python import array_record_module
 from PIL import Image
 
+from clip_jax.data.emoji.iconify import Names, drawings, without_variation_selector
+
 PACKAGES = {
     "emoji-datasource-google": "16.0.0",  # Noto Emoji, Apache-2.0
     "emoji-datasource-twitter": "16.0.0",  # Twemoji, CC-BY 4.0
     "openmoji": "17.0.0",  # OpenMoji, CC BY-SA 4.0
     "emojibase-data": "17.0.0",  # names and keywords, MIT
+    "@iconify-json/fluent-emoji-flat": "1.2.6",  # Fluent Emoji, MIT
+    "@iconify-json/fluent-emoji": "1.2.3",  # Fluent Emoji, MIT; later versions lack chars.json
+    "@iconify-json/emojione": "1.2.3",  # EmojiOne 2, CC BY 4.0
+    "@iconify-json/fxemoji": "1.2.2",  # Firefox OS Emoji, artwork under CC BY 4.0
+    "@iconify-json/noto-v1": "1.2.5",  # Noto Emoji before Android 8, Apache-2.0
+}
+ICONIFY_STYLES = {
+    "fluent_flat": "fluent-emoji-flat",
+    "fluent_color": "fluent-emoji",
+    "emojione": "emojione",
+    "fxemoji": "fxemoji",
+    "noto_v1": "noto-v1",
 }
 IMAGE_SIZE = 64
+ICONIFY_SIZE = 36  # at 40 all that ships would be more than 25 MB
 HELD_OUT_ONE_IN = 10
 COMPONENT_GROUP = 2  # emojibase's group of skin-tone and hair swatches: parts of emoji, not emoji
 
@@ -55,27 +72,28 @@ def captions_of(name: str, keywords: list[str]) -> list[str]:
     return captions
 
 
-def on_white(image: Image.Image) -> bytes:
-    """Composites a picture on white at 64 x 64 and returns it as PNG."""
-    image = image.convert("RGBA").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+def on_white(image: Image.Image, size: int) -> Image.Image:
+    """Resizes an image to ``size`` x ``size`` pixels and composites it on white."""
+    image = image.convert("RGBA").resize((size, size), Image.Resampling.LANCZOS)
     canvas = Image.new("RGBA", image.size, "white")
     canvas.alpha_composite(image)
+    return canvas.convert("RGB")
+
+
+def as_webp(image: Image.Image, size: int) -> bytes:
+    """Encodes an image without loss, on white."""
     stream = io.BytesIO()
-    canvas.convert("RGB").save(stream, "PNG", optimize=True)
+    on_white(image, size).save(stream, "WEBP", lossless=True, quality=100, method=6)
     return stream.getvalue()
 
 
-def render(svg: pathlib.Path) -> Image.Image:
+def render(size: int, **svg: str) -> Image.Image:
+    """Renders the SVG file ``svg_path`` or the SVG text ``svg_string`` for an image of ``size`` pixels."""
     import resvg_py  # of the "dev" extra: nothing else of the project needs it
 
     # Four times the final size, so that the downscale does the antialiasing as it did for the other styles.
-    png = resvg_py.svg_to_bytes(svg_path=str(svg), width=4 * IMAGE_SIZE, height=4 * IMAGE_SIZE)
+    png = resvg_py.svg_to_bytes(**svg, width=4 * size, height=4 * size)
     return Image.open(io.BytesIO(bytes(png)))
-
-
-def without_variation_selector(code_points: str) -> str:
-    """The sources disagree on U+FE0F, so it takes no part in the key."""
-    return "-".join(point for point in code_points.upper().split("-") if point != "FE0F")
 
 
 def download(folder: pathlib.Path) -> None:
@@ -85,10 +103,25 @@ def download(folder: pathlib.Path) -> None:
         archive = subprocess.run(
             ["npm", "pack", "--silent", f"{name}@{version}"], cwd=folder, check=True, text=True, stdout=subprocess.PIPE
         ).stdout.strip()
-        (folder / name).mkdir()
+        (folder / name).mkdir(parents=True)
         subprocess.run(
             ["tar", "xzf", archive, "-C", name, "--strip-components=1", "--no-same-owner"], cwd=folder, check=True
         )
+
+
+def write_style(style: str, images: dict[str, bytes], names: dict[str, dict], output: pathlib.Path) -> None:
+    """Writes the two files of a style: the concepts to train on, and the held-out ones."""
+    for split, held_out in (("train", False), ("held_out", True)):
+        chosen = [key for key in images if is_held_out(key) == held_out]
+        path = output / f"{style}-{split}.array_record"
+        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,zstd:19")
+        for key in chosen:
+            label = names[key]["label"]
+            captions = captions_of(label, names[key].get("tags", []))
+            record = {"key": key, "image": images[key], "captions": captions, "label": label}
+            writer.write(msgpack.packb(record))
+        writer.close()
+        print(f"{path.name}: {len(chosen)} pairs, {path.stat().st_size / 1e6:.1f} MB")
 
 
 def build(packages: pathlib.Path, output: pathlib.Path) -> None:
@@ -115,23 +148,23 @@ def build(packages: pathlib.Path, output: pathlib.Path) -> None:
     }
     keys = sorted(set(noto) & set(twemoji) & set(openmoji) & set(names), key=lambda key: names[key]["order"])
 
-    styles = {
-        "noto": {key: Image.open(noto[key]) for key in keys},
-        "twemoji": {key: Image.open(twemoji[key]) for key in keys},
-        "openmoji": {key: render(openmoji[key]) for key in keys},
+    # Mistakes in icon_names.json end the script here, before minutes of rendering.
+    lookup = Names({key: names[key]["label"] for key in keys}, read_json("emojibase-data/meta/unicode-names.json"))
+    svgs = {
+        style: drawings(packages / "@iconify-json" / package, style, lookup)
+        for style, package in ICONIFY_STYLES.items()
     }
-    for style, pictures in styles.items():
-        for split, held_out in (("train", False), ("held_out", True)):
-            chosen = [key for key in keys if is_held_out(key) == held_out]
-            path = output / f"{style}-{split}.array_record"
-            writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
-            for key in chosen:
-                label = names[key]["label"]
-                captions = captions_of(label, names[key].get("tags", []))
-                record = {"key": key, "image": on_white(pictures[key]), "captions": captions, "label": label}
-                writer.write(msgpack.packb(record))
-            writer.close()
-            print(f"{path.name}: {len(chosen)} pairs, {path.stat().st_size / 1e6:.1f} MB")
+    styles = {
+        "noto": {key: as_webp(Image.open(noto[key]), IMAGE_SIZE) for key in keys},
+        "twemoji": {key: as_webp(Image.open(twemoji[key]), IMAGE_SIZE) for key in keys},
+        "openmoji": {key: as_webp(render(IMAGE_SIZE, svg_path=str(openmoji[key])), IMAGE_SIZE) for key in keys},
+    }
+    for style, texts in svgs.items():
+        styles[style] = {
+            key: as_webp(render(ICONIFY_SIZE, svg_string=texts[key]), ICONIFY_SIZE) for key in keys if key in texts
+        }
+    for style, images in styles.items():
+        write_style(style, images, names, output)
 
     groups = {int(number): name for number, name in read_json("emojibase-data/meta/groups.json")["groups"].items()}
     concepts = [

@@ -12,7 +12,8 @@ A source is named by one string, ``kind:where``, with options as in a web addres
 ``folder:/pictures``                        pictures, each beside a ``.txt`` of the same name with a caption a line
 ``image_folder:/pictures``                  pictures in a folder a class, whose name is the caption
 ``karpathy:/dataset.json?split=test``       Karpathy's annotations of COCO or Flickr30k; ``images`` is their folder
-``emoji:noto,twemoji/train``                the pairs that ship: styles (noto, twemoji, openmoji), then a split (train,
+``emoji:noto,twemoji/train``                the pairs that ship: styles (noto, twemoji, openmoji, fluent_flat,
+                                            fluent_color, emojione, fxemoji, noto_v1), then a split (train,
                                             held_out, or all); ``?label=group``: the class is Unicode's group
 ``digits:test``                             scikit-learn's handwritten digits (train, test)
 ==========================================  ========================================================================

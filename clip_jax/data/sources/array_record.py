@@ -16,7 +16,7 @@ from clip_jax.data.sources.fields import Fields, column_of, name_some, nested, p
 from clip_jax.data.sources.files import ends_digest, expand
 
 EMOJI_FOLDER = pathlib.Path(__file__).parent.parent / "emoji"
-EMOJI_STYLES = ("noto", "twemoji", "openmoji")
+EMOJI_STYLES = ("noto", "twemoji", "openmoji", "fluent_flat", "fluent_color", "emojione", "fxemoji", "noto_v1")
 EMOJI_SPLITS = ("train", "held_out")
 RECORDS_LOOKED_AT = 100  # for the fields that are not read
 DEFAULT_FIELDS = Fields(image=("image",), captions=(("captions", 1.0),), label="label")

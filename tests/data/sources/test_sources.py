@@ -7,32 +7,102 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from clip_jax.data.emoji.build import captions_of, is_held_out
+from clip_jax.data.emoji.build import PACKAGES, captions_of, is_held_out
+from clip_jax.data.emoji.iconify import Names, drawings, icon_names
 from clip_jax.data.images import decode_image
 from clip_jax.data.sources import EMOJI_FOLDER, PairError, open_source
+from clip_jax.data.sources.array_record import EMOJI_STYLES
+
+CONCEPTS = json.loads((EMOJI_FOLDER / "concepts.json").read_text(encoding="utf-8"))
+HELD_OUT = {concept["key"] for concept in CONCEPTS if concept["held_out"]}
+STYLES = {  # pairs to train on, held-out pairs, pixels a side, words that the license's row must have
+    "noto": (1_701, 205, 64, "Apache-2.0"),
+    "twemoji": (1_701, 205, 64, "CC-BY 4.0"),
+    "openmoji": (1_701, 205, 64, "CC BY-SA 4.0"),
+    "fluent_flat": (1_425, 169, 36, "MIT"),
+    "fluent_color": (1_421, 169, 36, "MIT"),
+    "emojione": (1_209, 162, 36, "CC BY 4.0"),
+    "fxemoji": (773, 107, 36, "CC BY 4.0"),
+    "noto_v1": (1_091, 142, 36, "Apache-2.0"),
+}
 
 
-def test_the_pairs_that_ship_are_whole():
-    concepts = json.loads((EMOJI_FOLDER / "concepts.json").read_text())
-    assert len(concepts) > 1_850
-    held_out = {concept["key"] for concept in concepts if concept["held_out"]}
-    assert held_out == {concept["key"] for concept in concepts if is_held_out(concept["key"])}
-    assert 0.08 < len(held_out) / len(concepts) < 0.12
-    for style in ("noto", "twemoji", "openmoji"):
-        for split, keys in (("held_out", held_out), ("train", {c["key"] for c in concepts} - held_out)):
-            source = open_source(f"emoji:{style}/{split}")
-            assert {source[index].key for index in range(len(source))} == keys
+def test_the_concepts_that_ship():
+    assert len(CONCEPTS) == 1_906 and len(HELD_OUT) == 205
+    assert {concept["key"] for concept in CONCEPTS if is_held_out(concept["key"])} == HELD_OUT
+    assert set(STYLES) == set(EMOJI_STYLES)
+    assert {path.name for path in EMOJI_FOLDER.glob("*.array_record")} == {
+        f"{style}-{split}.array_record" for style in STYLES for split in ("train", "held_out")
+    }
 
 
-def test_a_shipped_pair_is_a_64_pixel_picture_whose_captions_all_name_it():
-    source = open_source("emoji:openmoji/all")
-    for index in range(0, len(source), 97):
-        pair = source[index]
-        image = decode_image(pair.image)
-        assert (image.mode, image.size) == ("RGB", (64, 64))
-        assert pair.captions[0] == pair.label
-        assert all(pair.label in caption for caption in pair.captions)
-        assert len(set(pair.captions)) == len(pair.captions) >= 4
+@pytest.mark.parametrize("style", STYLES)
+def test_a_style_that_ships(style):
+    train, held_out, pixels, _ = STYLES[style]
+    names = {concept["key"]: concept["name"] for concept in CONCEPTS}
+    for split, count in (("train", train), ("held_out", held_out)):
+        source = open_source(f"emoji:{style}/{split}")
+        pairs = [source[index] for index in range(len(source))]
+        keys = [pair.key for pair in pairs]
+        assert len(keys) == len(set(keys)) == count
+        assert set(keys) <= (HELD_OUT if split == "held_out" else set(names) - HELD_OUT)
+        assert keys == [key for key in names if key in set(keys)]  # the order of concepts.json
+        for pair in pairs:
+            image = decode_image(pair.image)
+            assert (image.mode, image.size) == ("RGB", (pixels, pixels)), pair.key
+            assert any(low != high for low, high in image.getextrema()), f"{pair.key} is blank"
+            assert pair.captions[0] == pair.label == names[pair.key]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_license_of_a_style_is_stated_and_ships(style):
+    readme = (EMOJI_FOLDER / "README.md").read_text(encoding="utf-8")
+    (row,) = [line for line in readme.splitlines() if line.startswith(f"| `{style}-*`")]
+    _, _, package, license_name, file, _ = (cell.strip() for cell in row.split("|"))
+    name, version = package.split()
+    assert PACKAGES[name.strip("`")] == version
+    assert license_name == STYLES[style][3]
+    text = (EMOJI_FOLDER / file.strip("`")).read_text(encoding="utf-8")
+    words = {"Apache-2.0": "Version 2.0", "MIT": "MIT License", "CC BY-SA 4.0": "Attribution-ShareAlike 4.0"}
+    assert words.get(license_name, "Attribution 4.0 International") in text
+
+
+@pytest.mark.parametrize(
+    ("style", "key", "icon"),
+    [
+        ("emojione", "1F1EB-1F1F7", "flag-for-france"),
+        ("emojione", "0023-20E3", "keycap-pound"),
+        ("noto-v1", "1F604", "grinning-face-with-smiling-eyes"),  # Unicode calls another emoji so
+        ("fxemoji", "1F4A1", "lightbulb"),
+        ("fxemoji", "1F48E", "gem"),
+        ("fxemoji", "1F408", "catside"),
+    ],
+)
+def test_icons_are_matched_by_name(tmp_path, style, key, icon):
+    assert icon in _drawn(tmp_path, [icon], style)[key]
+
+
+def test_icons_are_matched_by_code_points_where_the_package_has_them(tmp_path):
+    assert _drawn(tmp_path, ["a", "b"], "fluent_flat", {"1f48e": "a", "2764-fe0f": "b", "1f595-1f3fb": "b"}).keys() == {
+        "1F48E",
+        "2764",
+    }
+
+
+def test_two_icons_of_one_concept_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match="noto_v1: gem-stone and gem are both 1F48E"):
+        _drawn(tmp_path, ["gem-stone", "gem"], "noto_v1")
+
+
+def _drawn(folder, icons, style, chars=None):
+    names = Names(
+        {concept["key"]: concept["name"] for concept in CONCEPTS},
+        {"1F48E": "GEM", "1F601": "GRINNING FACE WITH SMILING EYES"},
+    )
+    listed = {name: {"body": f"<path id='{name}'/>"} for name in [*icons, *icon_names(style)]}
+    (folder / "icons.json").write_text(json.dumps({"icons": listed}))
+    (folder / "chars.json").write_text(json.dumps(chars or {}))
+    return drawings(folder, style, names)
 
 
 def test_no_shipped_concept_is_a_skin_tone_variant():
