@@ -19,6 +19,8 @@ from clip_jax.data.tokenizer import VOCAB_SIZE
 from clip_jax.models.presets import (
     ACTIVATIONS,
     BATCH_NORMS,
+    INTERPOLATIONS,
+    RESIZE_MODES,
     RESNET_REDUCTION,
     CLIPPreset,
     ResNetPreset,
@@ -186,12 +188,13 @@ def override(config: ml_collections.ConfigDict, name: str, text: str) -> None:
     kind = type(leaves[name])
     readers = {
         bool: lambda text: {"true": True, "false": False}[text.lower()],
-        tuple: lambda text: tuple(int(part) for part in text.strip("()").split(",")),
+        tuple: lambda text: tuple(type(leaves[name][0])(part) for part in text.strip("()[]").split(",")),
     }
     try:
         value = readers.get(kind, kind)(text)
     except (ValueError, KeyError):
-        raise ValueError(f"--config.{name}={text}: not a value of type {kind.__name__}") from None
+        wanted = f"{type(leaves[name][0]).__name__}, ..." if kind is tuple else kind.__name__
+        raise ValueError(f"--config.{name}={text}: not a value of type {wanted}") from None
     *parents, key = name.split(".")
     for parent in parents:
         config = config[parent]
@@ -242,6 +245,16 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"{prefix}.batch_norm={vision.batch_norm!r} must be one of {', '.join(BATCH_NORMS)}",
         )
 
+    def check_preprocessing(given: ml_collections.ConfigDict) -> None:
+        prefix = "config.model.preprocessing"
+        for name in ("mean", "std"):
+            check(len(given[name]) == 3, f"{prefix}.{name}={given[name]} must be three numbers, of red, green and blue")
+        check(min(given.std) > 0, f"{prefix}.std={given.std} must be positive")
+        for name, choices in (("resize_mode", RESIZE_MODES), ("interpolation", INTERPOLATIONS)):
+            check(given[name] in choices, f"{prefix}.{name}={given[name]!r} must be one of {', '.join(choices)}")
+        check(given.resize_size >= 0, f"{prefix}.resize_size={given.resize_size} must not be negative")
+        check(0 <= given.fill_color <= 255, f"{prefix}.fill_color={given.fill_color} must be in [0, 255]")
+
     def check_progressive_resolution(resnet: bool) -> None:
         first, whole = config.progressive_resolution, config.model.vision.image_size
         name = "config.progressive_resolution"
@@ -258,7 +271,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
     model, optimizer, data = config.model, config.optimizer, config.data
     infinite = [
-        name for name, value in flatten(config).items() if isinstance(value, float) and not math.isfinite(value)
+        name
+        for name, value in flatten(config).items()
+        if any(
+            isinstance(one, float) and not math.isfinite(one) for one in (value if type(value) is tuple else [value])
+        )
     ]
     if infinite:
         raise ValueError("\n".join(f"config.{name} must be a finite number" for name in infinite))
@@ -296,7 +313,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
     check(
         config.loss.form in LOSS_FORMS, f"config.loss.form={config.loss.form!r} must be one of {', '.join(LOSS_FORMS)}"
     )
-    sizes = {name: value for name, value in flatten(model).items() if type(value) is int and name != "scan_unroll"}
+    check_preprocessing(model.preprocessing)
+    may_be_zero = ("scan_unroll", "preprocessing.resize_size", "preprocessing.fill_color")
+    sizes = {name: value for name, value in flatten(model).items() if type(value) is int and name not in may_be_zero}
     too_small = [f"config.model.{name}={value} must be positive" for name, value in sizes.items() if value <= 0]
     problems.extend(too_small)
     if not too_small:

@@ -6,13 +6,14 @@
 Exit codes: 0 written, 2 a mistake in what was asked for (one line).
 """
 
+import dataclasses
 import json
 import os
 import shlex
 import sys
 
 from clip_jax.command_line import Parser
-from clip_jax.models.presets import ACTIVATIONS
+from clip_jax.models.presets import ACTIVATIONS, Preprocessing
 from clip_jax.standard_output import run
 
 USES = {
@@ -37,19 +38,23 @@ def open_clip_arguments(name: str) -> str | None:
     return json.dumps(theirs if with_gelu else f"{theirs}-quickgelu")
 
 
-def use_of(name: str, with_logit_bias: bool, destination: str, to: str) -> str:
+def use_of(name: str, with_logit_bias: bool, preprocessing: Preprocessing, destination: str, to: str) -> str:
     """How to use the model of this name that was written, in a line."""
     path = json.dumps(destination, ensure_ascii=False)[1:-1]  # as it is between quotes
     if not (to == "open_clip" and destination.endswith(".safetensors")):
         return USES[to].format(path=path)
     arguments = open_clip_arguments(name)
-    if arguments is None:
+    if arguments is None or preprocessing.fill_color:  # no argument of create_model_and_transforms
         paths = shlex.join([destination, destination.removesuffix(".safetensors")])
-        return f"open_clip has no name for it and needs a folder: python -m clip_jax.convert {paths} --to=open_clip"
+        lacks = "name for it" if arguments is None else "argument for the color of its padding"
+        return f"open_clip has no {lacks} and needs a folder: python -m clip_jax.convert {paths} --to=open_clip"
     if with_logit_bias:
         from clip_jax.models.clip import SIGMOID_INITIAL_LOGIT_BIAS
 
         arguments += f", init_logit_bias={SIGMOID_INITIAL_LOGIT_BIAS:g}"  # what makes open_clip's model have one
+    for field in dataclasses.fields(preprocessing):
+        if (value := getattr(preprocessing, field.name)) != field.default:
+            arguments += f", image_{field.name}={json.dumps(value) if isinstance(value, str) else value}"
     return f'open_clip.create_model_and_transforms({arguments}, pretrained="{path}")'
 
 
@@ -83,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     parameters = sum(leaf.size for leaf in jax.tree.leaves(weights.variables["params"]))
     name, with_logit_bias = preset_name(weights.preset), "logit_bias" in weights.variables["params"]
-    use = use_of(name, with_logit_bias, arguments.destination, arguments.to)
+    use = use_of(name, with_logit_bias, weights.preset.preprocessing, arguments.destination, arguments.to)
     print(f"{name}, {parameters:,} parameters, from {weights.format} to {arguments.destination}")
     print(f"Use it:  {use}")
     return 0

@@ -131,7 +131,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         model = load(arguments.model, arguments.batch_size, arguments.dtype, arguments.activation)
     except CheckpointError as error:
         raise ValueError(str(error)) from None
-    evaluations = Evaluations(tasks, model.preset.vision.image_size, arguments.data)
+    preset = model.preset
+    evaluations = Evaluations(tasks, preset.vision.image_size, arguments.data, preset.preprocessing)
     if first_host:
         for task in evaluations.missing:
             print(f"missing: {_line(task)}", file=sys.stderr)

@@ -46,6 +46,8 @@ class Array(Protocol):
 
 Picture = Image.Image | Array | str | bytes | os.PathLike
 
+PREPROCESSINGS = ("clip_jax", "openai")
+
 logger = logging.getLogger("clip_jax")
 
 
@@ -67,7 +69,7 @@ class LoadedModel:
     max_pixels: int
     max_aspect_ratio: float
 
-    def __init__(self, weights: Weights, batch_size: int, dtype: str):
+    def __init__(self, weights: Weights, batch_size: int, dtype: str, preprocessing: str):
         mesh = make_mesh(fsdp=1)
         model = CLIP(
             weights.preset,
@@ -84,6 +86,7 @@ class LoadedModel:
         self.embedder = Embedder(model, mesh, batch_size).with_variables(variables)
         self.max_pixels, self.max_aspect_ratio = MAX_PIXELS, MAX_ASPECT_RATIO
         self._variables, self._batch_size, self._dtype, self._format = variables, batch_size, dtype, weights.format
+        self._as_stored = preprocessing == "openai"
 
     def __repr__(self) -> str:
         vision, text = self.preset.vision, self.preset.text
@@ -112,8 +115,8 @@ class LoadedModel:
         """M pictures to float32 ``[M, D]`` of unit length; one alone is a list of one.
 
         A picture is a path, a PIL image, or an array uint8 ``[H, W, 3]`` (``[H, W]`` for grey, ``[H, W, 4]`` with
-        alpha) of NumPy, JAX or PyTorch; an array ``[M, H, W, 3]`` is M of them. Each goes through CLIP's evaluation
-        transform. Images are read in batches: any number of paths takes the memory of two batches.
+        alpha) of NumPy, JAX or PyTorch; an array ``[M, H, W, 3]`` is M of them. Each is prepared as
+        ``preset.preprocessing`` says. Images are read in batches: any number of paths takes the memory of two batches.
 
         Raises:
           TypeError: an input is of another type.
@@ -256,8 +259,8 @@ class LoadedModel:
 
     def _attempt(self, picture: Picture) -> np.ndarray | Exception:
         try:
-            image = _open(picture, self.max_pixels, self.max_aspect_ratio)
-            return evaluation_transform(image, self.preset.vision.image_size)
+            image = _open(picture, self.max_pixels, self.max_aspect_ratio, self._as_stored)
+            return evaluation_transform(image, self.preset.vision.image_size, self.preset.preprocessing)
         except (TypeError, ValueError, OSError) as error:
             return error
 
@@ -319,8 +322,8 @@ def _pictures(images: Picture | Iterable[Picture]) -> Iterable[Picture]:
     return images
 
 
-def _open(picture: Picture, max_pixels: int, max_aspect_ratio: float) -> Image.Image:
-    limits = {"max_pixels": max_pixels, "max_aspect_ratio": max_aspect_ratio}
+def _open(picture: Picture, max_pixels: int, max_aspect_ratio: float, as_stored: bool) -> Image.Image:
+    limits = {"max_pixels": max_pixels, "max_aspect_ratio": max_aspect_ratio, "as_stored": as_stored}
     if isinstance(picture, Image.Image):
         name = str(getattr(picture, "filename", "") or "a picture")
         try:
@@ -370,7 +373,11 @@ def _pixels(picture: object) -> np.ndarray:
 
 
 def load(
-    path: str | os.PathLike, batch_size: int = 64, dtype: str = "float32", activation: str | None = None
+    path: str | os.PathLike,
+    batch_size: int = 64,
+    dtype: str = "float32",
+    activation: str | None = None,
+    preprocessing: str = "clip_jax",
 ) -> LoadedModel:
     """Loads a run of ours (its newest checkpoint), or weights of OpenAI, open_clip or Hugging Face.
 
@@ -379,10 +386,13 @@ def load(
       batch_size: how many images or texts are embedded at once.
       dtype: of the computation, "float32" or "bfloat16".
       activation: "gelu" or "quick_gelu", for a file of weights that cannot tell; None takes OpenAI's quick_gelu.
+      preprocessing: "openai" gives the pixels of OpenAI's and open_clip's programs for every image that Pillow reads:
+        resized as it is stored, not turned by its EXIF orientation, and made RGB by Pillow's ``convert`` last, so that
+        transparency shows hidden colors and 16 bits become white. "clip_jax" differs for those images alone.
 
     Raises:
       FileNotFoundError: there is no model.
-      ValueError: ``dtype`` or ``batch_size`` is none.
+      ValueError: ``dtype``, ``batch_size`` or ``preprocessing`` is none.
       clip_jax.weights.WeightsError: it is damaged, unsafe, or not one of the models that are built here.
       clip_jax.training.checkpoint.CheckpointError: none of a run's checkpoints can be read.
     """
@@ -390,7 +400,9 @@ def load(
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be positive")
+    if preprocessing not in PREPROCESSINGS:
+        raise ValueError(f"preprocessing={preprocessing!r} must be one of {', '.join(PREPROCESSINGS)}")
     weights = read_weights(os.path.expanduser(os.fsdecode(path)), activation)
     if weights.note:
         logger.warning("%s", weights.note)
-    return LoadedModel(weights, batch_size, dtype)
+    return LoadedModel(weights, batch_size, dtype, preprocessing)

@@ -12,7 +12,13 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from clip_jax.models.clip import CLIP, normalize_images
-from clip_jax.models.presets import CLIPPreset, ResNetPreset, TextTransformerPreset, VisionTransformerPreset
+from clip_jax.models.presets import (
+    CLIPPreset,
+    Preprocessing,
+    ResNetPreset,
+    TextTransformerPreset,
+    VisionTransformerPreset,
+)
 from clip_jax.weights import Weights
 from clip_jax.weights.tensor_files import read_tensors
 
@@ -100,7 +106,9 @@ def compute(weights: Weights, images: np.ndarray, tokens: np.ndarray) -> dict[st
 
     @jax.jit
     def apply(variables):
-        image_embeddings, text_embeddings, logit_scale = model.apply(variables, normalize_images(images), tokens)
+        image_embeddings, text_embeddings, logit_scale = model.apply(
+            variables, normalize_images(images, Preprocessing()), tokens
+        )
         logits = jnp.exp(logit_scale) * image_embeddings @ text_embeddings.T
         return {"image_embeddings": image_embeddings, "text_embeddings": text_embeddings, "logits": logits}
 

@@ -2,7 +2,7 @@
 
 Training uses the paper's only augmentation, a random square crop (section 2.4 of arXiv 2103.00020), unless an
 :class:`Augmentation` asks for more; it resizes only what the crop keeps, and decodes large JPEGs at a lower resolution.
-Evaluation resizes and crops as OpenAI's preprocessing does, pixel for pixel.
+Evaluation resizes and crops as a model's :class:`~clip_jax.models.presets.Preprocessing` says, by default as OpenAI's.
 """
 
 import contextlib
@@ -11,10 +11,13 @@ import functools
 import io
 import math
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, ImageFilter, ImageOps, UnidentifiedImageError
+
+from clip_jax.models.presets import Preprocessing
 
 try:
     import cykooz_resizer
@@ -42,6 +45,8 @@ IDENTIFIED_ONLY = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows these 
 WHITE = (255, 255, 255)
 LUMA = np.array((0.299, 0.587, 0.114))  # ITU-R BT.601, as in Pillow's own greys
 MESH_CELLS = 3  # along a side
+DEFAULT_PREPROCESSING = Preprocessing()
+FAST_FILTERS = {"bicubic": "catmull_rom", "bilinear": "bilinear"}  # of cykooz.resizer, which calls them otherwise
 EDGE_CONTRAST = 24  # levels between neighbours: what shading stays below and drawn shapes exceed
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # sizes are checked here, against a lower limit
@@ -87,13 +92,20 @@ class Augmentation:
 
 
 def decode_image(
-    data: bytes, min_side: int = 1, max_aspect_ratio: float = MAX_ASPECT_RATIO, max_pixels: int | None = None
+    data: bytes,
+    min_side: int = 1,
+    max_aspect_ratio: float = MAX_ASPECT_RATIO,
+    max_pixels: int | None = None,
+    as_stored: bool = False,
 ) -> Image.Image:
-    """What :func:`decode_pixels` returns, as a Pillow image in RGB.
+    """What :func:`decode_pixels` returns, as a Pillow image in RGB; ``as_stored`` as in :func:`to_rgb`.
 
     Raises:
       ImageError: as there.
     """
+    if as_stored:
+        with _as_image_error():
+            return to_rgb(_open(data), min_side, max_aspect_ratio, max_pixels, as_stored=True)
     return Image.fromarray(decode_pixels(data, min_side, max_aspect_ratio, max_pixels))
 
 
@@ -122,7 +134,7 @@ def _decode(
     data: bytes, min_side: int, max_aspect_ratio: float, enough: float = math.inf, max_pixels: int | None = None
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """The pixels and the picture's width and height. A JPEG with more may be decoded to sides of ``enough`` pixels."""
-    try:
+    with _as_image_error():
         if data.startswith(b"\xff\xd8\xff") and (size := _plain_jpeg_size(data)):
             _check_size(*size, min_side, max_aspect_ratio, max_pixels)
             side = math.ceil(min(enough, max(size)))
@@ -131,6 +143,12 @@ def _decode(
                 return simplejpeg.decode_jpeg(data, min_height=side, min_width=side, min_factor=2), size
         image = to_rgb(_open(data), min_side, max_aspect_ratio, max_pixels)
         return np.asarray(image), image.size
+
+
+@contextlib.contextmanager
+def _as_image_error() -> Iterator[None]:
+    try:
+        yield
     except ImageError:
         raise
     except Exception as error:  # Pillow's decoders let whatever a broken file provokes escape
@@ -198,9 +216,13 @@ def _orientation(image: Image.Image) -> int:
 
 
 def to_rgb(
-    image: Image.Image, min_side: int = 1, max_aspect_ratio: float = MAX_ASPECT_RATIO, max_pixels: int | None = None
+    image: Image.Image,
+    min_side: int = 1,
+    max_aspect_ratio: float = MAX_ASPECT_RATIO,
+    max_pixels: int | None = None,
+    as_stored: bool = False,
 ) -> Image.Image:
-    """A Pillow image of any mode as upright RGB, transparency on white.
+    """A Pillow image of any mode as upright RGB, transparency on white; ``as_stored``: as it is, once it is loaded.
 
     Raises:
       ImageError: its size is outside the limits (see :func:`decode_pixels`), or its pixels have no known range.
@@ -209,6 +231,8 @@ def to_rgb(
     image.load()
     # An ICO's directory may promise less than its images hold.
     _check_size(*image.size, min_side, max_aspect_ratio, max_pixels)
+    if as_stored:
+        return image
     if (turn := TURNS[_orientation(image)]) is not None:
         image = image.transpose(turn)
     if image.has_transparency_data:
@@ -237,20 +261,32 @@ def _check_size(width: int, height: int, min_side: int, max_aspect_ratio: float,
         )
 
 
-def evaluation_transform(image: Image.Image, image_size: int) -> np.ndarray:
-    """Short side to S by bicubic resampling, then the central square, rounded as torchvision does for OpenAI's code.
+def evaluation_transform(
+    image: Image.Image, image_size: int, preprocessing: Preprocessing = DEFAULT_PREPROCESSING
+) -> np.ndarray:
+    """Resizes, and crops or pads the center: sizes and places are rounded as torchvision and open_clip do.
 
     Args:
-      image: RGB, any size.
+      image: any size. Of any mode but RGB, it becomes RGB after that, as in OpenAI's code.
       image_size: S.
+      preprocessing: for images of S pixels.
 
     Returns:
       uint8 ``[S, S, 3]``.
     """
-    width, height = _size_for_short_side(image.size, image_size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (round((side - image_size) / 2) for side in image.size)
-    return np.array(image.crop((left, top, left + image_size, top + image_size)))
+    size = _resized_size(image.size, image_size, preprocessing)
+    image = image.resize(size, Image.Resampling[preprocessing.interpolation.upper()])
+    left, top = (
+        round((side - image_size) / 2) if side > image_size else -((image_size - side) // 2) for side in image.size
+    )
+    padded = min(left, top) < 0
+    square = image.crop((left, top, left + image_size, top + image_size)).convert("RGB")  # black where it is padded
+    if padded and preprocessing.fill_color:
+        canvas = Image.new("RGB", square.size, (preprocessing.fill_color,) * 3)
+        inside = (max(0, -left), max(0, -top), min(image_size, size[0] - left), min(image_size, size[1] - top))
+        canvas.paste(square.crop(inside), inside[:2])
+        square = canvas
+    return np.array(square)
 
 
 def training_pixels(
@@ -260,6 +296,7 @@ def training_pixels(
     augmentation: Augmentation,
     min_side: int = 1,
     max_aspect_ratio: float = MAX_ASPECT_RATIO,
+    preprocessing: Preprocessing = DEFAULT_PREPROCESSING,
 ) -> np.ndarray:
     """:func:`decode_pixels` and then :func:`training_transform`, at less cost for a large JPEG.
 
@@ -272,8 +309,9 @@ def training_pixels(
     Raises:
       ImageError: as :func:`decode_pixels`.
     """
-    pixels, size = _decode(data, min_side, max_aspect_ratio, OVERSAMPLING * image_size / _least_side(augmentation))
-    return training_transform(pixels, image_size, rng, augmentation, size)
+    target = max(image_size, preprocessing.resize_size)
+    pixels, size = _decode(data, min_side, max_aspect_ratio, OVERSAMPLING * target / _least_side(augmentation))
+    return training_transform(pixels, image_size, rng, augmentation, size, preprocessing)
 
 
 def _least_side(augmentation: Augmentation) -> float:
@@ -287,8 +325,13 @@ def training_transform(
     rng: np.random.Generator,
     augmentation: Augmentation,
     size: tuple[int, int] | None = None,
+    preprocessing: Preprocessing = DEFAULT_PREPROCESSING,
 ) -> np.ndarray:
-    """The paper's random square crop of the picture resized by its short side, then what ``augmentation`` adds.
+    """The paper's random square crop of the resized picture, then what ``augmentation`` adds.
+
+    The picture is resized and padded as :func:`evaluation_transform` does; where it is larger than the crop, which by
+    default is so along its long side, the place of the crop is random. With ``augmentation.crop_scale`` the crop is a
+    random part of the picture itself instead, whatever ``resize_mode`` is, as in open_clip's training.
 
     Only the crop is resized, bicubic with antialiasing. On photographs that differs from Pillow's resizing by at most
     0.3 levels in the mean, and in single pixels at hard edges by up to 15. A crop that needs no resizing keeps its
@@ -300,18 +343,26 @@ def training_transform(
       rng: the only source of chance.
       augmentation: all off by default.
       size: the picture's own width and height, where ``image`` is a JPEG decoded at n/8 of its resolution.
+      preprocessing: for images of S pixels.
 
     Returns:
       uint8 ``[S, S, 3]``.
     """
     pixels = np.asarray(image)
     width, height = size or pixels.shape[1::-1]
+    place = (0, 0, image_size, image_size)  # of the picture in the square
     if augmentation.crop_scale:
         box = _random_resized_crop(width, height, rng, augmentation.crop_scale)
     else:
-        box = _random_square_crop(width, height, image_size, rng)
+        box, place = _random_square_crop((width, height), image_size, rng, preprocessing)
     scale = 8 * pixels.shape[1] // width / 8  # libjpeg rounds sides up, but not what a pixel covers
-    pixels = _resize_box(pixels, [scale * place for place in box], image_size)
+    left, top, right, bottom = place
+    box = [scale * end for end in box]
+    pixels = _resize_box(pixels, box, (right - left, bottom - top), preprocessing.interpolation)
+    if pixels.shape[:2] != (image_size, image_size):
+        padded = np.full((image_size, image_size, 3), preprocessing.fill_color, np.uint8)
+        padded[top:bottom, left:right] = pixels
+        pixels = padded
     if _only_crops(augmentation):
         rng.random(4)  # as many as augment draws: what follows must not depend on whether it was called
         return pixels
@@ -323,12 +374,20 @@ def _only_crops(augmentation: Augmentation) -> bool:
     return dataclasses.replace(augmentation, crop_scale=0.0) == Augmentation()
 
 
-def _random_square_crop(width: int, height: int, size: int, rng: np.random.Generator) -> tuple[float, ...]:
-    """Left, top, right and bottom, in the picture, of a crop of the picture resized by its short side to ``size``."""
-    resized_width, resized_height = _size_for_short_side((width, height), size)
-    left, top = (int(rng.integers(side - size + 1)) for side in (resized_width, resized_height))
-    across, down = width / resized_width, height / resized_height
-    return left * across, top * down, min(width, (left + size) * across), min(height, (top + size) * down)
+def _random_square_crop(
+    size: tuple[int, int], image_size: int, rng: np.random.Generator, preprocessing: Preprocessing
+) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """Left, top, right and bottom of what is cropped, in the picture; and of where that lies in the square."""
+    resized = _resized_size(size, image_size, preprocessing)
+    begins = [int(rng.integers(side - image_size + 1)) if side >= image_size else 0 for side in resized]
+    ends = [min(side, begin + image_size) for side, begin in zip(resized, begins, strict=True)]
+    scales = [own / side for own, side in zip(size, resized, strict=True)]
+    box = (
+        *(begin * scale for begin, scale in zip(begins, scales, strict=True)),
+        *(min(own, end * scale) for own, end, scale in zip(size, ends, scales, strict=True)),
+    )
+    margins = [(image_size - (end - begin)) // 2 for begin, end in zip(begins, ends, strict=True)]
+    return box, (*margins, margins[0] + ends[0] - begins[0], margins[1] + ends[1] - begins[1])
 
 
 def _random_resized_crop(width: int, height: int, rng: np.random.Generator, least: float) -> tuple[int, ...]:
@@ -346,29 +405,37 @@ def _random_resized_crop(width: int, height: int, rng: np.random.Generator, leas
     return left, top, left + wide, top + high
 
 
-def _resize_box(pixels: np.ndarray, box: list[float], size: int) -> np.ndarray:
-    """Bicubic with antialiasing; uint8 ``[H, W, 3]`` to ``[size, size, 3]``. Ends of the box may be fractions."""
+def _resize_box(pixels: np.ndarray, box: list[float], size: tuple[int, int], interpolation: str) -> np.ndarray:
+    """With antialiasing; uint8 ``[H, W, 3]`` to ``size``, width and height. Ends of the box may be fractions."""
     left, top, right, bottom = box
-    if right - left == bottom - top == size and left == int(left) and top == int(top):
+    if (right - left, bottom - top) == size and left == int(left) and top == int(top):
         return pixels[int(top) : int(bottom), int(left) : int(right)].copy()
     # Enlarging crops with fractional ends crashes cykooz.resizer 4.0.1, probably since it takes the last pixel's window
     # for the one that reaches furthest: pixels less than one apart share a window, from whose end zeros are cut.
-    if cykooz_resizer is None or min(right - left, bottom - top) < size:
-        return np.array(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC, box))
+    enlarges = right - left < size[0] or bottom - top < size[1]
+    if cykooz_resizer is None or enlarges or interpolation not in FAST_FILTERS:
+        return np.array(Image.fromarray(pixels).resize(size, Image.Resampling[interpolation.upper()], box))
     height, width = pixels.shape[:2]
     source = cykooz_resizer.ImageData(width, height, cykooz_resizer.PixelType.U8x3, pixels.tobytes())
-    resized = cykooz_resizer.ImageData(size, size, cykooz_resizer.PixelType.U8x3)
+    resized = cykooz_resizer.ImageData(*size, cykooz_resizer.PixelType.U8x3)
     options = cykooz_resizer.ResizeOptions(
-        cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType.catmull_rom),
+        cykooz_resizer.ResizeAlg.convolution(getattr(cykooz_resizer.FilterType, FAST_FILTERS[interpolation])),
         crop_box=cykooz_resizer.CropBox(left, top, right - left, bottom - top),
     )
     cykooz_resizer.Resizer().resize(source, resized, options)
-    return np.frombuffer(resized.get_buffer(), np.uint8).reshape(size, size, 3)
+    return np.frombuffer(resized.get_buffer(), np.uint8).reshape(*size[::-1], 3)
 
 
-def _size_for_short_side(size: tuple[int, int], short_side: int) -> tuple[int, int]:
+def _resized_size(size: tuple[int, int], image_size: int, preprocessing: Preprocessing) -> tuple[int, int]:
+    """Width and height that a picture of this ``size`` is resized to."""
+    target = preprocessing.resize_size or image_size
+    if preprocessing.resize_mode == "squash":
+        return target, target
+    if preprocessing.resize_mode == "longest":
+        ratio = max(size) / target
+        return max(1, round(size[0] / ratio)), max(1, round(size[1] / ratio))
     short = min(size)
-    return int(short_side * size[0] / short), int(short_side * size[1] / short)
+    return int(target * size[0] / short), int(target * size[1] / short)
 
 
 def augment(image: Image.Image, rng: np.random.Generator, augmentation: Augmentation) -> Image.Image:

@@ -14,11 +14,12 @@ import grain
 import numpy as np
 
 from clip_jax.data.bad_samples import REASONS
-from clip_jax.data.images import Augmentation, ImageError, decode_pixels, training_pixels
+from clip_jax.data.images import DEFAULT_PREPROCESSING, Augmentation, ImageError, decode_pixels, training_pixels
 from clip_jax.data.sources import Mixture, Pair, PairError, ShardError
 from clip_jax.data.sources.buckets import current_access, use_access
 from clip_jax.data.tokenizer import tokenize
 from clip_jax.data.workers import end_with_parent
+from clip_jax.models.presets import Preprocessing
 
 # Raise this whenever the same pictures would come out as other pixels or tokens: a run then refuses to resume.
 TRANSFORM_VERSION = 2
@@ -41,6 +42,7 @@ class Transform:
     augmentation: Augmentation
     min_side: int = 1
     max_aspect_ratio: float = 100.0
+    preprocessing: Preprocessing = DEFAULT_PREPROCESSING
 
     def __call__(self, pair: Pair, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """``tokens`` int32 ``[L]`` of one of the captions, and ``image`` uint8 ``[S, S, 3]``.
@@ -50,7 +52,13 @@ class Transform:
         """
         caption = draw_caption(pair, rng)
         image = training_pixels(
-            pair.image, self.image_size, rng, self.augmentation, self.min_side, self.max_aspect_ratio
+            pair.image,
+            self.image_size,
+            rng,
+            self.augmentation,
+            self.min_side,
+            self.max_aspect_ratio,
+            self.preprocessing,
         )
         return {"tokens": tokenize(caption, self.context_length, truncate=True)[0], "image": image}
 

@@ -32,6 +32,7 @@ from clip_jax.evaluation.zero_shot import (
     single_label_metrics,
     two_class_metrics,
 )
+from clip_jax.models.presets import Preprocessing
 
 RANDOM_RANKINGS = 20  # whose mean is the chance of an average precision
 BASELINE_SIDE = 32  # px; the mean of many images has no finer detail
@@ -58,8 +59,8 @@ class ClassificationTask:
       ValueError: class names, labels, images and metric do not go together; one line.
     """
 
-    def __init__(self, task: Task, image_size: int, data: str):
-        self.task, self._image_size, self._data = task, image_size, data
+    def __init__(self, task: Task, image_size: int, data: str, preprocessing: Preprocessing):
+        self.task, self._image_size, self._data, self._preprocessing = task, image_size, data, preprocessing
         self._several = task.metric == "average_precision_11"
         prompts = load_prompts(task.prompts) if task.prompts else beside_the_shards(task.source.replace("{data}", data))
         self._templates = task.templates or prompts.templates or ("{}",)
@@ -90,7 +91,8 @@ class ClassificationTask:
     def _open(self, source: str) -> tuple[list[Said], Pictures, str]:
         source = source.replace("{data}", self._data)
         opened = open_on_all_hosts(source)
-        return read_said(source, opened), Pictures(source, opened, self._image_size), opened.fingerprint()
+        pictures = Pictures(source, opened, self._image_size, self._preprocessing)
+        return read_said(source, opened), pictures, opened.fingerprint()
 
     def _labelled(self, source: str, said: list[Said], pictures: Pictures, other: bool = False) -> LabelledImages:
         """The images of the task's classes. ``other`` sources may have more classes; they are left out and counted."""

@@ -32,13 +32,14 @@ class Embedder:
         self._mesh = mesh
         self._batch_size = -(-batch_size // mesh.size) * mesh.size
         self._context_length = model.preset.text.context_length
+        preprocessing = model.preset.preprocessing
         # The classifier of the paper's linear probe takes what a Vision Transformer's projection takes (section A.3).
         last = "vision" if isinstance(model.preset.vision, ResNetPreset) else "ln_post"
 
         def image_features(variables: dict, images: jax.Array) -> jax.Array:
             _, captured = model.apply(
                 variables,
-                normalize_images(images),
+                normalize_images(images, preprocessing),
                 method="encode_image",
                 capture_intermediates=lambda module, _: module.name == last,
                 mutable=["intermediates"],
@@ -49,9 +50,10 @@ class Embedder:
         def compiled(function: Callable) -> Callable:
             return jax.jit(function, out_shardings=replicated(mesh))
 
-        self._encode_image = compiled(
-            lambda variables, images: model.apply(variables, normalize_images(images), method="encode_image")
-        )
+        def encode_image(variables: dict, images: jax.Array) -> jax.Array:
+            return model.apply(variables, normalize_images(images, preprocessing), method="encode_image")
+
+        self._encode_image = compiled(encode_image)
         self._image_features = compiled(image_features)
         self._encode_text = compiled(lambda variables, tokens: model.apply(variables, tokens, method="encode_text"))
 

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from clip_jax.data.images import ImageError, decode_image, evaluation_transform
+from clip_jax.data.images import DEFAULT_PREPROCESSING, ImageError, decode_image, evaluation_transform
 from clip_jax.data.sources import MissingPackageError, Pair, PairError, Source, open_source
+from clip_jax.models.presets import Preprocessing
 
 KEPT_BYTES = 2**29  # of decoded pictures, so that an evaluation during training decodes a small set once
 
@@ -36,8 +37,10 @@ class Pictures(Sequence):
     line that names it, or OSError where what holds it is lost.
     """
 
-    def __init__(self, name: str, source: Source, image_size: int):
-        self._name, self._source, self._image_size = name, source, image_size
+    def __init__(
+        self, name: str, source: Source, image_size: int, preprocessing: Preprocessing = DEFAULT_PREPROCESSING
+    ):
+        self._name, self._source, self._image_size, self._preprocessing = name, source, image_size, preprocessing
         self._rows: Sequence[int] = range(len(source))
         self._change: Callable[[np.ndarray, int], np.ndarray] | None = None
         self._kept: dict[int, np.ndarray] | None = {} if len(source) * image_size**2 * 3 <= KEPT_BYTES else None
@@ -82,7 +85,7 @@ class Pictures(Sequence):
         try:
             pair = self._source[index]
             key = pair.key
-            return evaluation_transform(decode_image(pair.image), self._image_size)
+            return evaluation_transform(decode_image(pair.image), self._image_size, self._preprocessing)
         except PairError as error:
             raise ValueError(f"{self._name}: {error}") from None
         except ImageError as error:

@@ -13,6 +13,7 @@ from clip_jax.evaluation.registry import Task
 from clip_jax.evaluation.remembered import Classifier
 from clip_jax.evaluation.results import TaskResult
 from clip_jax.evaluation.similarity import ties
+from clip_jax.models.presets import Preprocessing
 
 SHOWN_TEXTS = 8  # in the grid of the report
 
@@ -24,14 +25,14 @@ class RetrievalTask:
       FileNotFoundError, ValueError: as :class:`ClassificationTask`.
     """
 
-    def __init__(self, task: Task, image_size: int, data: str):
+    def __init__(self, task: Task, image_size: int, data: str, preprocessing: Preprocessing):
         source = task.source.replace("{data}", data)
         opened = open_on_all_hosts(source)
         said = read_said(source, opened)
         rows, captions = _captions_by_image(said)
         if not rows:
             raise ValueError(f"{source} has no images")
-        self.task, self.pictures = task, Pictures(source, opened, image_size).chosen(rows)
+        self.task, self.pictures = task, Pictures(source, opened, image_size, preprocessing).chosen(rows)
         self._notes = []
         if len(rows) < len(said):
             self._notes.append(

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 
+from clip_jax.data.images import DEFAULT_PREPROCESSING
 from clip_jax.evaluation.classification import ClassificationTask
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.measuring import NO_EXTRAS, Extras
@@ -10,6 +11,7 @@ from clip_jax.evaluation.registry import Task
 from clip_jax.evaluation.remembered import Classifier
 from clip_jax.evaluation.results import MissingTask, Results
 from clip_jax.evaluation.retrieval_task import RetrievalTask
+from clip_jax.models.presets import Preprocessing
 
 
 class Evaluations:
@@ -19,16 +21,19 @@ class Evaluations:
       tasks: of :func:`clip_jax.evaluation.registry.find_tasks`.
       image_size: S, of the model.
       data: the folder that ``{data}`` stands for.
+      preprocessing: of the model.
     """
 
-    def __init__(self, tasks: Sequence[Task], image_size: int, data: str):
+    def __init__(
+        self, tasks: Sequence[Task], image_size: int, data: str, preprocessing: Preprocessing = DEFAULT_PREPROCESSING
+    ):
         kinds = {"zero_shot": ClassificationTask, "retrieval": RetrievalTask}
         self.tasks: list[ClassificationTask | RetrievalTask] = []
         self.missing: list[MissingTask] = []
         self.broken: list[MissingTask] = []
         for task in tasks:
             try:
-                self.tasks.append(kinds[task.kind](task, image_size, os.path.expanduser(data)))
+                self.tasks.append(kinds[task.kind](task, image_size, os.path.expanduser(data), preprocessing))
             except FileNotFoundError as error:
                 self.missing.append(_not_scored(task, error, task.how_to_get.replace("{data}", data)))
             except ValueError as error:

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from clip_jax.models.presets import CLIPPreset, ResNetPreset
+from clip_jax.models.presets import CLIPPreset, Preprocessing, ResNetPreset
 from clip_jax.models.resnet import ResNet
 from clip_jax.models.text_transformer import TextTransformer
 from clip_jax.models.vision_transformer import VisionTransformer
@@ -18,14 +18,11 @@ MAX_LOGIT_SCALE = math.log(100)
 SIGMOID_INITIAL_LOGIT_SCALE = math.log(10)
 SIGMOID_INITIAL_LOGIT_BIAS = -10.0
 
-# Mean and standard deviation of CLIP's training pictures, RGB in [0, 1], as published with its weights.
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
-
-def normalize_images(images: jax.Array) -> jax.Array:
-    """uint8 ``[B, H, W, 3]`` RGB to float32 with CLIP's mean and standard deviation taken out."""
-    return (images.astype(jnp.float32) / 255 - jnp.array(IMAGE_MEAN)) / jnp.array(IMAGE_STD)
+def normalize_images(images: jax.Array, preprocessing: Preprocessing) -> jax.Array:
+    """uint8 ``[B, H, W, 3]`` RGB to float32: from [0, 255] to [0, 1], minus the mean, over the standard deviation."""
+    mean, std = jnp.array(preprocessing.mean, jnp.float32), jnp.array(preprocessing.std, jnp.float32)
+    return (images.astype(jnp.float32) / 255 - mean) / std
 
 
 def unit_length(x: jax.Array) -> jax.Array:

@@ -10,6 +10,36 @@ ACTIVATIONS = ("quick_gelu", "gelu")  # OpenAI's, and PyTorch's default, which m
 BATCH_NORMS = ("global", "per_device")
 RESNET_REDUCTION = 32  # an image's side over that of the last stage's output; also its channels over the width
 
+# Mean and standard deviation of CLIP's training images, RGB in [0, 1], as published with its weights.
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+RESIZE_MODES = ("shortest", "longest", "squash")
+INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "hamming", "box", "nearest")  # Pillow's
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How an image of any size becomes the square that the image tower sees. The default is OpenAI's.
+
+    The image is resized to ``resize_size`` pixels (0: the tower's image size), with Pillow's ``interpolation``. By
+    ``resize_mode`` that is the length of its short side ("shortest"), its long side ("longest") or both, whatever
+    its aspect ratio ("squash"). Then its center is cropped, or padded with the gray level ``fill_color`` (0 to 255),
+    to the tower's image size. ``mean`` and ``std``, of RGB in [0, 1], are subtracted and divided by.
+
+    Source: open_clip's ``PreprocessCfg`` and the image processors of Hugging Face's CLIP.
+    """
+
+    mean: tuple[float, float, float] = IMAGE_MEAN
+    std: tuple[float, float, float] = IMAGE_STD
+    resize_mode: str = "shortest"
+    interpolation: str = "bicubic"
+    resize_size: int = 0
+    fill_color: int = 0
+
+    def at_image_size(self, image_size: int, wanted: int) -> "Preprocessing":
+        """The same for images of ``wanted`` pixels, where this one is for ``image_size``: the same part is cropped."""
+        return dataclasses.replace(self, resize_size=round(self.resize_size * wanted / image_size))
+
 
 @dataclasses.dataclass(frozen=True)
 class VisionTransformerPreset:
@@ -57,11 +87,12 @@ class TextTransformerPreset:
 
 @dataclasses.dataclass(frozen=True)
 class CLIPPreset:
-    """Two towers and the width ``embed_dim`` of the space that they share."""
+    """Two towers, the width ``embed_dim`` of the space that they share, and how images are prepared."""
 
     embed_dim: int
     vision: VisionTransformerPreset | ResNetPreset
     text: TextTransformerPreset
+    preprocessing: Preprocessing = Preprocessing()
 
 
 _TEXT_512 = TextTransformerPreset(width=512, num_layers=12, num_heads=8)
@@ -88,12 +119,19 @@ PRESETS: dict[str, CLIPPreset] = {
 
 
 def preset_from_dict(model: dict) -> CLIPPreset:
-    """Reads back what ``dataclasses.asdict`` made of a preset, through JSON or not; other keys are passed over."""
+    """Reads back what ``dataclasses.asdict`` made of a preset, through JSON or not; other keys are passed over.
+
+    Without ``preprocessing``, as in runs of before there was a choice, it is OpenAI's.
+    """
     vision = dict(model["vision"])
     if "stage_sizes" in vision:
         vision["stage_sizes"] = tuple(vision["stage_sizes"])
     tower = ResNetPreset if "stage_sizes" in vision else VisionTransformerPreset
-    return CLIPPreset(model["embed_dim"], tower(**vision), TextTransformerPreset(**model["text"]))
+    preprocessing = dict(model.get("preprocessing", {}))
+    for name in preprocessing.keys() & {"mean", "std"}:
+        preprocessing[name] = tuple(preprocessing[name])
+    text = TextTransformerPreset(**model["text"])
+    return CLIPPreset(model["embed_dim"], tower(**vision), text, Preprocessing(**preprocessing))
 
 
 def get_preset(name: str) -> CLIPPreset:

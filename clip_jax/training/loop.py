@@ -121,9 +121,10 @@ def open_evaluations(config: ml_collections.ConfigDict) -> Evaluations:
     Raises:
       ValueError, OSError: there is no such task, or its data is not there or broken.
     """
-    names = config.evaluation.tasks
-    image_size = config.model.vision.image_size
-    evaluations = Evaluations(find_tasks(names) if names else [], image_size, config.evaluation.data)
+    names, preset = config.evaluation.tasks, model_preset(config)
+    evaluations = Evaluations(
+        find_tasks(names) if names else [], preset.vision.image_size, config.evaluation.data, preset.preprocessing
+    )
     for task in (*evaluations.missing, *evaluations.broken):
         how = f"; get it: {task.how_to_get}" if task.how_to_get else ""
         raise ValueError(f"config.evaluation.tasks={names}: {task.name}: {task.reason}{how}")
@@ -187,13 +188,14 @@ def data_access(config: ml_collections.ConfigDict) -> Access:
 
 def data_transform(config: ml_collections.ConfigDict, image_size: int) -> Transform:
     """What the config wants done with each pair."""
-    data = config.data
+    data, preset = config.data, model_preset(config)
     return Transform(
         image_size,
-        config.model.text.context_length,
+        preset.text.context_length,
         Augmentation(**data.augmentation),
         data.min_image_side,
         data.max_aspect_ratio,
+        preset.preprocessing.at_image_size(preset.vision.image_size, image_size),
     )
 
 

@@ -175,7 +175,7 @@ def make_train_step(
     def embed(params: dict, batch_stats: dict, batch: dict):
         (image_embeddings, text_embeddings, _), updated = model.apply(
             {"params": params, "batch_stats": batch_stats},
-            normalize_images(batch["image"]),
+            normalize_images(batch["image"], model.preset.preprocessing),
             batch["tokens"],
             train=True,
             kept_patches=batch.get("kept_patches"),

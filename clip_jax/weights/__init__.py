@@ -7,20 +7,23 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from clip_jax.models.presets import PRESETS, CLIPPreset, preset_from_dict
-from clip_jax.weights import huggingface, open_clip, openai
+from clip_jax.weights import huggingface, huggingface_tokenizer, open_clip, openai
+from clip_jax.weights.huggingface_tokenizer import check_tokenizer
 from clip_jax.weights.mapping import Tensors, WeightsError, preset_from_shapes, to_variables
 from clip_jax.weights.tensor_files import SHARD_NAME, SUFFIXES, is_index, read_json, read_tensors
 from clip_jax.weights.torch_file import TorchFileError
 
 __all__ = ["FORMATS", "Weights", "WeightsError", "preset_name", "read_weights", "write_weights"]
 
+UNREAD_SUFFIXES = (".json", ".ckpt", ".h5", ".msgpack", ".onnx", ".npz")
+NO_EFFECT_FILES = ("generation_config.json", "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt")
 FORMATS = ("clip_jax", "open_clip", "huggingface", "openai")
 
 
@@ -66,7 +69,8 @@ def read_weights(
     """Reads a model from a file or folder of any known kind, recognised by what is in it.
 
     A file without a config in its folder does not tell its activation; it is then ``activation``, or
-    ``assumed_activation`` if that is None; OpenAI's is "quick_gelu".
+    ``assumed_activation`` if that is None; OpenAI's is "quick_gelu". Nor does it tell its preprocessing, which is then
+    OpenAI's. ``note`` says so.
 
     Raises:
       FileNotFoundError: there is nothing, or nothing of ours in a folder.
@@ -161,13 +165,18 @@ def _read_file(file: pathlib.Path, activation: str | None, assumed_activation: s
     table = huggingface.TABLE if named_by_huggingface else openai_names
     preset = preset_from_shapes(tensors, table, activation or assumed_activation)
     published = "input_resolution" in tensors  # OpenAI's archives alone have it
-    note = ""
+    notes = []
     if activation is None and not published:
-        note = (
+        notes.append(
             f"{file.name} does not tell its activation: taken as OpenAI's quick_gelu; if the model has the plain one, "
             f'as most of open_clip\'s, say --activation=gelu (activation="gelu" in Python)'
         )
-    return Weights(preset, to_variables(tensors, table, preset), table.format, note)
+    if not published:
+        notes.append(
+            f"{file.name} does not tell how images are prepared: taken as OpenAI's way; for a model with another mean, "
+            f"deviation or way of resizing, put its {config_name} beside it"
+        )
+    return Weights(preset, to_variables(tensors, table, preset), table.format, "; ".join(notes))
 
 
 def _read_configured(file: pathlib.Path, config_name: str) -> Weights:
@@ -178,14 +187,32 @@ def _read_configured(file: pathlib.Path, config_name: str) -> Weights:
 def _with_config(file: pathlib.Path, config_name: str, tensors: Tensors) -> Weights:
     """The model of these tensors of a file, by the config in its folder."""
     config = read_json(file.parent / config_name)
+    read = {
+        file.name,
+        config_name,
+        huggingface.CONFIG_FILE,
+        *huggingface.PREPROCESSOR_FILES,
+        *huggingface_tokenizer.FILES,
+    }
     if config_name == open_clip.CONFIG_FILE:
         table, preset = open_clip.TABLE, open_clip.read_config(config)
     else:
         table, preset = huggingface.TABLE, huggingface.read_config(config)
-        for name in huggingface.PREPROCESSOR_FILES:
-            if (file.parent / name).is_file():
-                huggingface.check_preprocessing(name, read_json(file.parent / name), preset.vision.image_size)
-    return Weights(preset, to_variables(tensors, table, preset), table.format)
+        preprocessing = huggingface.read_preprocessing(file.parent, preset.vision.image_size)
+        preset = dataclasses.replace(preset, preprocessing=preprocessing)
+        check_tokenizer(file.parent, preset.text.vocab_size, preset.text.context_length)
+    return Weights(preset, to_variables(tensors, table, preset), table.format, _not_read(file, read))
+
+
+def _not_read(file: pathlib.Path, read: Collection[str]) -> str:
+    """Names what else in a model's folder looks as if it belonged to the model; empty if there is nothing."""
+    shards = set(read_json(file)["weight_map"].values()) if is_index(file) else set()
+    others = [
+        other.name
+        for other in sorted(file.parent.iterdir())
+        if other.suffix in (*SUFFIXES, *UNREAD_SUFFIXES) and other.name not in {*read, *shards, *NO_EFFECT_FILES}
+    ]
+    return f"the model is that of {file.name}; not read: {', '.join(others)}" if others else ""
 
 
 def write_weights(weights: Weights, destination: str | os.PathLike, format: str) -> None:  # noqa: A002

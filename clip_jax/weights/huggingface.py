@@ -7,10 +7,22 @@ import re
 from safetensors.numpy import save_file
 
 from clip_jax.data.tokenizer import END_OF_TEXT, START_OF_TEXT, published_vocabulary
-from clip_jax.models.clip import IMAGE_MEAN, IMAGE_STD
-from clip_jax.models.presets import ACTIVATIONS, CLIPPreset, TextTransformerPreset, VisionTransformerPreset
+from clip_jax.models.presets import (
+    ACTIVATIONS,
+    CLIPPreset,
+    Preprocessing,
+    TextTransformerPreset,
+    VisionTransformerPreset,
+)
 from clip_jax.weights import huggingface_fields
-from clip_jax.weights.huggingface_fields import MODEL_FIELDS, TEXT_FIELDS, VISION_FIELDS, refuse_unknown, side_of
+from clip_jax.weights.huggingface_fields import (
+    MODEL_FIELDS,
+    TEXT_FIELDS,
+    VISION_FIELDS,
+    preprocessing_config,
+    refuse_unknown,
+    side_of,
+)
 from clip_jax.weights.mapping import (
     PATCHES,
     SCALAR,
@@ -23,6 +35,7 @@ from clip_jax.weights.mapping import (
     row,
     to_tensors,
 )
+from clip_jax.weights.tensor_files import read_json
 
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -143,13 +156,20 @@ def read_config(config: dict) -> CLIPPreset:
     )
 
 
-def check_preprocessing(file: str, content: dict, image_size: int) -> None:
-    """Checks one of :data:`PREPROCESSOR_FILES`.
+def read_preprocessing(folder: pathlib.Path, image_size: int) -> Preprocessing:
+    """What the files of :data:`PREPROCESSOR_FILES` say; CLIP's own without any.
 
     Raises:
-      WeightsError: images would have to be prepared in another way than CLIP's.
+      WeightsError: images would have to be prepared in a way that is not built here, or two files differ.
     """
-    huggingface_fields.check_preprocessing(file, content, image_size, IMAGE_MEAN, IMAGE_STD)
+    found = {
+        name: huggingface_fields.read_preprocessing(name, read_json(folder / name), image_size)
+        for name in PREPROCESSOR_FILES
+        if (folder / name).is_file()
+    }
+    if len(set(found.values())) > 1:
+        raise WeightsError(f"{' and '.join(found)} differ in how images are prepared; remove one of the two")
+    return next(iter(found.values()), Preprocessing())
 
 
 def config_of(preset: CLIPPreset, dtype: str = "float32") -> dict:
@@ -200,12 +220,11 @@ def write_folder(folder: pathlib.Path, variables: dict, preset: CLIPPreset) -> N
     """Writes all that ``CLIPModel`` and ``CLIPProcessor`` load into an existing folder.
 
     Raises:
-      WeightsError: the model is a ResNet, which Hugging Face's CLIP has not.
+      WeightsError: the model is a ResNet, which Hugging Face's CLIP has not, or images are prepared as it cannot.
     """
     tensors = to_tensors(variables, TABLE, preset)
     dtypes = {tensor.dtype.name for tensor in tensors.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
-    size = preset.vision.image_size
     markers = {
         "bos_token": "<|startoftext|>",
         "eos_token": "<|endoftext|>",
@@ -214,20 +233,7 @@ def write_folder(folder: pathlib.Path, variables: dict, preset: CLIPPreset) -> N
     }
     files = {
         CONFIG_FILE: config_of(preset, dtype),
-        "preprocessor_config.json": {
-            "image_processor_type": "CLIPImageProcessor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "size": {"shortest_edge": size},
-            "resample": 3,  # bicubic
-            "do_center_crop": True,
-            "crop_size": {"height": size, "width": size},
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": list(IMAGE_MEAN),
-            "image_std": list(IMAGE_STD),
-        },
+        "preprocessor_config.json": preprocessing_config(preset.preprocessing, preset.vision.image_size),
         "special_tokens_map.json": markers,
         "tokenizer_config.json": {
             "tokenizer_class": "CLIPTokenizer",

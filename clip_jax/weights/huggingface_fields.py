@@ -7,8 +7,10 @@ Source: ``CLIPConfig``, ``CLIPTextConfig``, ``CLIPVisionConfig``, ``CLIPImagePro
 transformers 4 and 5, and the configs that OpenAI's published folders have.
 """
 
+import math
 from collections.abc import Collection, Mapping
 
+from clip_jax.models.presets import IMAGE_MEAN, IMAGE_STD, Preprocessing
 from clip_jax.weights.mapping import WeightsError
 
 # Files of before 2023 repeat these in each tower. They steer generation, training, logging and output, not CLIP's
@@ -65,6 +67,13 @@ _PROCESSOR_NO_EFFECT = frozenset(
 )
 # fmt: on
 
+PROCESSOR_SWITCHES = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+PROCESSOR_FIELDS = _PROCESSOR_NO_EFFECT.union(
+    PROCESSOR_SWITCHES,
+    ("do_pad", "image_mean", "image_std", "rescale_factor", "resample", "size", "crop_size"),
+)
+RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # Pillow's numbers
+
 
 def refuse_unknown(where: str, part: Mapping, known: Collection[str]) -> None:
     """Raises WeightsError if a field that is in no table has a value; empty ones (None, False, {}) ask for nothing."""
@@ -95,39 +104,105 @@ def side_of(name: str, value: int | list) -> int:
     return sides[0]
 
 
-def check_preprocessing(file: str, content: Mapping, image_size: int, mean: tuple, std: tuple) -> None:
-    """Checks an image processor's config, by itself or inside of a ``processor_config.json``.
+def triple(name: str, value: object, positive: bool = False) -> tuple[float, float, float]:
+    """One number for each channel, of three numbers or of one that holds for all.
 
     Raises:
-      WeightsError: images would have to be prepared in another way than CLIP's: the fields are named.
+      WeightsError: it is neither, or not finite, or not positive where it must be.
+    """
+    numbers = list(value) if isinstance(value, list | tuple) else [value] * 3
+    if len(numbers) != 3 or not all(_is_number(one) and (one > 0 or not positive) for one in numbers):
+        raise WeightsError(f"{name}={value!r} is not three {'positive ' * positive}numbers, of red, green and blue")
+    return tuple(map(float, numbers))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_preprocessing(file: str, content: Mapping, image_size: int) -> Preprocessing:
+    """What an image processor's config says, by itself or inside of a ``processor_config.json``.
+
+    What is left out is as in ``CLIPImageProcessor``.
+
+    Raises:
+      WeightsError: images would have to be prepared in a way that is not built here: the fields are named.
     """
     if file == "processor_config.json":
         content = content.get("image_processor") or content
     processor = {key: value for key, value in content.items() if value is not None}
-    wrong = []
-    for key, wanted in (("image_mean", mean), ("image_std", std)):
-        given = processor.get(key, wanted)
-        if len(given) != 3 or any(abs(one - other) > 1e-4 for one, other in zip(given, wanted, strict=True)):
-            wrong.append(f"{key}={given} is not {list(wanted)}")
-    expected = {
-        **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True),
-        "resample": 3,  # bicubic
-        "do_pad": False,
-    }
-    wrong += [
-        f"{key}={processor[key]} is not {value}"
-        for key, value in expected.items()
-        if processor.get(key, value) != value
-    ]
-    if abs(processor.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
-        wrong.append(f"rescale_factor={processor['rescale_factor']} is not 1/255")
-    for key in ("size", "crop_size"):
-        given = processor.get(key)
-        if key == "size" and isinstance(given, Mapping) and given:
-            given = given["shortest_edge"] if set(given) == {"shortest_edge"} else f"{dict(given)}"
-        if given and (isinstance(given, str) or side_of(f"{file}: {key}", given) != image_size):
-            wrong.append(f"{key}={processor[key]} is not the model's {image_size} (of the shortest edge)")
+    switches = {name: processor.get(name, True) for name in PROCESSOR_SWITCHES}
+    wrong = [f"{name}={value!r} is not true or false" for name, value in switches.items() if type(value) is not bool]
+    if not switches["do_resize"]:
+        wrong.append("do_resize=False is not built here")
+    if processor.get("do_pad", False) is not False:
+        wrong.append(f"do_pad={processor['do_pad']!r} is not built here")
+    resample = processor.get("resample", 3)
+    if type(resample) is not int or resample not in RESAMPLE:
+        wrong.append(f"resample={resample!r} is not one of Pillow's numbers {', '.join(map(str, RESAMPLE))}")
+    factor = processor.get("rescale_factor", 1 / 255)
+    if not _is_number(factor) or factor <= 0:
+        wrong.append(f"rescale_factor={factor!r} is not a positive number")
     if wrong:
-        raise WeightsError(f"{file} asks for other preprocessing than CLIP's: {'; '.join(wrong)}")
-    known = expected.keys() | {"image_mean", "image_std", "rescale_factor", "size", "crop_size"} | _PROCESSOR_NO_EFFECT
-    refuse_unknown(file, processor, known)
+        raise WeightsError(f"{file}: {'; '.join(wrong)}")
+    refuse_unknown(file, processor, PROCESSOR_FIELDS)
+    mean = triple(f"{file}: image_mean", processor.get("image_mean", IMAGE_MEAN))
+    std = triple(f"{file}: image_std", processor.get("image_std", IMAGE_STD), positive=True)
+    if not switches["do_normalize"]:
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    # Mean and deviation of pixels in [0, 1] that give what theirs give of pixels times another factor.
+    scale = 255 * (factor if switches["do_rescale"] else 1)
+    if abs(scale - 1) > 1e-6:
+        mean, std = (tuple(value / scale for value in values) for values in (mean, std))
+    resize_mode, resize_size = _resizing(file, processor.get("size", {"shortest_edge": 224}))
+    crop_size = resize_size if resize_mode == "squash" else None
+    if switches["do_center_crop"]:
+        crop_size = side_of(f"{file}: crop_size", processor.get("crop_size", 224))
+    if crop_size is None:
+        raise WeightsError(f"{file}: do_center_crop=False leaves images that are not square, which are not built here")
+    if crop_size != image_size:
+        key = "crop_size" if switches["do_center_crop"] else "size"
+        raise WeightsError(f"{file}: {key}={processor.get(key, 224)!r} is not the model's {image_size}")
+    return Preprocessing(mean, std, resize_mode, RESAMPLE[resample], 0 if resize_size == image_size else resize_size)
+
+
+def _resizing(file: str, size: object) -> tuple[str, int]:
+    """The resize mode and size. A number is the length of the short side, as in files of before 2022."""
+    if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
+        return "shortest", side_of(f"{file}: size.shortest_edge", size["shortest_edge"])
+    if isinstance(size, Mapping) and set(size) == {"height", "width"}:
+        return "squash", side_of(f"{file}: size", size)
+    if isinstance(size, Mapping):
+        raise WeightsError(f"{file}: size={dict(size)} is not built here, only shortest_edge, or height and width")
+    return "shortest", side_of(f"{file}: size", size)
+
+
+def preprocessing_config(preprocessing: Preprocessing, image_size: int) -> dict:
+    """The ``preprocessor_config.json`` of a ``CLIPImageProcessor``.
+
+    Raises:
+      WeightsError: it cannot pad as the model's images are.
+    """
+    if preprocessing.resize_mode == "longest":
+        raise WeightsError(
+            "Hugging Face's CLIP cannot resize images by their long side and pad them; write the model --to=open_clip "
+            "or clip_jax"
+        )
+    size = preprocessing.resize_size or image_size
+    if size < image_size and preprocessing.fill_color:
+        raise WeightsError("Hugging Face's CLIP pads images with black alone; write the model --to=clip_jax")
+    squash = preprocessing.resize_mode == "squash"
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": size, "width": size} if squash else {"shortest_edge": size},
+        "resample": next(number for number, name in RESAMPLE.items() if name == preprocessing.interpolation),
+        "do_center_crop": True,
+        "crop_size": {"height": image_size, "width": image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preprocessing.mean),
+        "image_std": list(preprocessing.std),
+    }

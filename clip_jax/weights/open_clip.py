@@ -4,21 +4,26 @@ A folder of ``open_clip_config.json`` and ``open_clip_model.safetensors`` is wha
 ``open_clip.create_model("local-dir:FOLDER")`` loads; a single file is for ``create_model(NAME, pretrained=FILE)``.
 """
 
+import dataclasses
 import json
 import pathlib
 
 from safetensors.numpy import save_file
 
-from clip_jax.models.clip import IMAGE_MEAN, IMAGE_STD, SIGMOID_INITIAL_LOGIT_BIAS
+from clip_jax.models.clip import SIGMOID_INITIAL_LOGIT_BIAS
 from clip_jax.models.presets import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    RESIZE_MODES,
     RESNET_REDUCTION,
     CLIPPreset,
+    Preprocessing,
     ResNetPreset,
     TextTransformerPreset,
     VisionTransformerPreset,
 )
 from clip_jax.weights import openai
-from clip_jax.weights.huggingface_fields import side_of
+from clip_jax.weights.huggingface_fields import side_of, triple
 from clip_jax.weights.mapping import HEAD_WIDTH, SCALAR, WeightsError, row, to_tensors
 
 CONFIG_FILE = "open_clip_config.json"
@@ -32,14 +37,8 @@ _TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_r
 _MODEL_KEYS = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "init_logit_scale", "init_logit_bias"}
 # Named explicitly, some say what is so anyway.
 _DEFAULTS = {"pool_type": ("tok", "argmax"), "pos_embed_type": ("learnable",), "proj_type": ("linear",)}
-# Of open_clip's PreprocessCfg; fill_color has an effect only where images are padded.
-_PREPROCESSING = {
-    "mean": list(IMAGE_MEAN),
-    "std": list(IMAGE_STD),
-    "interpolation": "bicubic",
-    "resize_mode": "shortest",
-    "mode": "RGB",
-}
+# Of open_clip's PreprocessCfg. In "random" only training draws; evaluation is bicubic (its transform.py).
+_INTERPOLATIONS = {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"}
 
 
 def read_config(config: dict) -> CLIPPreset:
@@ -59,7 +58,6 @@ def read_config(config: dict) -> CLIPPreset:
     ]
     if unknown:
         raise WeightsError(f"{CONFIG_FILE} describes a model that is not built here: {', '.join(unknown)}")
-    _check_preprocessing(config.get("preprocess_cfg") or {}, vision.get("image_size", 224))
     activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
     # What is left out has open_clip's defaults (CLIPVisionCfg and CLIPTextCfg in its model.py).
     width, head_width = vision.get("width", 768), vision.get("head_width", HEAD_WIDTH)
@@ -89,33 +87,60 @@ def read_config(config: dict) -> CLIPPreset:
             activation,
             int(width * text.get("mlp_ratio", 4.0)) / width,
         )
-        return CLIPPreset(model["embed_dim"], vision_preset, text_preset)
+        preprocessing = _read_preprocessing(config.get("preprocess_cfg") or {}, image_size)
+        return CLIPPreset(model["embed_dim"], vision_preset, text_preset, preprocessing)
     except (KeyError, TypeError) as error:
         raise WeightsError(f"{CONFIG_FILE} is not a whole config: {type(error).__name__} {error}") from None
 
 
-def _check_preprocessing(preprocessing: dict, image_size: int | list) -> None:
+def _read_preprocessing(config: dict, image_size: int) -> Preprocessing:
+    """What ``preprocess_cfg`` says. What is left out, or empty, is OpenAI's, as in open_clip."""
+    given = {key: value for key, value in config.items() if value is not None}
+    where = f"{CONFIG_FILE}: preprocess_cfg"
+    fields = {
+        "mean": triple(f"{where}.mean", given.pop("mean", None) or IMAGE_MEAN),
+        "std": triple(f"{where}.std", given.pop("std", None) or IMAGE_STD, positive=True),
+        "resize_mode": given.pop("resize_mode", None) or "shortest",
+        "fill_color": given.pop("fill_color", 0),
+    }
+    interpolation = given.pop("interpolation", None) or "bicubic"
     wrong = []
-    for key, value in preprocessing.items():
-        if key == "size":
-            same = value is None or side_of("preprocess_cfg.size", value) == side_of(
-                "vision_cfg.image_size", image_size
-            )
-        elif key in _PREPROCESSING:
-            same = value is None or value == _PREPROCESSING[key]
-        else:
-            same = key == "fill_color" or not value
-        if not same:
-            wrong.append(f"{key}={value!r}")
+    if fields["resize_mode"] not in RESIZE_MODES:
+        wrong.append(f"resize_mode={fields['resize_mode']!r} is not one of {', '.join(RESIZE_MODES)}")
+    if interpolation not in _INTERPOLATIONS:
+        wrong.append(f"interpolation={interpolation!r} is not one of {', '.join(_INTERPOLATIONS)}")
+    if type(fields["fill_color"]) is not int or not 0 <= fields["fill_color"] <= 255:
+        wrong.append(f"fill_color={fields['fill_color']!r} is not a level of gray, 0 to 255")
+    if (mode := given.pop("mode", "RGB")) != "RGB":
+        wrong.append(f"mode={mode!r} is not RGB")
+    size = given.pop("size", image_size)
+    if side_of(f"{where}.size", size) != image_size:
+        wrong.append(f"size={size!r} is not the model's image size {image_size}")
+    wrong += [f"{key}={value!r} is not known here" for key, value in given.items() if value]
     if wrong:
-        raise WeightsError(f"{CONFIG_FILE} asks for other preprocessing than CLIP's: {', '.join(sorted(wrong))}")
+        raise WeightsError(f"{where}: {'; '.join(wrong)}")
+    return Preprocessing(interpolation=_INTERPOLATIONS[interpolation], **fields)
+
+
+def _preprocessing_config(preprocessing: Preprocessing) -> dict:
+    if preprocessing.resize_size:
+        raise WeightsError(
+            "open_clip resizes images to the model's size, and this model resizes them to "
+            f"{preprocessing.resize_size} pixels before the crop; write it --to=clip_jax or huggingface"
+        )
+    if preprocessing.interpolation not in _INTERPOLATIONS:
+        raise WeightsError(f"open_clip has no {preprocessing.interpolation} interpolation, only bicubic and bilinear")
+    fields = dataclasses.asdict(preprocessing) | {"mean": list(preprocessing.mean), "std": list(preprocessing.std)}
+    del fields["resize_size"]
+    return fields
 
 
 def config_of(preset: CLIPPreset, with_logit_bias: bool = False) -> dict:
     """The ``open_clip_config.json`` of this preset, for a model with or without the sigmoid loss's bias.
 
     Raises:
-      WeightsError: its towers have different activations, which open_clip's config cannot say.
+      WeightsError: open_clip's config cannot say what it is: its towers have different activations, or its images are
+        prepared as open_clip does not.
     """
     vision, text = preset.vision, preset.text
     resnet = isinstance(vision, ResNetPreset)
@@ -153,7 +178,7 @@ def config_of(preset: CLIPPreset, with_logit_bias: bool = False) -> dict:
                 **mlp_ratio(text),
             },
         },
-        "preprocess_cfg": {"mean": list(IMAGE_MEAN), "std": list(IMAGE_STD)},
+        "preprocess_cfg": _preprocessing_config(preset.preprocessing),
     }
 
 

@@ -3,10 +3,11 @@
 Names as in ``clip/model.py`` of github.com/openai/CLIP.
 """
 
+import dataclasses
 import pathlib
 import re
 
-from clip_jax.models.presets import RESNET_REDUCTION, CLIPPreset, ResNetPreset
+from clip_jax.models.presets import RESNET_REDUCTION, CLIPPreset, Preprocessing, ResNetPreset
 from clip_jax.weights.mapping import (
     CONVOLUTION,
     HEAD_WIDTH,
@@ -90,8 +91,15 @@ def write(path: pathlib.Path, variables: dict, preset: CLIPPreset) -> None:
     """Writes a ``.pt`` that ``clip.load`` reads.
 
     Raises:
-      WeightsError: ``clip`` has no such model: it knows QuickGELU, heads 64 wide and MLPs four times as wide only.
+      WeightsError: ``clip`` has no such model: it knows QuickGELU, heads 64 wide, MLPs four times as wide and its own
+        preprocessing only.
     """
+    default = dataclasses.asdict(Preprocessing())
+    other = [
+        f"{name}={value}" for name, value in dataclasses.asdict(preset.preprocessing).items() if value != default[name]
+    ]
+    if other:
+        raise WeightsError(f"OpenAI's program knows no preprocessing with {', '.join(other)}; write for open_clip")
     for name, tower in (("vision", preset.vision), ("text", preset.text)):
         for key, wanted in (("activation", "quick_gelu"), ("mlp_ratio", 4.0)):
             value = getattr(tower, key, wanted)

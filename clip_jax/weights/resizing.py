@@ -13,16 +13,27 @@ from clip_jax.weights.mapping import WeightsError
 def at_image_size(variables: dict, preset: CLIPPreset, wanted: CLIPPreset) -> dict:
     """The variables of ``preset`` for ``wanted``, which may differ in its image size and in how BatchNorm trains.
 
+    With another image size, images may also be resized to another size before the crop.
+
     Raises:
-      WeightsError: it differs in more; the fields are named.
+      WeightsError: it differs in more; the fields are named, and of the preprocessing the settings that it needs.
     """
-    free = ("vision.image_size", "vision.batch_norm")
+    free = ["vision.image_size", "vision.batch_norm"]
+    if preset.vision.image_size != wanted.vision.image_size:
+        free.append("preprocessing.resize_size")
     there, here = _fields(preset), _fields(wanted)
     differing = [
         f"{name} is {there.get(name)} there and {here.get(name)} here"
         for name in {**there, **here}
         if name not in free and there.get(name) != here.get(name)
     ]
+    settings = [
+        f"--config.model.{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for name, value in there.items()
+        if name.startswith("preprocessing.") and name not in free and here[name] != value
+    ]
+    if settings and len(settings) == len(differing):
+        raise WeightsError(f"the model to start from has images prepared in another way; set {' '.join(settings)}")
     if differing:
         raise WeightsError(f"the model to start from is another one: {'; '.join(differing)}")
     if preset.vision.image_size == wanted.vision.image_size:
@@ -43,6 +54,6 @@ def _resized(positions: np.ndarray, side: int) -> np.ndarray:
 
 
 def _fields(preset: CLIPPreset) -> dict[str, object]:
-    towers = {"vision": dataclasses.asdict(preset.vision), "text": dataclasses.asdict(preset.text)}
-    nested = {f"{tower}.{name}": value for tower, fields in towers.items() for name, value in fields.items()}
+    parts = {name: value for name, value in dataclasses.asdict(preset).items() if isinstance(value, dict)}
+    nested = {f"{part}.{name}": value for part, fields in parts.items() for name, value in fields.items()}
     return {"embed_dim": preset.embed_dim, **nested}

@@ -3,7 +3,7 @@
 import json
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -15,8 +15,10 @@ from clip_jax.weights.torch_file import read_torch_file
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 INDEX_NAME = re.compile(r"(.+)\.index(?:\.\w+)?\.json")  # the second part is a variant, such as fp16
 SHARD_NAME = re.compile(r".+-\d{5}-of-\d{5}\.\w+")
-# Of DistributedDataParallel, torch.compile, and modules that hold the model as an attribute.
-WRAPPERS = ("module.", "_orig_mod.", "model.", "clip.")
+# Of DistributedDataParallel and torch.compile, which wrap a whole model, or a tower of it.
+WRAPPER = re.compile(r"(^|\.)(?:(?:module|_orig_mod)\.)+")
+HOLDERS = ("model.", "clip.")  # attributes of modules that hold the model
+BESIDE_TOWERS = {"logit_scale", "logit_bias"}  # which a module that holds towers may hold itself
 SAFETENSORS_DTYPES = {
     "F64": np.dtype("f8"),
     "F32": np.dtype("f4"),
@@ -51,13 +53,13 @@ def is_index(file: pathlib.Path) -> bool:
 
 
 def without_wrappers(tensors: Tensors) -> dict[str, np.ndarray]:
-    """Removes each prefix of a wrapper that all names share, and torch.compile's wherever it is.
+    """Removes the prefixes of wrappers wherever they are, and those of holders that all names share.
 
     Raises:
       WeightsError: two tensors would get the same name.
     """
-    names = {name: name.replace("_orig_mod.", "") for name in tensors}
-    while names and (prefix := _shared_wrapper(names.values())):
+    names = {name: WRAPPER.sub(r"\1", name) for name in tensors}
+    while prefix := _shared_holder(set(names.values()) - BESIDE_TOWERS):
         names = {name: short.removeprefix(prefix) for name, short in names.items()}
     result = {short: tensors[name] for name, short in names.items()}
     if len(result) < len(names):
@@ -65,8 +67,8 @@ def without_wrappers(tensors: Tensors) -> dict[str, np.ndarray]:
     return result
 
 
-def _shared_wrapper(names) -> str | None:
-    return next((prefix for prefix in WRAPPERS if all(name.startswith(prefix) for name in names)), None)
+def _shared_holder(names: Collection[str]) -> str | None:
+    return next((prefix for prefix in HOLDERS if names and all(name.startswith(prefix) for name in names)), None)
 
 
 def _read_one(file: pathlib.Path) -> tuple[Tensors, dict[str, str]]:

@@ -12,7 +12,7 @@ import pytest
 from clip_jax.data.tokenizer import tokenize
 from clip_jax.evaluation.embedding import Embedder, batch_size_for
 from clip_jax.models.clip import CLIP, normalize_images
-from clip_jax.models.presets import CLIPPreset, TextTransformerPreset, VisionTransformerPreset
+from clip_jax.models.presets import CLIPPreset, Preprocessing, TextTransformerPreset, VisionTransformerPreset
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 PRESET = CLIPPreset(
@@ -61,7 +61,7 @@ def test_any_number_of_images_embeds_as_one_by_one(one_by_one, embedder, count):
     result = embedder.encode_image(images)
     assert result.shape == (count, 16)
     assert result.dtype == np.float32
-    expected = one_by_one("encode_image", normalize_images(images))
+    expected = one_by_one("encode_image", normalize_images(images, Preprocessing()))
     np.testing.assert_allclose(result, expected, rtol=0, atol=2e-6)
 
 

@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_jax.models.clip import CLIP, IMAGE_MEAN, IMAGE_STD, normalize_images, unit_length
+from clip_jax.models.clip import CLIP, normalize_images, unit_length
 from clip_jax.models.presets import (
+    IMAGE_MEAN,
+    IMAGE_STD,
     PRESETS,
     RESNET_REDUCTION,
     CLIPPreset,
+    Preprocessing,
     ResNetPreset,
     TextTransformerPreset,
     VisionTransformerPreset,
@@ -108,7 +111,7 @@ def test_unit_length_of_a_row_of_zeros_is_zeros_with_a_finite_gradient():
 def test_normalize_images_takes_out_the_mean_and_the_standard_deviation_of_each_channel():
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 3), dtype=np.uint8)
     expected = (images / 255 - np.array(IMAGE_MEAN)) / np.array(IMAGE_STD)
-    result = normalize_images(jnp.asarray(images))
+    result = normalize_images(jnp.asarray(images), Preprocessing())
     assert result.dtype == jnp.float32
     np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
 

@@ -16,6 +16,7 @@ from trees import adam_state, assert_trees_close
 from clip_jax.models import layers
 from clip_jax.models.backends import Backend
 from clip_jax.models.clip import normalize_images
+from clip_jax.models.presets import Preprocessing
 from clip_jax.training.accumulation import join_parts, split_into_parts
 from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.sharding import batch_sharding, to_global_batch
@@ -65,7 +66,7 @@ def plain(trained):
     run, arrays = trained((1, 1)), tiny_batch(0)
 
     def loss(params):
-        images = normalize_images(jnp.asarray(arrays["image"]))
+        images = normalize_images(jnp.asarray(arrays["image"]), Preprocessing())
         image_embeddings, text_embeddings, scale = run["model"].apply({"params": params}, images, arrays["tokens"])
         logits = jnp.exp(scale) * image_embeddings @ text_embeddings.T
         by_row, by_column = jax.nn.log_softmax(logits, axis=1), jax.nn.log_softmax(logits, axis=0)
@@ -290,7 +291,9 @@ def test_the_sigmoid_loss_starts_as_siglip_does_and_trains_its_bias_and_temperat
     params = create_state(model, make_optimizer(config.optimizer, 100), 0, mesh).params
     assert float(params["logit_scale"]) == pytest.approx(math.log(10)) and float(params["logit_bias"]) == -10
     arrays = tiny_batch(0)
-    images, texts, _ = model.apply({"params": params}, normalize_images(arrays["image"]), arrays["tokens"])
+    images, texts, _ = model.apply(
+        {"params": params}, normalize_images(arrays["image"], Preprocessing()), arrays["tokens"]
+    )
     logits = 10 * np.float64(images) @ np.float64(texts).T - 10
     expected = np.log1p(np.exp(-logits * (2 * np.eye(len(logits)) - 1))).sum() / len(logits)
     state, metrics = one_step(config, mesh)

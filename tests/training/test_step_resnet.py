@@ -14,6 +14,7 @@ from trees import adam_state, assert_trees_close
 
 from clip_jax.config import default_config
 from clip_jax.models.clip import normalize_images
+from clip_jax.models.presets import Preprocessing
 from clip_jax.training.checkpoint import Checkpointer, restore_variables
 from clip_jax.training.optimizer import decay_mask, make_optimizer
 from clip_jax.training.sharding import to_global_batch
@@ -132,7 +133,7 @@ def test_the_configs_batch_norm_is_what_a_step_normalises_by(config, start, step
     def forward(variables, images):
         return model.apply(variables, images, train=True, mutable=["batch_stats"], method="encode_image")[1]
 
-    updated = jax.jit(forward)(start, normalize_images(arrays["image"]))["batch_stats"]["vision"]
+    updated = jax.jit(forward)(start, normalize_images(arrays["image"], Preprocessing()))["batch_stats"]["vision"]
     stepped_to = stepped((8, 1))["state"].batch_stats["vision"]
     # The first norm sees the same input either way: the means of the parts have the batch's mean, their variances less.
     np.testing.assert_allclose(updated["bn1"]["mean"], stepped_to["bn1"]["mean"], rtol=1e-4, atol=1e-5)

@@ -166,7 +166,15 @@ def test_the_prefixes_of_wrappers_that_all_names_share_are_removed(file, prefix)
 
 
 def test_a_prefix_that_only_some_names_have_stays(file):
-    assert list(read_tensors(saved(file, {"module.a": tensor(), "b": tensor()}))[0]) == ["module.a", "b"]
+    assert list(read_tensors(saved(file, {"model.a": tensor(), "b": tensor()}))[0]) == ["model.a", "b"]
+
+
+def test_wrapped_towers_and_a_temperature_beside_them_are_read(file):
+    names = ["visual.module.a", "transformer._orig_mod.b", "text.module._orig_mod.c", "logit_scale"]
+    unwrapped = ["visual.a", "transformer.b", "text.c", "logit_scale"]
+    assert list(read_tensors(saved(file, {name: tensor() for name in names}))[0]) == unwrapped
+    held = {f"model.{name}": tensor() for name in names[:3]} | {"logit_scale": tensor()}
+    assert list(read_tensors(saved(file, held))[0]) == unwrapped
 
 
 def test_a_compiled_part_is_read_by_its_own_names_unless_both_are_there(file):
