@@ -31,6 +31,7 @@ from clip_jax.data.images import (
     training_pixels,
     training_transform,
 )
+from clip_jax.models.presets import Preprocessing
 
 STRONG = Augmentation(
     flip=0.5,
@@ -362,6 +363,45 @@ def test_the_crops_half_pixels_are_rounded_to_even_as_torchvision_rounds_them():
     for extra, left in ((1, 0), (3, 2), (5, 2), (7, 4)):
         image = noise(16 + extra, 16)
         np.testing.assert_array_equal(evaluation_transform(image, 16), np.asarray(image)[:, left : left + 16])
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos", "nearest"])
+@pytest.mark.parametrize("shape", [(40, 40), (90, 30), (21, 50), (20, 18)])
+@pytest.mark.parametrize(
+    ("mode", "resize_size"), [("squash", 0), ("squash", 20), ("longest", 0), ("longest", 12), ("shortest", 24)]
+)
+def test_training_resizes_as_evaluation_does_and_crops_at_random(mode, resize_size, shape, interpolation):
+    """Seen from what evaluation gives of the whole picture, each crop of training is a part of it."""
+    way = Preprocessing(resize_mode=mode, resize_size=resize_size, interpolation=interpolation, fill_color=77)
+    image, rng = (
+        ImageOps.autocontrast(noise(*shape).resize((5, 4)).resize(shape, Image.Resampling.BICUBIC)),
+        generator(),
+    )
+    size = max(images._resized_size(shape, 16, way))
+    whole = evaluation_transform(image, max(16, size), dataclasses.replace(way, resize_size=resize_size or 16))
+    seen = set()
+    for _ in range(12):
+        crop = training_transform(image, 16, rng, PAPER, preprocessing=way)
+        assert crop.shape == (16, 16, 3)
+        differences = {
+            (top, left): np.abs(np.int16(whole[top : top + 16, left : left + 16]) - crop).mean()
+            for top in range(len(whole) - 15)
+            for left in range(len(whole) - 15)
+        }
+        place = min(differences, key=differences.get)
+        assert differences[place] < (8 if interpolation == "nearest" else 1.5)
+        seen.add(place)
+    assert (len(seen) > 1) == (size > 16)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_a_random_resized_crop_interpolates_as_it_is_told(interpolation):
+    image, way = noise(60, 50), Preprocessing(interpolation=interpolation, resize_mode="squash")
+    whole = Augmentation(crop_scale=1.0)
+    crop = training_transform(image, 16, generator(), whole, preprocessing=way)
+    box = images._random_resized_crop(60, 50, generator(), 1.0)
+    expected = image.resize((16, 16), Image.Resampling[interpolation.upper()], box)
+    assert np.abs(np.int16(np.asarray(expected)) - crop).mean() < 1
 
 
 def test_without_augmentation_training_is_the_papers_random_crop_and_reaches_every_place():

@@ -10,7 +10,14 @@ from PIL import Image
 import clip_jax
 from clip_jax.convert import main as convert
 from clip_jax.convert import use_of
-from clip_jax.models.presets import PRESETS, CLIPPreset, ResNetPreset, TextTransformerPreset, VisionTransformerPreset
+from clip_jax.models.presets import (
+    PRESETS,
+    CLIPPreset,
+    Preprocessing,
+    ResNetPreset,
+    TextTransformerPreset,
+    VisionTransformerPreset,
+)
 from clip_jax.weights import Weights, openai, preset_name, read_weights, write_weights
 from clip_jax.weights import open_clip as open_clip_files
 from clip_jax.weights.mapping import to_variables
@@ -80,7 +87,7 @@ def with_activation(preset, activation):
 @pytest.mark.parametrize("name", PRESETS)
 def test_open_clip_knows_the_name_that_is_printed_as_the_same_architecture(name, activation):
     preset = with_activation(PRESETS[name], activation)
-    use = use_of(preset_name(preset), False, "a.safetensors", "open_clip")
+    use = use_of(preset_name(preset), False, Preprocessing(), "a.safetensors", "open_clip")
     configs = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
     printed = re.match(r'open_clip.create_model_and_transforms\("(.+?)"(, force_quick_gelu=True)?, pretrained=', use)
     if printed:
@@ -98,13 +105,16 @@ def test_open_clip_knows_the_name_that_is_printed_as_the_same_architecture(name,
 def test_the_printed_command_loads_a_file_in_open_clip(tmp_path, capsys):
     """The one preset of which they have the plain activation alone, with the bias of a sigmoid loss."""
     torch.manual_seed(0)
-    preset = PRESETS["ViT-S/16"]
+    preprocessing = Preprocessing((0.5,) * 3, (0.25, 0.5, 1.0), "squash", "bilinear")
+    preset = dataclasses.replace(PRESETS["ViT-S/16"], preprocessing=preprocessing)
     tensors = peer_models.tensors_of(peer_models.open_clip_model(preset)) | {"logit_bias": np.float32(-9.5)}
     weights = Weights(preset, to_variables(tensors, open_clip_files.TABLE, preset), "test")
     write_weights(weights, tmp_path / "ours", "clip_jax")
     assert convert([f"{tmp_path}/ours", f"{tmp_path}/theirs.safetensors", "--to=open_clip"]) == 0
     command = capsys.readouterr().out.splitlines()[-1].removeprefix("Use it:  ")
-    model, _, _ = eval(command, {"open_clip": open_clip})
+    model, _, transform = eval(command, {"open_clip": open_clip})
+    assert (transform.transforms[-1].mean, transform.transforms[-1].std) == ((0.5,) * 3, (0.25, 0.5, 1.0))
+    assert transform.transforms[0].size == (224, 224)  # squashed: not the short side alone
     assert model.logit_bias.item() == -9.5
     _, tokens = peer_models.random_batch(preset, 2)
     model = model.eval()
