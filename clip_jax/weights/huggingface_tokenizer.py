@@ -31,13 +31,21 @@ _NO_EFFECT = frozenset(
     [
         "_commit_hash", "add_bos_token", "add_eos_token", "added_tokens_decoder", "additional_special_tokens",
         "auto_map", "backend", "clean_up_tokenization_spaces", "do_basic_tokenize", "errors", "extra_special_tokens",
-        "is_local", "local_files_only", "model_input_names", "name_or_path", "pad_token", "padding_side",
-        "processor_class", "special_tokens_map_file", "tokenizer_file", "unk_token", "use_fast", "vocab_file",
-        "merges_file",
+        "is_local", "local_files_only", "max_length", "merges_file", "model_input_names", "name_or_path",
+        "pad_to_multiple_of", "pad_token", "pad_token_type_id", "padding_side", "processor_class",
+        "special_tokens_map_file", "stride", "tokenizer_file", "truncation_strategy", "unk_token", "use_fast",
+        "vocab_file",
     ]
 )
 # fmt: on
-_FIELDS = _NO_EFFECT | {"bos_token", "eos_token", "tokenizer_class", "model_max_length", "do_lower_case"}
+_FIELDS = _NO_EFFECT | {
+    "bos_token",
+    "eos_token",
+    "tokenizer_class",
+    "model_max_length",
+    "do_lower_case",
+    "truncation_side",
+}
 
 
 def check_tokenizer(folder: pathlib.Path, vocab_size: int, context_length: int) -> None:
@@ -116,8 +124,9 @@ def _check_config(content: Mapping, context_length: int) -> None:
     _check_markers(name, content)
     if content.get("tokenizer_class") not in (None, *_CLASSES):
         raise WeightsError(f"{name}: tokenizer_class={content['tokenizer_class']!r} is not CLIP's tokenizer")
-    if content.get("do_lower_case") is False:
-        raise WeightsError(f"{name}: do_lower_case=False is not how CLIP's tokenizer works")
+    for field, wanted in (("do_lower_case", True), ("truncation_side", "right")):
+        if content.get(field, wanted) != wanted:
+            raise WeightsError(f"{name}: {field}={content[field]!r} is not how CLIP's tokenizer works")
     longest = content.get("model_max_length")
     if longest is not None and not (isinstance(longest, int | float) and longest >= context_length):
         raise WeightsError(f"{name}: model_max_length={longest!r} is not the model's {context_length} tokens")

@@ -53,6 +53,7 @@ def test_clips_own_tokenizer_is_accepted(tmp_path):
         ("special_tokens_map.json", json.dumps({"eos_token": "</s>"}), "eos_token='</s>'"),
         ("tokenizer_config.json", json.dumps({"tokenizer_class": "T5Tokenizer"}), "T5Tokenizer"),
         ("tokenizer_config.json", json.dumps({"do_lower_case": False}), "do_lower_case=False"),
+        ("tokenizer_config.json", json.dumps({"truncation_side": "left"}), "truncation_side='left'"),
         ("tokenizer_config.json", json.dumps({"model_max_length": 64}), "model_max_length=64"),
         ("tokenizer_config.json", json.dumps({"strip_accents": True}), "strip_accents=True"),
         ("tokenizer_config.json", json.dumps({"added_tokens_decoder": {"3": {"content": "<y>"}}}), "<y>"),
