@@ -69,7 +69,7 @@ class LoadedModel:
     max_pixels: int
     max_aspect_ratio: float
 
-    def __init__(self, weights: Weights, batch_size: int, dtype: str, preprocessing: str):
+    def __init__(self, weights: Weights, batch_size: int, dtype: str, preprocessing: str = PREPROCESSINGS[0]):
         mesh = make_mesh(fsdp=1)
         model = CLIP(
             weights.preset,
