@@ -280,14 +280,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         "evaluation.batch_size",
     ):
         check(flatten(config)[key] > 0, f"config.{key} must be positive")
-    for key in (
-        "mesh.fsdp",
-        "eval_every",
-        "data.num_workers",
-        "data.cache_mebibytes",
-        "model.scan_unroll",
-        "loss.block_size",
-    ):
+    for key in ("mesh.fsdp", "eval_every", "model.scan_unroll", "loss.block_size"):
         check(flatten(config)[key] >= 0, f"config.{key} must not be negative")
     check(data.min_image_side > 0, f"config.data.min_image_side={data.min_image_side} must be positive")
     check(data.max_aspect_ratio >= 1, f"config.data.max_aspect_ratio={data.max_aspect_ratio} must be at least 1")

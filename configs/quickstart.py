@@ -35,5 +35,7 @@ def get_config():
     config.data.source = "emoji:noto,twemoji,fluent_flat,fluent_color,emojione,fxemoji,noto_v1/train"
     config.data.cache_mebibytes = 128  # all of them, in each worker
     config.data.num_workers = 2
-    config.evaluation.tasks = "emoji_unseen_style,emoji_unseen_concepts,emoji_unseen_both,emoji_groups"
+    config.evaluation.tasks = (
+        "emoji_unseen_style,emoji_unseen_style_trained,emoji_unseen_concepts,emoji_unseen_both,emoji_groups"
+    )
     return config
