@@ -41,6 +41,7 @@ NOT_PART_OF_A_RUN = (
     "checkpoints_to_keep",
     "data.num_workers",
     "data.num_threads",
+    "data.cache_mebibytes",
     "data.max_bad_share",
     "data.bucket_timeout",
     "data.bucket_retries",
@@ -116,6 +117,7 @@ def default_config(preset: str) -> ml_collections.ConfigDict:
     config.data.max_bad_share = 0.1  # of the samples; more bad ones end the run
     config.data.num_workers = 4  # processes that decode; 0: threads of this process
     config.data.num_threads = 1  # in each; more where pictures come from afar, one by one
+    config.data.cache_mebibytes = 0  # of decoded images that each worker keeps, for small data sets seen many times
     config.data.bucket_timeout = 15.0  # seconds for an answer of up to 8 MiB from gs://, s3:// or a web server
     config.data.bucket_retries = 2  # after the first try; then a record is bad, and a source cannot be opened
     config.data.bucket_connections = 32  # at most, of each process
@@ -295,14 +297,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
         "evaluation.batch_size",
     ):
         check(flatten(config)[key] > 0, f"config.{key} must be positive")
-    for key in ("mesh.fsdp", "eval_every", "data.num_workers", "model.scan_unroll", "loss.block_size"):
+    for key in ("mesh.fsdp", "eval_every", "model.scan_unroll", "loss.block_size"):
         check(flatten(config)[key] >= 0, f"config.{key} must not be negative")
     check(data.min_image_side > 0, f"config.data.min_image_side={data.min_image_side} must be positive")
     check(data.max_aspect_ratio >= 1, f"config.data.max_aspect_ratio={data.max_aspect_ratio} must be at least 1")
     check(0 <= data.max_bad_share <= 1, f"config.data.max_bad_share={data.max_bad_share} must be in [0, 1]")
     for key in ("num_threads", "bucket_timeout", "bucket_connections"):
         check(data[key] > 0, f"config.data.{key} must be positive")
-    check(data.bucket_retries >= 0, "config.data.bucket_retries must not be negative")
+    for key in ("num_workers", "cache_mebibytes", "bucket_retries"):
+        check(data[key] >= 0, f"config.data.{key} must not be negative")
     check(model.dtype in DTYPES, f"config.model.dtype={model.dtype!r} must be one of {', '.join(DTYPES)}")
     check(
         model.remat in REMAT_POLICIES, f"config.model.remat={model.remat!r} must be one of {', '.join(REMAT_POLICIES)}"

@@ -18,6 +18,7 @@ import time
 
 from clip_jax.data import inspection, openclipart
 from clip_jax.data.bad_samples import TooManyBadSamplesError
+from clip_jax.data.decoded_cache import DecodedCache
 from clip_jax.data.pipeline import Batches, InputError, LoadPair
 from clip_jax.data.records import Settings, WriteError, write_records
 from clip_jax.data.sources import ShardError, Source, open_mixture, open_source
@@ -237,7 +238,8 @@ def _bench(arguments: argparse.Namespace, rest: list[str]) -> None:
     data = config.data
     use_access(data_access(config))
     mixture = open_mixture(data.source, data.weights)
-    load_pair = LoadPair(mixture, data_transform(config, config.model.vision.image_size))
+    cache = DecodedCache(config.data.cache_mebibytes)
+    load_pair = LoadPair(mixture, data_transform(config, config.model.vision.image_size), cache)
     batches = Batches(load_pair, BATCH_SIZE, config.seed, num_workers=data.num_workers, num_threads=data.num_threads)
     try:
         feed = inspection.measure_feed(batches)

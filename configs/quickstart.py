@@ -12,10 +12,10 @@ from clip_jax.config import default_config
 def get_config():
     config = default_config("ViT-tiny")
     config.global_batch_size = 128
-    config.steps = 5_000
-    config.log_every = 100
-    config.eval_every = 1_000
-    config.checkpoint_every = 1_000
+    config.steps = 12_000
+    config.log_every = 200
+    config.eval_every = 4_000
+    config.checkpoint_every = 2_000
     config.model.dtype = "float32"
     config.model.scan_unroll = 2
     config.optimizer.learning_rate = 1e-3
@@ -32,7 +32,11 @@ def get_config():
     augmentation.saturation = 0.4
     augmentation.brightness = 0.2
     augmentation.grayscale = 0.1
-    config.data.source = "emoji:noto,twemoji/train"
+    augmentation.outline = 0.25
+    config.data.source = "emoji:noto,twemoji,fluent_flat,fluent_color,emojione,fxemoji,noto_v1/train"
+    config.data.cache_mebibytes = 128  # all of them, in each worker
     config.data.num_workers = 2
-    config.evaluation.tasks = "emoji_unseen_style,emoji_unseen_concepts,emoji_unseen_both,emoji_groups"
+    config.evaluation.tasks = (
+        "emoji_unseen_style,emoji_unseen_style_trained,emoji_unseen_concepts,emoji_unseen_both,emoji_groups"
+    )
     return config

@@ -1,8 +1,9 @@
 """From an encoded picture to the square of pixels that the image tower sees.
 
 Training uses the paper's only augmentation, a random square crop (section 2.4 of arXiv 2103.00020), unless an
-:class:`Augmentation` asks for more; it resizes only what the crop keeps, and decodes large JPEGs at a lower resolution.
-Evaluation resizes and crops as a model's :class:`~clip_jax.models.presets.Preprocessing` says, by default as OpenAI's.
+:class:`~clip_jax.data.augmentation.Augmentation` asks for more; it resizes only what the crop keeps, and decodes large
+JPEGs at a lower resolution. Evaluation resizes and crops as a model's :class:`~clip_jax.models.presets.Preprocessing`
+says, by default as OpenAI's.
 """
 
 import contextlib
@@ -15,8 +16,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageFilter, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+from clip_jax.data.augmentation import WHITE, Augmentation, augment
 from clip_jax.models.presets import Preprocessing
 
 try:
@@ -42,12 +44,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }  # by EXIF orientation: what makes a picture upright
 IDENTIFIED_ONLY = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows these formats and decodes none of them
-WHITE = (255, 255, 255)
-LUMA = np.array((0.299, 0.587, 0.114))  # ITU-R BT.601, as in Pillow's own greys
-MESH_CELLS = 3  # along a side
 DEFAULT_PREPROCESSING = Preprocessing()
 FAST_FILTERS = {"bicubic": "catmull_rom", "bilinear": "bilinear"}  # of cykooz.resizer, which calls them otherwise
-EDGE_CONTRAST = 24  # levels between neighbours: what shading stays below and drawn shapes exceed
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # sizes are checked here, against a lower limit
 warnings.filterwarnings("ignore", module=r"PIL\.")  # damaged metadata, several lines a picture
@@ -62,33 +60,6 @@ class ImageError(ValueError):
     def __init__(self, message: str, reason: str = "undecodable"):
         super().__init__(message)
         self.reason = reason
-
-
-@dataclasses.dataclass(frozen=True)
-class Augmentation:
-    """How strongly training pictures are varied after the crop. All off, which is the default, is the paper's way.
-
-    What moves or turns a picture fills in white, as drawings on white want it. Strengths are bounds of uniform
-    draws; probabilities are in [0, 1].
-    """
-
-    crop_scale: float = 0.0  # least share of the picture's area in the crop; 0: a square of the whole short side
-    flip: float = 0.0  # probability of a mirror image
-    rotation: float = 0.0  # degrees, either way
-    zoom: float = 0.0  # 0.5: from 1.5 times smaller to 1.5 times larger
-    stretch: float = 0.0  # the same for width against height
-    shear: float = 0.0  # of the side
-    translation: float = 0.0  # of the side
-    warp: float = 0.0  # of the side: how far each node of a coarse mesh moves by itself
-    hue: float = 0.0  # degrees around the colour circle, either way
-    saturation: float = 0.0  # 0.5: from half the colour to 1.5 times
-    brightness: float = 0.0  # 0.5: from half the light to 1.5 times
-    tint: float = 0.0  # 0.5: each channel may lose up to half of its light; white paper becomes coloured
-    grayscale: float = 0.0  # probability
-    outline: float = 0.0  # probability of dark lines where colours meet
-    line_drawing: float = 0.0  # probability of those lines alone, on white
-    blur: float = 0.0  # largest radius in pixels
-    erasing: float = 0.0  # probability of a rectangle of one colour somewhere
 
 
 def decode_image(
@@ -289,29 +260,27 @@ def evaluation_transform(
     return np.array(square)
 
 
-def training_pixels(
+def decode_for_training(
     data: bytes,
     image_size: int,
-    rng: np.random.Generator,
     augmentation: Augmentation,
     min_side: int = 1,
     max_aspect_ratio: float = MAX_ASPECT_RATIO,
     preprocessing: Preprocessing = DEFAULT_PREPROCESSING,
-) -> np.ndarray:
-    """:func:`decode_pixels` and then :func:`training_transform`, at less cost for a large JPEG.
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """What :func:`training_transform` needs of an encoded picture, at less cost than whole for a large JPEG.
 
     A JPEG is decoded at half its resolution or less where each crop of it stays 2.5 times as large as S. On photographs
     that changes the result by at most 1 level in the mean, and single pixels at hard edges by up to 20.
 
     Returns:
-      uint8 ``[S, S, 3]``.
+      The pixels, uint8 ``[H, W, 3]``, and the picture's own width and height.
 
     Raises:
       ImageError: as :func:`decode_pixels`.
     """
     target = max(image_size, preprocessing.resize_size)
-    pixels, size = _decode(data, min_side, max_aspect_ratio, OVERSAMPLING * target / _least_side(augmentation))
-    return training_transform(pixels, image_size, rng, augmentation, size, preprocessing)
+    return _decode(data, min_side, max_aspect_ratio, OVERSAMPLING * target / _least_side(augmentation))
 
 
 def _least_side(augmentation: Augmentation) -> float:
@@ -436,97 +405,3 @@ def _resized_size(size: tuple[int, int], image_size: int, preprocessing: Preproc
         return max(1, round(size[0] / ratio)), max(1, round(size[1] / ratio))
     short = min(size)
     return int(target * size[0] / short), int(target * size[1] / short)
-
-
-def augment(image: Image.Image, rng: np.random.Generator, augmentation: Augmentation) -> Image.Image:
-    """Lines, shape, colours, damage, each as strong as ``augmentation`` says: square RGB to RGB of the same size.
-
-    Colours come after shape so that the white that a move fills in is coloured with the rest.
-    """
-    chosen = augmentation
-    if rng.random() < chosen.line_drawing:
-        image = draw_outlines(image, Image.new("RGB", image.size, WHITE))
-    elif rng.random() < chosen.outline:
-        image = draw_outlines(image, image)
-    if rng.random() < chosen.flip:
-        image = ImageOps.mirror(image)
-    if chosen.rotation or chosen.zoom or chosen.stretch or chosen.shear or chosen.translation or chosen.warp:
-        image = change_shape(image, rng, chosen)
-    if chosen.hue or chosen.saturation or chosen.brightness or chosen.tint or chosen.grayscale:
-        image = change_colors(image, rng, chosen)
-    if chosen.blur:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, chosen.blur)))
-    if rng.random() < chosen.erasing:
-        image = erase(image, rng)
-    return image
-
-
-def draw_outlines(image: Image.Image, canvas: Image.Image) -> Image.Image:
-    """Black lines on ``canvas`` wherever neighbouring pixels of ``image`` differ strongly, darker for more contrast."""
-    pixels = np.asarray(image).astype(np.int16)
-    contrast = np.zeros(pixels.shape, np.int16)
-    contrast[:, 1:] = np.abs(np.diff(pixels, axis=1))
-    np.maximum(contrast[1:], np.abs(np.diff(pixels, axis=0)), out=contrast[1:])
-    darkness = (4 * (contrast.max(axis=-1) - EDGE_CONTRAST)).clip(0, 255).astype(np.uint8)
-    return Image.composite(Image.new("RGB", image.size), canvas, Image.fromarray(darkness))
-
-
-def change_colors(image: Image.Image, rng: np.random.Generator, augmentation: Augmentation) -> Image.Image:
-    """Hue, saturation, grey, brightness and tint as the one 3 x 3 matrix that they multiply to."""
-    gray = np.tile(LUMA, (3, 1))
-    saturation = 1 + rng.uniform(-1, 1) * augmentation.saturation
-    if rng.random() < augmentation.grayscale:
-        saturation = 0.0
-    matrix = (saturation * np.eye(3) + (1 - saturation) * gray) @ _hue_rotation(rng.uniform(-1, 1) * augmentation.hue)
-    light = 1 + rng.uniform(-1, 1) * augmentation.brightness
-    matrix = light * (1 - augmentation.tint * rng.random((3, 1))) * matrix
-    return image.convert("RGB", tuple(np.pad(matrix, ((0, 0), (0, 1))).ravel().tolist()))
-
-
-def _hue_rotation(degrees: float) -> np.ndarray:
-    # Rodrigues' rotation about the grey axis: black, greys and white stay what they are.
-    angle = math.radians(degrees)
-    cross = np.array(((0, -1, 1), (1, 0, -1), (-1, 1, 0))) / math.sqrt(3)
-    return math.cos(angle) * np.eye(3) + math.sin(angle) * cross + (1 - math.cos(angle)) / 3
-
-
-def change_shape(image: Image.Image, rng: np.random.Generator, augmentation: Augmentation) -> Image.Image:
-    """Rotation, zoom, stretch, shear, translation and local warp in one bilinear resampling."""
-    angle = math.radians(rng.uniform(-1, 1) * augmentation.rotation)
-    zoom = rng.uniform(-1, 1) * math.log1p(augmentation.zoom)
-    stretch = rng.uniform(-0.5, 0.5) * math.log1p(augmentation.stretch)
-    rotation = np.array(((math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))))
-    shear = np.array(((1, rng.uniform(-1, 1) * augmentation.shear), (0, 1)))
-    # From a place in the result to a place in the picture, hence the minus sign of the zoom.
-    matrix = np.diag(np.exp((stretch - zoom, -stretch - zoom))) @ shear @ rotation
-
-    ticks = np.linspace(0, image.width, MESH_CELLS + 1).round()
-    nodes = np.stack(np.meshgrid(ticks, ticks), axis=-1)  # [row, column, (x, y)]
-    moves = augmentation.warp * rng.uniform(-1, 1, nodes.shape) + augmentation.translation * rng.uniform(-1, 1, 2)
-    center = image.width / 2
-    sources = ((nodes - center) @ matrix + center + image.width * moves).tolist()
-    edges = ticks.astype(int).tolist()
-    mesh = [
-        (
-            (edges[column], edges[row], edges[column + 1], edges[row + 1]),
-            (
-                *sources[row][column],
-                *sources[row + 1][column],
-                *sources[row + 1][column + 1],
-                *sources[row][column + 1],
-            ),
-        )
-        for row in range(MESH_CELLS)
-        for column in range(MESH_CELLS)
-    ]
-    return image.transform(image.size, Image.Transform.MESH, mesh, Image.Resampling.BILINEAR, fillcolor=WHITE)
-
-
-def erase(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Covers a rectangle, its sides from an eighth to a half of the picture's, with one random colour."""
-    size = np.array(image.size)
-    sides = (size * rng.uniform(1 / 8, 1 / 2, 2)).astype(int)
-    left, top = ((size - sides) * rng.random(2)).astype(int).tolist()
-    covered = image.copy()
-    covered.paste(tuple(rng.integers(256, size=3).tolist()), (left, top, left + int(sides[0]), top + int(sides[1])))
-    return covered

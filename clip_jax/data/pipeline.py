@@ -14,7 +14,15 @@ import grain
 import numpy as np
 
 from clip_jax.data.bad_samples import REASONS
-from clip_jax.data.images import DEFAULT_PREPROCESSING, Augmentation, ImageError, decode_pixels, training_pixels
+from clip_jax.data.decoded_cache import DecodedCache
+from clip_jax.data.images import (
+    DEFAULT_PREPROCESSING,
+    Augmentation,
+    ImageError,
+    decode_for_training,
+    decode_pixels,
+    training_transform,
+)
 from clip_jax.data.sources import Mixture, Pair, PairError, ShardError
 from clip_jax.data.sources.buckets import current_access, use_access
 from clip_jax.data.tokenizer import tokenize
@@ -22,7 +30,7 @@ from clip_jax.data.workers import end_with_parent
 from clip_jax.models.presets import Preprocessing
 
 # Raise this whenever the same pictures would come out as other pixels or tokens: a run then refuses to resume.
-TRANSFORM_VERSION = 2
+TRANSFORM_VERSION = 3
 MAX_NEIGHBOURS = 100
 LARGEST_PART = 256  # examples
 # Grain's shuffle (0.2.18) is no permutation where the greatest index is one of these: index 0 gets the same place.
@@ -44,22 +52,21 @@ class Transform:
     max_aspect_ratio: float = 100.0
     preprocessing: Preprocessing = DEFAULT_PREPROCESSING
 
-    def __call__(self, pair: Pair, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """``tokens`` int32 ``[L]`` of one of the captions, and ``image`` uint8 ``[S, S, 3]``.
+    def decode(self, pair: Pair) -> tuple[np.ndarray, tuple[int, int]]:
+        """The image's pixels, uint8 ``[H, W, 3]``, and its own width and height, which may be larger.
 
         Raises:
           ImageError: the picture cannot be used.
         """
+        limits = (self.min_side, self.max_aspect_ratio)
+        return decode_for_training(pair.image, self.image_size, self.augmentation, *limits, self.preprocessing)
+
+    def __call__(
+        self, pair: Pair, pixels: np.ndarray, size: tuple[int, int], rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        """``tokens`` int32 ``[L]`` of one of the captions, and ``image`` uint8 ``[S, S, 3]`` from what was decoded."""
         caption = draw_caption(pair, rng)
-        image = training_pixels(
-            pair.image,
-            self.image_size,
-            rng,
-            self.augmentation,
-            self.min_side,
-            self.max_aspect_ratio,
-            self.preprocessing,
-        )
+        image = training_transform(pixels, self.image_size, rng, self.augmentation, size, self.preprocessing)
         return {"tokens": tokenize(caption, self.context_length, truncate=True)[0], "image": image}
 
     def check(self, pair: Pair) -> None:
@@ -77,6 +84,7 @@ class LoadPair:
 
     mixture: Mixture
     transform: Transform
+    cache: DecodedCache = dataclasses.field(default_factory=lambda: DecodedCache(0))
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"access": current_access()}
@@ -104,7 +112,7 @@ class LoadPair:
         problem, tried = None, 0
         for place in self.mixture.neighbours(index, MAX_NEIGHBOURS):
             try:
-                example = self.transform(self.mixture[place], rng)
+                example = self.transform(*self._decoded(place), rng)
             except ShardError:
                 raise
             except Exception as error:  # a source and its pictures are whatever somebody has put on the web
@@ -117,6 +125,14 @@ class LoadPair:
                 "seed": rng.integers(2**32, dtype=np.uint32),  # drawn last: the others are as without it
             }
         raise InputError(f"{tried} samples in a row cannot be used, from {index} on; the first: {problem}")
+
+    def _decoded(self, place: int) -> tuple[Pair, np.ndarray, tuple[int, int]]:
+        if (kept := self.cache.get(place)) is not None:
+            return kept
+        pair = self.mixture[place]
+        pixels, size = self.transform.decode(pair)
+        self.cache.add(place, pair, pixels, size)
+        return pair, pixels, size
 
 
 def reason_of(problem: Exception) -> str:

@@ -145,7 +145,8 @@ class ClassificationTask:
         baseline, baseline_notes = {}, []
         if extras.baseline and self._baseline:
             baseline, baseline_notes = self._nearest_mean_picture(), self._baseline.notes
-        notes = [*self._notes, *equal, *_equal_classes(weights, self.class_names), *baseline_notes]
+        own = [self.task.note] if self.task.note else []
+        notes = [*own, *self._notes, *equal, *_equal_classes(weights, self.class_names), *baseline_notes]
         return TaskResult(
             self.task.name,
             self.task.title or self.task.name,

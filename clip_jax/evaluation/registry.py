@@ -6,6 +6,8 @@ import json
 import pathlib
 import re
 
+from clip_jax.data.sources.array_record import EMOJI_STYLES
+
 KINDS = ("zero_shot", "retrieval")
 METRICS = {
     "zero_shot": ("top_1", "top_5", "mean_per_class", "mean_top_1_top_5", "average_precision_11", "roc_auc"),
@@ -35,6 +37,7 @@ class Task:
       first_caption: of retrieval, whether a picture's text is its first caption alone, which several may share; else
         all are texts, each with one right picture.
       pixel_baseline: a labelled source for the nearest mean picture; empty: none.
+      note: a sentence that the result has with it.
       groups: other names in ``--tasks`` that mean this one too.
       published: the row of ``published.json`` with other models' numbers on the same task.
       how_to_get: a line for who does not have the data.
@@ -54,6 +57,7 @@ class Task:
     other_classes: bool = False
     first_caption: bool = False
     pixel_baseline: str = ""
+    note: str = ""
     groups: tuple[str, ...] = ()
     published: str = ""
     how_to_get: str = ""
@@ -81,7 +85,7 @@ class Task:
     def _unused_keys(self) -> tuple[str, ...]:
         """The attributes that would change nothing, so that setting one is a mistake."""
         if self.kind == "retrieval":
-            names = ("prompts", "class_names", "labels", "templates", "other_classes")
+            names = ("prompts", "class_names", "labels", "templates", "other_classes", "note")
             return (*names, "train", "validation", "pixel_baseline")
         unused = ("first_caption",) + (() if self.train else ("validation",))
         return unused + (("pixel_baseline",) if self.metric == "average_precision_11" else ())
@@ -112,6 +116,26 @@ def _folders(name: str, title: str, how_to_get: str, train: str = "train", valid
     return _labelled(name, title, test, train=train, validation=validation, how_to_get=how_to_get, **more)
 
 
+def _left_out(style: str) -> Task:
+    """A style of emoji for a run that trains on the others: how a recipe is chosen without the style of the test."""
+    others = ",".join(other for other in TRAINING_STYLES if other != style)
+    return Task(
+        f"emoji_left_out_{style}",
+        "zero_shot",
+        f"emoji:{style}/train",
+        f"Emoji of concepts trained on, in the style {style}, which the run must have left out",
+        prompts="emoji",
+        pixel_baseline=f"emoji:{others}/all",
+        note=BASELINE_IS_GIVEN_MORE,
+        groups=("emoji_left_out",),
+    )
+
+
+TRAINING_STYLES = tuple(style for style in EMOJI_STYLES if style != "openmoji")  # those of configs/quickstart.py
+TRAINING_EMOJI = f"emoji:{','.join(TRAINING_STYLES)}"
+BASELINE_IS_GIVEN_MORE = (
+    "the nearest mean picture is given the images of held-out concepts in all styles trained on; the model is not"
+)
 PAPER, VTAB, SHIFT, RETRIEVAL = ("paper",), ("paper", "vtab"), ("shift",), ("retrieval",)
 MEAN = "mean_per_class"
 BY_HAND = "~/tensorflow_datasets/downloads/manual"
@@ -305,9 +329,21 @@ TASKS: tuple[Task, ...] = (
         "emoji:openmoji/all",
         "Emoji in a style never trained on",
         prompts="emoji",
-        pixel_baseline="emoji:noto,twemoji/all",
+        pixel_baseline=f"{TRAINING_EMOJI}/all",
+        note=BASELINE_IS_GIVEN_MORE,
         groups=("ships",),
     ),
+    Task(
+        "emoji_unseen_style_trained",
+        "zero_shot",
+        "emoji:openmoji/train",
+        "Emoji of concepts trained on, in a style never trained on",
+        prompts="emoji",
+        pixel_baseline=f"{TRAINING_EMOJI}/all",
+        note=BASELINE_IS_GIVEN_MORE,
+        groups=("ships",),
+    ),
+    *map(_left_out, TRAINING_STYLES),
     Task(
         "emoji_unseen_concepts",
         "retrieval",

@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 
 from clip_jax.config import check_same_run, model_preset, to_json
 from clip_jax.data.bad_samples import REASONS, BadSample, BadSamples, TooManyBadSamplesError
+from clip_jax.data.decoded_cache import DecodedCache
 from clip_jax.data.images import Augmentation, ImageError
 from clip_jax.data.pipeline import TRANSFORM_VERSION, Batches, InputError, LoadPair, Transform
 from clip_jax.data.sources import Mixture, PairError, open_mixture
@@ -409,7 +410,7 @@ def make_batches(run: Run, position: int, image_size: int) -> Batches:
     """This host's batches from the data position on."""
     config = run.config
     return Batches(
-        LoadPair(run.mixture, data_transform(config, image_size)),
+        LoadPair(run.mixture, data_transform(config, image_size), DecodedCache(config.data.cache_mebibytes)),
         config.global_batch_size,
         config.seed,
         jax.process_index(),

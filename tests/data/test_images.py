@@ -14,54 +14,24 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import simplejpeg
+from drawings import EACH_ALONE, STRONG, drawing, noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageOps
 
 from clip_jax.data import images
+from clip_jax.data.augmentation import Augmentation, augment
 from clip_jax.data.images import (
-    Augmentation,
     ImageError,
-    augment,
-    change_colors,
+    decode_for_training,
     decode_image,
     decode_pixels,
-    draw_outlines,
     evaluation_transform,
-    training_pixels,
     training_transform,
 )
 from clip_jax.models.presets import Preprocessing
 
-STRONG = Augmentation(
-    flip=0.5,
-    rotation=30,
-    zoom=0.5,
-    stretch=0.5,
-    shear=0.2,
-    translation=0.2,
-    warp=0.1,
-    hue=90,
-    saturation=0.5,
-    brightness=0.5,
-    tint=0.5,
-    grayscale=0.3,
-    outline=0.5,
-    line_drawing=0.3,
-    blur=1.0,
-    erasing=0.5,
-)
-EACH_ALONE = [
-    Augmentation(**{field.name: max(1.0, getattr(STRONG, field.name))})
-    for field in dataclasses.fields(Augmentation)
-    if getattr(STRONG, field.name)
-]
 PAPER = Augmentation()
-
-
-def noise(width: int, height: int) -> Image.Image:
-    pixels = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), np.uint8)
-    return Image.fromarray(pixels)
 
 
 def photograph(width: int, height: int) -> Image.Image:
@@ -80,17 +50,15 @@ def photograph(width: int, height: int) -> Image.Image:
     return Image.fromarray((np.asarray(image) + rng.normal(size=pixels.shape) * 3).clip(0, 255).astype(np.uint8))
 
 
-def drawing(size: int = 32) -> Image.Image:
-    """A red square on white: something whose edges, colour and place can be told."""
-    image = Image.new("RGB", (size, size), "white")
-    image.paste((220, 30, 40), (size // 4, size // 4, size // 2, size // 2))
-    return image
-
-
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     stream = io.BytesIO()
     image.save(stream, kind, **options)
     return stream.getvalue()
+
+
+def training_pixels(data: bytes, image_size: int, rng: np.random.Generator, augmentation: Augmentation, **limits):
+    pixels, size = decode_for_training(data, image_size, augmentation, **limits)
+    return training_transform(pixels, image_size, rng, augmentation, size)
 
 
 def generator(seed: int = 0) -> np.random.Generator:
@@ -538,115 +506,6 @@ def test_the_generator_alone_decides():
 
     np.testing.assert_array_equal(several(1), several(1))
     assert (np.array(several(1)) != np.array(several(2))).any(axis=(1, 2, 3)).all()
-
-
-@pytest.mark.parametrize("augmentation", EACH_ALONE, ids=lambda it: next(k for k, v in vars(it).items() if v))
-def test_each_augmentation_alone_changes_the_picture_and_leaves_the_original(augmentation):
-    image = drawing()
-    before = image.tobytes()
-    rng = generator()
-    assert any(augment(image, rng, augmentation).tobytes() != before for _ in range(5))
-    assert image.tobytes() == before
-
-
-@pytest.mark.parametrize("name", ["flip", "grayscale", "outline", "line_drawing", "erasing"])
-def test_probabilities_are_kept(name):
-    image, rng = drawing(), generator()
-    changed = sum(augment(image, rng, Augmentation(**{name: 0.3})).tobytes() != image.tobytes() for _ in range(1000))
-    assert abs(changed - 300) < 5 * math.sqrt(1000 * 0.3 * 0.7)
-
-
-def test_a_certain_flip_mirrors():
-    image = noise(16, 16)
-    assert augment(image, generator(), Augmentation(flip=1.0)) == ImageOps.mirror(image)
-
-
-def test_a_shape_of_no_strength_moves_nothing():
-    image = noise(48, 48)
-    assert images.change_shape(image, generator(), Augmentation()) == image
-
-
-def test_translation_moves_by_its_bound_at_most_and_fills_in_white():
-    dot = Image.new("RGB", (64, 64), "white")
-    dot.putpixel((32, 32), (0, 0, 0))
-    rng, reached = generator(), 0.0
-    for _ in range(300):
-        rows, columns = np.nonzero(255 - np.asarray(augment(dot, rng, Augmentation(translation=0.25)))[..., 0])
-        offset = max(abs(rows - 32).max(), abs(columns - 32).max())
-        reached = max(reached, offset)
-    assert 14 <= reached <= 17
-    black = Image.new("RGB", (64, 64))
-    moved = np.asarray(augment(black, generator(), Augmentation(translation=0.25)))
-    assert set(np.unique(moved)) == {0, 255}
-
-
-def test_zoom_goes_both_ways_between_its_bounds():
-    rng = generator()
-    areas = [
-        (np.asarray(augment(drawing(64), rng, Augmentation(zoom=0.5)))[..., 1] < 128).sum() / 16**2 for _ in range(300)
-    ]
-    assert 1 / 1.5**2 * 0.85 < min(areas) < 0.6 and 1.8 < max(areas) < 1.5**2 * 1.15
-
-
-def test_rotation_turns_by_its_bound_at_most():
-    line = Image.new("RGB", (65, 65), "white")
-    line.paste((0, 0, 0), (40, 32, 60, 33))
-    rng, angles = generator(), []
-    for _ in range(300):
-        rows, columns = np.nonzero(np.asarray(augment(line, rng, Augmentation(rotation=20)))[..., 0] < 128)
-        angles.append(math.degrees(math.atan2((rows - 32).mean(), (columns - 32).mean())))
-    assert -22 < min(angles) < -15 and 15 < max(angles) < 22
-
-
-def test_grey_levels_survive_hue_and_saturation_and_colours_do_not():
-    rng = generator()
-    for _ in range(20):
-        change = Augmentation(hue=180, saturation=1.0)
-        for level in (0, 100, 255):
-            pixel = change_colors(Image.new("RGB", (1, 1), (level,) * 3), rng, change).getpixel((0, 0))
-            np.testing.assert_allclose(pixel, level, atol=1)
-
-
-def test_a_hue_of_a_third_of_the_circle_exchanges_the_channels():
-    rotated = np.array((10.0, 60.0, 200.0)) @ images._hue_rotation(120).T
-    np.testing.assert_allclose(rotated, (200, 10, 60), atol=1e-9)
-
-
-def test_grayscale_weighs_channels_as_pillow_does():
-    image = noise(16, 16)
-    gray = np.asarray(augment(image, generator(), Augmentation(grayscale=1.0))).astype(int)
-    np.testing.assert_allclose(gray, np.asarray(image.convert("L").convert("RGB")), atol=1)
-
-
-def test_tint_colours_white_and_keeps_black():
-    tinted = augment(Image.new("RGB", (2, 2), "white"), generator(), Augmentation(tint=0.5)).getpixel((0, 0))
-    assert len(set(tinted)) == 3 and min(tinted) >= 127
-    assert augment(Image.new("RGB", (2, 2)), generator(), Augmentation(tint=0.5)).getpixel((0, 0)) == (0, 0, 0)
-
-
-def test_outlines_are_black_where_colours_meet_and_nowhere_else():
-    image = drawing()
-    lines = np.asarray(draw_outlines(image, Image.new("RGB", image.size, "white")))
-    expected = np.full((32, 32), 255)
-    expected[8, 8:16] = expected[16, 8:16] = expected[8:16, 8] = expected[8:16, 16] = 0
-    np.testing.assert_array_equal(lines[..., 0], expected)
-    outlined = np.asarray(draw_outlines(image, image))
-    np.testing.assert_array_equal(outlined, np.where(expected[..., None] == 0, 0, np.asarray(image)))
-
-
-def test_soft_shading_draws_no_outline():
-    shading = Image.fromarray(np.arange(0, 240, 8, np.uint8)[None, :, None].repeat(30, 0).repeat(3, 2))
-    assert draw_outlines(shading, shading) == shading
-
-
-def test_erasing_covers_one_rectangle_of_one_colour():
-    image = Image.new("RGB", (40, 40), "white")
-    rng = generator()
-    for _ in range(50):
-        erased = np.asarray(augment(image, rng, Augmentation(erasing=1.0)))
-        rows, columns = np.nonzero((erased != 255).any(axis=-1))
-        box = erased[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
-        assert (box == box[0, 0]).all() and 4 <= box.shape[0] <= 20 and 5 <= box.shape[1] <= 20
 
 
 ENLARGE = """

@@ -1,12 +1,14 @@
 """Batches are a function of source, seed and number alone."""
 
 import io
+import pickle
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from clip_jax.data.bad_samples import REASONS
+from clip_jax.data.decoded_cache import DecodedCache
 from clip_jax.data.images import Augmentation
 from clip_jax.data.pipeline import Batches, InputError, LoadPair, Transform
 from clip_jax.data.sources import Mixture, Pair, open_source
@@ -29,10 +31,11 @@ class Numbered:
         return Pair(stream.getvalue(), [f"number {index}"], str(index))
 
 
-def batches(source=None, **arguments) -> Batches:
+def batches(source=None, cache: int = 0, **arguments) -> Batches:
     mixture = source if isinstance(source, Mixture) else Mixture(["numbers"], [source or Numbered()])
     return Batches(
-        LoadPair(mixture, Transform(8, 16, Augmentation())), **({"global_batch_size": 4, "seed": 3} | arguments)
+        LoadPair(mixture, Transform(8, 16, Augmentation()), DecodedCache(cache)),
+        **({"global_batch_size": 4, "seed": 3} | arguments),
     )
 
 
@@ -70,6 +73,43 @@ def test_shapes_and_dtypes_are_those_of_the_contract():
 
 def test_another_seed_gives_another_order():
     assert numbers(take(batches(), 2)) != numbers(take(batches(seed=4), 2))
+
+
+class Counted(Numbered):
+    """Counts how often it is read."""
+
+    def __init__(self, broken: tuple[int, ...] = ()):
+        super().__init__(broken)
+        self.reads = []
+
+    def __getitem__(self, index: int) -> Pair:
+        self.reads.append(index)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("broken", [(), (5, 6)])
+def test_a_cache_changes_no_batch_and_reads_each_good_record_once(broken):
+    source = Counted(broken)
+    assert_equal(take(batches(Numbered(broken)), 8), take(batches(source, cache=1), 8))
+    good = [index for index in source.reads if index not in broken]
+    assert sorted(good) == sorted(set(range(11)) - set(broken))
+
+
+def test_a_cache_keeps_what_fits_and_a_copy_starts_empty():
+    cache, pixels = DecodedCache(1), np.zeros((256, 512, 3), np.uint8)
+    for index in range(4):
+        cache.add(index, Pair(b"bytes", ["caption"], str(index)), pixels, (512, 256))
+    kept = [index for index in range(4) if cache.get(index)]
+    assert kept == [0, 1]  # two of 384 KiB
+    pair, decoded, size = cache.get(1)
+    assert (pair.image, pair.captions, size) == (b"", ["caption"], (512, 256)) and decoded is pixels
+    copy = pickle.loads(pickle.dumps(cache))
+    assert copy.get(0) is None
+    copy.add(0, pair, pixels, size)
+    assert copy.get(0)
+    empty = DecodedCache(0)
+    empty.add(0, pair, pixels, size)
+    assert empty.get(0) is None
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

@@ -7,6 +7,8 @@ from importlib import resources
 
 import pytest
 
+from clip_jax.config import load_config_file
+from clip_jax.data.sources.array_record import EMOJI_STYLES
 from clip_jax.evaluation.labels import match_classes, plain
 from clip_jax.evaluation.registry import KINDS, METRICS, TASKS
 
@@ -94,17 +96,32 @@ def test_the_folders_that_torchvision_makes_of_kinetics_match_its_class_names():
 def test_rows_are_well_formed():
     assert len({task.name for task in TASKS}) == len(TASKS)
     groups = {group for task in TASKS for group in task.groups}
-    assert groups == {"paper", "vtab", "shift", "retrieval", "open_clipart", "ships"}
+    assert groups == {"paper", "vtab", "shift", "retrieval", "open_clipart", "ships", "emoji_left_out"}
     assert not groups & {task.name for task in TASKS}  # both stand in --tasks
     for task in TASKS:
         assert task.kind in KINDS and task.metric in METRICS[task.kind], task.name
         assert task.source and task.title, task.name
-        assert task.how_to_get or "ships" in task.groups, task.name
+        assert task.how_to_get or {"ships", "emoji_left_out"} & set(task.groups), task.name
         assert "{here}" not in task.how_to_get, task.name
         if task.kind == "zero_shot":
             assert task.prompts in PROMPTS, task.name
         for field in dataclasses.astuple(task):
             assert not isinstance(field, str) or "\n" not in field, task.name
+
+
+def test_baselines_of_emoji_know_the_styles_that_the_quickstart_trains_on_and_no_others():
+    source = load_config_file("configs/quickstart.py").data.source
+    trained = set(source.removeprefix("emoji:").removesuffix("/train").split(","))
+    assert trained == set(EMOJI_STYLES) - {"openmoji"}
+    given = {
+        task.name: set(task.pixel_baseline.removeprefix("emoji:").removesuffix("/all").split(","))
+        for task in TASKS
+        if task.pixel_baseline and task.prompts == "emoji"
+    }
+    assert given == {"emoji_unseen_style": trained, "emoji_unseen_style_trained": trained} | {
+        f"emoji_left_out_{style}": trained - {style} for style in trained
+    }
+    assert all("model is not" in task.note for task in TASKS if task.name in given)
 
 
 def test_the_papers_data_sets_and_its_shifts_are_there():

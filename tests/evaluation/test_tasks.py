@@ -73,7 +73,8 @@ def same(one, other):
 
 
 def test_a_classification_is_the_same_on_one_device_and_on_eight(embedder_on, folders):
-    task = colours_task(train="image_folder:{data}/train", pixel_baseline="image_folder:{data}/train")
+    source, note = "image_folder:{data}/train", "a sentence"
+    task = colours_task(train=source, pixel_baseline=source, note=note)
     one, eight = (
         score(embedder_on(shape), task, folders, baseline=True, synthetic_shift=True, linear_probe=True)
         for shape in ((1, 1), (4, 2))
@@ -82,6 +83,7 @@ def test_a_classification_is_the_same_on_one_device_and_on_eight(embedder_on, fo
     assert one.counts == {"images": 37, "classes": 3} and one.class_names == ["blue", "green", "red"]
     np.testing.assert_array_equal(one.arrays["labels"], [0] * 16 + [1] * 12 + [2] * 9)
     assert one.metrics["top_1"] == (one.arrays["best"][:, 0] == one.arrays["labels"]).mean()
+    assert one.notes[0] == note
     assert one.baseline["top_1"] == 1  # the nearest mean colour
     assert one.chance == {"top_1": 1 / 3, "mean_per_class": 1 / 3}
     assert one.synthetic_shift == eight.synthetic_shift and one.synthetic_shift.keys() > {"blur", "noise"}
@@ -187,7 +189,13 @@ def test_labels_that_do_not_go_with_the_class_names_are_refused_by_name(folders,
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("labels", ("a",)), ("train", "digits:train"), ("other_classes", True), ("templates", ("{}",))],
+    [
+        ("labels", ("a",)),
+        ("train", "digits:train"),
+        ("note", "a sentence"),
+        ("other_classes", True),
+        ("templates", ("{}",)),
+    ],
 )
 def test_what_would_change_nothing_is_refused(key, value):
     with pytest.raises(ValueError, match=f"{key} has no effect with kind='retrieval'"):
