@@ -14,6 +14,7 @@ import re
 import sys
 
 from clip_jax.config import load_config_file
+from clip_jax.planning.advice import MOST_PARTS
 from clip_jax.planning.compiling import PlanError, compile_facts, known_facts
 from clip_jax.planning.report import make_report
 from clip_jax.planning.searching import guess_parts, with_values
@@ -22,7 +23,6 @@ from clip_jax.planning.topologies import GIB, parse_topology
 MODELS = ("rn50", "rn101", "rn50x4", "rn50x16", "rn50x64", "vit_b32", "vit_b16", "vit_l14", "vit_l14_336")
 TOPOLOGIES = ("v5e:16x16", "v5p:4x4x4", "v6e:16x16")
 REMATS = ("none", "attention", "full")
-MOST_PARTS = 64  # of a batch, by accumulation
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "pods.md"
 BEGIN, END = "<!-- table: written by benchmarks/pod_plan.py -->", "<!-- end of the table -->"
 HEADER = (
