@@ -29,12 +29,14 @@ from clip_jax.plan import main
 from clip_jax.planning import compiling, figures, searching
 from clip_jax.planning.accelerator_types import ACCELERATOR_TYPES
 from clip_jax.planning.advice import advice
-from clip_jax.planning.compiled import largest_buffers, parse_out_of_memory
+from clip_jax.planning.compiled import kept_bytes, largest_buffers, parse_out_of_memory
 from clip_jax.planning.hlo import convolution_flops, parse_module, parse_shapes, trip_count
 from clip_jax.planning.model_flops import loss_flops, step_flops, tower_flops
 from clip_jax.planning.program import direction_of, label_of, part_of, read_program
 from clip_jax.planning.report import format_report, make_report
 from clip_jax.planning.topologies import GENERATIONS, GIB, parse_topology
+from clip_jax.training.optimizer import make_optimizer
+from clip_jax.training.step import abstract_state, configured_mesh, make_model
 
 RECORDED = pathlib.Path(__file__).parent / "planning"
 
@@ -518,6 +520,22 @@ def test_advice_is_in_order_and_its_options_go_together_with_the_config(config, 
     if "--topology" in options:
         assert parse_topology(options["--topology"]).chips >= parse_topology(topology).chips
     assert ("--config.loss.form" in options) == (part == "loss" and config.loss.kind == "softmax")
+
+
+@pytest.mark.parametrize("model", ["ViT-tiny", "RN50"])
+def test_what_the_towers_keep_falls_with_each_policy(model):
+    """Traced for one device of this machine."""
+    config = default_config(model)
+    config.update({"global_batch_size": 8, "accumulation_steps": 2})
+    config.model.text.num_layers = 2
+    if model == "RN50":
+        config.model.vision.stage_sizes = (4, 1, 1, 1)
+    mesh = configured_mesh(config, jax.devices()[:1])
+    state = abstract_state(make_model(config, mesh), make_optimizer(config.optimizer, 10), mesh)
+    size, length = config.model.vision.image_size, config.model.text.context_length
+    images, tokens = jax.ShapeDtypeStruct((8, size, size, 3), "uint8"), jax.ShapeDtypeStruct((8, length), "int32")
+    kept = kept_bytes(config, mesh, state, {"image": images, "tokens": tokens})
+    assert kept["none"] > kept["lite"] > kept["attention"] > kept["full"] > 0
 
 
 def test_advice_does_without_what_the_compiler_did_not_say(config):

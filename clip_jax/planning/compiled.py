@@ -120,8 +120,8 @@ def largest_buffers(usage: str, program: str, most: int = 6) -> list[dict]:
 def kept_bytes(config, mesh, state, batch: dict) -> dict[str, int]:
     """For each remat policy: bytes on one device that the towers' forward pass keeps for the backward pass.
 
-    From the shapes that JAX saves, without compiling; the parameters are among them, for every policy. With
-    ``accumulation_steps`` those of one part of the batch.
+    From the shapes that JAX saves, without compiling. Parameters that the backward pass needs are among them, for every
+    policy. With ``accumulation_steps`` those of one part of the batch.
     """
     import jax
 
@@ -134,9 +134,9 @@ def kept_bytes(config, mesh, state, batch: dict) -> dict[str, int]:
         candidate.model.remat = remat
         model = make_model(candidate, mesh)
 
-        def backward(params, images, tokens):
+        def backward(params, batch_stats, images, tokens):
             def embed(params):
-                variables = {"params": params, "batch_stats": state.batch_stats}
+                variables = {"params": params, "batch_stats": batch_stats}
                 (*embeddings, _), _ = model.apply(
                     variables, normalize_images(images), tokens, train=True, mutable=["batch_stats"]
                 )
@@ -148,7 +148,7 @@ def kept_bytes(config, mesh, state, batch: dict) -> dict[str, int]:
         shapes = [
             jax.ShapeDtypeStruct((part, *batch[name].shape[1:]), batch[name].dtype) for name in ("image", "tokens")
         ]
-        saved = jax.eval_shape(backward, state.params, *shapes)
+        saved = jax.eval_shape(backward, state.params, state.batch_stats, *shapes)
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(saved)) // mesh.size
 
     return {remat: kept(remat) for remat in REMAT_POLICIES}
