@@ -29,7 +29,7 @@ PAGE = pathlib.Path(__file__).parent.parent / "docs" / "pods.md"
 BEGIN, END = "<!-- table: written by benchmarks/pod_plan.py -->", "<!-- end of the table -->"
 HEADER = (
     "| model | slice | changes to the config | fsdp | HBM a chip | compiled / model flops | step | of it collectives "
-    "| model flops utilisation | pairs/s | days |"
+    "| model flops utilization | pairs/s | days |"
 )
 
 
