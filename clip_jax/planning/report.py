@@ -53,6 +53,7 @@ def make_report(
         "versions": facts["versions"],
         "fits": facts["fits"],
         "hbm_bytes": topology.generation.hbm_bytes,
+        "matmul_share": topology.generation.matmul_share,
     }
     if not facts["fits"]:
         return report | {
@@ -244,8 +245,8 @@ def _shares(seconds: dict[str, float], whole: float) -> str:
 def left_out(report: dict) -> list[str]:
     """What the predicted step time does not know, in sentences."""
     lines = [
-        "it is a prediction: no TPU was measured. The compiler's own estimates are added up along its schedule; for "
-        "large matrix products they come to 88 to 93 % of the published peak on v4, v5e and v5p and to 70 % on v6e",
+        "it is a prediction: no TPU was measured. The compiler's own estimates are added up along its schedule; for a "
+        f"large matrix product they come to {report['matmul_share']:.0%} of the published peak",
         "elementwise work and reductions are estimated about twice too slow",
         "of collectives only a floor is counted: every link of a chip at its published rate, no latency, and nothing "
         "for two that share links at the same time",
