@@ -86,13 +86,14 @@ $(PEERS_VENV)/.peers: setup.py constraints.txt
 	$(call make_venv,$(PEERS_VENV),.[peers$(,)test])
 
 # After changing setup.py: resolves the newest versions anew and writes them down. By the oldest Python that is
-# supported, since newer ones may get versions that it cannot install.
+# supported, since newer ones may get versions that it cannot install. On Linux with x86-64, the only system that has
+# libtpu: docs/tpu.md and docs/pods.md state its version.
 lock:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "lock with Python 3.11"; exit 2; }
 	rm -rf .venv-lock
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet torch==2.13.0
-	.venv-lock/bin/python -m pip install --quiet '.[dev,test,peers]'
+	.venv-lock/bin/python -m pip install --quiet '.[dev,test,peers,tpu]'
 	.venv-lock/bin/python -m pip freeze --exclude clip-jax-tpu | sed 's/+cpu$$//' > constraints.txt
 	rm -rf .venv-lock
 

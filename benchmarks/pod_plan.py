@@ -1,38 +1,40 @@
 """What the compiler for TPUs predicts for all nine models on three slices, as the table of ``docs/pods.md``.
 
-    python -m benchmarks.pod_plan [--models=vit_l14,rn50] [--topologies=v5e:16x16] [--known]
+    python -m benchmarks.pod_plan [--models=vit_l14,rn50] [--topologies=v5litepod-256] [--known]
 
 Compiles each config as it stands; where it doesn't fit, with more remat and with accumulation, as the table says. A
 compilation takes minutes. What was compiled before by the same program and compiler is known, so an interrupted run
-goes on where it was, and the table is written anew after each row. With ``--known`` nothing is compiled. Needs
-``[tpu]``, and no TPU.
+goes on where it was, and the table is written anew after each row. With ``--known`` nothing is compiled. What has not
+been compiled is left out of the table and named on standard error. Needs ``[tpu]``, and no TPU.
 """
 
-import argparse
+import difflib
 import pathlib
 import re
 import sys
 
+from clip_jax.command_line import Parser
 from clip_jax.config import load_config_file
+from clip_jax.planning import figures
+from clip_jax.planning.advice import MOST_PARTS
 from clip_jax.planning.compiling import PlanError, compile_facts, known_facts
 from clip_jax.planning.report import make_report
 from clip_jax.planning.searching import guess_parts, with_values
-from clip_jax.planning.topologies import GIB, parse_topology
+from clip_jax.planning.topologies import parse_topology
 
 MODELS = ("rn50", "rn101", "rn50x4", "rn50x16", "rn50x64", "vit_b32", "vit_b16", "vit_l14", "vit_l14_336")
 TOPOLOGIES = ("v5e:16x16", "v5p:4x4x4", "v6e:16x16")
 REMATS = ("none", "attention", "full")
-MOST_PARTS = 64  # of a batch, by accumulation
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "pods.md"
 BEGIN, END = "<!-- table: written by benchmarks/pod_plan.py -->", "<!-- end of the table -->"
 HEADER = (
     "| model | slice | changes to the config | fsdp | HBM a chip | compiled / model flops | step | of it collectives "
-    "| model flops utilisation | pairs/s | days |"
+    "| model flops utilization | pairs/s | days |"
 )
 
 
-def row(model: str, topology_name: str, known_only: bool) -> str:
-    """One line of the table; what has not been compiled is said to be so."""
+def row(model: str, topology_name: str, known_only: bool) -> str | None:
+    """One line of the table; None of what has not been compiled."""
     topology = parse_topology(topology_name)
     config = load_config_file(f"configs/{model}.py")
 
@@ -54,7 +56,7 @@ def row(model: str, topology_name: str, known_only: bool) -> str:
         changes |= {"accumulation_steps": parts}
         facts = facts_of(changes)
     if facts is None:
-        return f"| {model} | {topology_name} | not computed |" + " |" * 8
+        return None
     return format_row(model, topology_name, changes, make_report(with_values(config, **changes), topology, facts))
 
 
@@ -73,38 +75,54 @@ def format_row(model: str, topology: str, changes: dict, report: dict) -> str:
         topology,
         _words(changes) or "–",
         report["mesh"]["fsdp"],
-        f"{report['memory']['all'] / GIB:.1f} GiB",
-        f"{report['compiled_to_model_flops']:.2f}",
-        f"{seconds['step']:.3f} s",
-        f"≥ {seconds['collectives_at_least']:.3f} s",
-        f"{report['model_flops_utilization']:.1%}",
-        f"{report['pairs_per_second']:,.0f}",
-        f"{report['days']:.2f}",
+        figures.num_bytes(report["memory"]["all"]),
+        figures.number(report["compiled_to_model_flops"], 2),
+        figures.seconds(seconds["step"]),
+        f"≥ {figures.seconds(seconds['collectives_at_least'])}",
+        figures.share(report["model_flops_utilization"], 1),
+        figures.number(report["pairs_per_second"]),
+        figures.number(report["days"], 2),
     )
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def write_table(rows: list[str]) -> None:
-    """Puts the table in its place in the page; the page's own words stay as they are."""
-    table = "\n".join([BEGIN, HEADER, "|---" * HEADER.count(" | ") + "|---|", *rows, END])
+def write_table(rows: dict[tuple[str, str], str | None]) -> None:
+    """Puts the known rows in their place in the page; the page's own words stay as they are."""
+    table = "\n".join([BEGIN, HEADER, "|---" * HEADER.count(" | ") + "|---|", *filter(None, rows.values()), END])
     page = PAGE.read_text(encoding="utf-8")
     PAGE.write_text(
         re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: table, page, flags=re.S), encoding="utf-8"
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.pod_plan", description=__doc__.partition("\n")[0])
+def chosen(flag: str, words: str, known: tuple[str, ...]) -> list[str]:
+    """Raises ValueError if one of the words, separated by commas, is not known."""
+    for word in words.split(","):
+        if word not in known:
+            near = difflib.get_close_matches(word, known, 3)
+            meant = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(f"{flag}={word} is not in the table of {', '.join(known)}{meant}")
+    return words.split(",")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="python -m benchmarks.pod_plan", description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--models", default=",".join(MODELS), help="names of configs; the others' rows are kept if known"
     )
-    parser.add_argument("--topologies", default=",".join(TOPOLOGIES))
+    parser.add_argument("--topologies", default=",".join(TOPOLOGIES), help="v5e:16x16, or Google's name of it")
     parser.add_argument("--known", action="store_true", help="compile nothing, write what is known")
-    arguments = parser.parse_args()
-    models, topologies = arguments.models.split(","), arguments.topologies.split(",")
+    arguments = parser.parse_args(argv)
+    try:
+        models = chosen("--models", arguments.models, MODELS)
+        named = ",".join(parse_topology(one, "--topologies").name for one in arguments.topologies.split(","))
+        topologies = chosen("--topologies", named, TOPOLOGIES)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     pairs = [(model, topology) for topology in TOPOLOGIES for model in MODELS]
     rows = {pair: row(*pair, known_only=True) for pair in pairs}
-    write_table(list(rows.values()))
+    write_table(rows)
     for pair in pairs:
         if arguments.known or pair[0] not in models or pair[1] not in topologies:
             continue
@@ -114,7 +132,10 @@ def main() -> int:
             print(f"{pair[0]} on {pair[1]}: {error}", file=sys.stderr)
             continue
         print(rows[pair], flush=True)
-        write_table(list(rows.values()))
+        write_table(rows)
+    left_out = [" on ".join(pair) for pair in pairs if rows[pair] is None]
+    if left_out:
+        print(f"left out, since not compiled yet: {', '.join(left_out)}", file=sys.stderr)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Plans a training on a TPU slice that isn't here: the compiler for it compiles the step that would train.
 
-    python -m clip_jax.plan --config=configs/vit_l14.py --topology=v5p:8x8x4 [--config.mesh.fsdp=4 ...]
+    python -m clip_jax.plan --config=configs/vit_l14.py --topology=v5p-512 [--config.mesh.fsdp=4 ...]
 
 Needs no TPU, but the compiler: pip install "clip-jax-tpu[tpu]". Exit codes: 0 it fits, 1 it does not, 2 a mistake in
 what was asked for (one line).
@@ -9,15 +9,24 @@ what was asked for (one line).
 import argparse
 import json
 import sys
+from typing import NoReturn
 
 import ml_collections
 
 from clip_jax.config import load_config_file, override, validate
 from clip_jax.planning.compiling import PlanError, compile_facts
+from clip_jax.planning.figures import seconds
 from clip_jax.planning.report import PAPER_PAIRS, format_report, make_report
 from clip_jax.planning.searching import largest_batch, meshes_and_remats
 from clip_jax.planning.topologies import Topology, parse_topology
 from clip_jax.standard_output import run
+
+
+class Parser(argparse.ArgumentParser):
+    """One that says in a line what is wrong, where argparse prints the usage and ends the program."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ml_collections.ConfigDict]:
@@ -26,15 +35,16 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ml_collections
     Raises:
       ValueError, FileNotFoundError: a flag is unknown or its value wrong, or the config is missing.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m clip_jax.plan",
         description="Compiles the training step of a config for a TPU slice, without a TPU, and tells whether it fits, "
         "what it costs and how long it is predicted to take. Values of the config are set with --config.NAME=VALUE.",
-        exit_on_error=False,
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="a config file, such as configs/vit_l14.py")
-    parser.add_argument("--topology", required=True, help="the slice, such as v5e:16x16 or v5p:8x8x4")
+    parser.add_argument(
+        "--topology", required=True, help="the slice: v5e:16x16, v5p:8x8x4, or as Google names it: v5litepod-256"
+    )
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
     parser.add_argument(
         "--pairs", type=int, default=PAPER_PAIRS, help="how many the source holds; the paper's 400 million"
@@ -45,10 +55,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ml_collections
         choices=("batch", "mesh"),
         help="look for the largest batch that fits, or for the mesh and remat with the shortest predicted step",
     )
-    try:
-        known, rest = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
+    known, rest = parser.parse_known_args(argv)
     if known.pairs < 1:
         raise ValueError(f"--pairs={known.pairs} must be positive")
     if known.chip_hour_price is not None and not 0 <= known.chip_hour_price < float("inf"):
@@ -98,7 +105,7 @@ def _search(what: str, config: ml_collections.ConfigDict, topology: Topology) ->
         name = f"batch {candidate.global_batch_size}, fsdp {candidate.mesh.fsdp}, remat {candidate.model.remat}"
         facts = compile_facts(candidate, topology, name)
         report = make_report(candidate, topology, facts)
-        result = f"{report['seconds']['step']:.4f} s a step" if report["fits"] else "does not fit"
+        result = f"{seconds(report['seconds']['step'])} a step" if report["fits"] else "does not fit"
         print(f"{name}: {result}", file=sys.stderr, flush=True)
         return facts
 

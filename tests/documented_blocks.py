@@ -61,6 +61,7 @@ BLOCKS = (
     Skip("docs/tpu.md", "launch/tpu_pod.sh create --name=try", STAND_IN),
     Skip("docs/tpu.md", "gcloud compute tpus tpu-vm ssh", CLOUD),
     Skip("docs/tpu.md", "until launch/tpu_pod.sh status", STAND_IN),
+    Skip("docs/tpu.md", "LIBTPU_INIT_ARGS=", "needs libtpu, which tests do without"),
     Skip("docs/tpu.md", "gcloud container clusters create", CLOUD),
     Skip("docs/tpu.md", "FROM python", "needs Docker"),
     Skip("docs/tpu.md", "!git clone", "cells of a Colab notebook"),

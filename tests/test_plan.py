@@ -1,7 +1,7 @@
 """The planner: what it reads from recorded programs and says of them, its mistakes, and, with libtpu, all of it.
 
-``tests/planning`` holds what libtpu 0.0.52 compiled: ``product_*.txt.gz`` a bfloat16 product of two 8,192 x 8,192
-matrices for a generation, and ``train_step_v5e.txt.gz`` a training step for v5e:2x2, data 2 x fsdp 2, remat full, of
+``tests/planning`` holds programs that libtpu compiled: ``product_*.txt.gz`` are those of ``tests/planning/record.py``,
+and ``train_step_v5e.txt.gz`` is a training step of an earlier version for v5e:2x2, data 2 x fsdp 2, remat full, of
 3 vision layers of width 128 over 17 tokens and 2 text layers of width 128 over 24, batch 256, without what isn't read.
 """
 
@@ -10,13 +10,14 @@ import gzip
 import json
 import math
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_jax.config import default_config
+from clip_jax.config import default_config, override
 from clip_jax.models.clip import CLIP
 from clip_jax.models.presets import (
     PRESETS,
@@ -25,13 +26,17 @@ from clip_jax.models.presets import (
     TextTransformerPreset,
 )
 from clip_jax.plan import main
-from clip_jax.planning import compiling, searching
-from clip_jax.planning.compiled import largest_buffers, parse_out_of_memory
+from clip_jax.planning import compiling, figures, searching
+from clip_jax.planning.accelerator_types import ACCELERATOR_TYPES
+from clip_jax.planning.advice import advice
+from clip_jax.planning.compiled import kept_bytes, largest_buffers, parse_out_of_memory
 from clip_jax.planning.hlo import convolution_flops, parse_module, parse_shapes, trip_count
 from clip_jax.planning.model_flops import loss_flops, step_flops, tower_flops
 from clip_jax.planning.program import direction_of, label_of, part_of, read_program
 from clip_jax.planning.report import format_report, make_report
 from clip_jax.planning.topologies import GENERATIONS, GIB, parse_topology
+from clip_jax.training.optimizer import make_optimizer
+from clip_jax.training.step import abstract_state, configured_mesh, make_model
 
 RECORDED = pathlib.Path(__file__).parent / "planning"
 
@@ -180,6 +185,33 @@ def test_a_loop_that_does_not_count_is_said_to_be_unknown():
     assert sum(program.cycles.values()) == 107
 
 
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("{{0,1},{2,3}}", 2),
+        ("[2,4]<=[8]", 4),
+        ("mesh['axis_0'=4,'axis_1'=2] {'axis_1'}", 2),
+        ("mesh['axis_0'=2,'axis_1'=2,'axis_2'=2], device_ids=([2,2,2]T(1,0,2)) {'axis_0','axis_2'}", 4),
+        ("mesh['axis_0'=8] {'axis_0':(1)2}", 2),
+        ("{}", 8),
+    ],
+)
+def test_a_collectives_groups_are_read_in_each_form_that_the_compiler_writes(groups, size):
+    (one,) = read_program(loop().replace("[1,8]<=[8]", groups)).collectives
+    assert one.group_size == size
+
+
+def test_groups_in_an_unknown_form_are_refused():
+    with pytest.raises(ValueError, match="form that is not known: replica_groups=ring"):
+        read_program(loop().replace("[1,8]<=[8]", "ring(8)"))
+
+
+def test_quotes_that_the_compiler_escapes_are_plain_in_a_name():
+    text = loop().replace("jit(f)/jvp(CLIP)/vision/a/mul", "state.params[\\'x\\'] \\\"y\\\"")
+    module = parse_module(text)
+    assert module.computations["body"]["work"].op_name == "state.params['x'] \"y\""
+
+
 def test_an_asynchronous_collective_overlaps_what_stands_between_its_start_and_its_end():
     (one,) = read_program(loop()).collectives
     assert (one.kind, one.asynchronous, one.overlapped_cycles) == ("all-gather", True, 100)
@@ -320,6 +352,7 @@ def test_the_flops_of_the_forward_pass_are_those_that_open_clip_publishes():
         ),
         ("jit(train_step)/transpose(jvp())/shard_map/mul", "loss", "backward", "shard_map/mul"),
         ("jit(train_step)/mul", "optimizer", "", "mul"),
+        ("state.params['text']['token_embedding']", "optimizer", "", "state.params/token_embedding"),
         ("", "other", "", "(unnamed)"),
     ],
 )
@@ -351,7 +384,6 @@ def facts(**changes):
     }
     open_one = hidden | {"kind": "all-reduce", "times": 1, "asynchronous": False, "overlapped_cycles": 0}
     return {
-        "chips": 4,
         "mesh": {"data": 2, "fsdp": 2},
         "num_parameters": 151_277_313,
         "shard_bytes": {"parameters": 3 * GIB, "optimizer state": 6 * GIB, "running averages": 0, "batch": GIB},
@@ -376,7 +408,7 @@ def facts(**changes):
     } | changes
 
 
-def too_large(temporaries_only=True):
+def too_large(temporaries_only=True, part="vision tower"):
     return facts(
         fits=False,
         out_of_memory={
@@ -384,7 +416,8 @@ def too_large(temporaries_only=True):
             "available_bytes": 15 * GIB,
             "temporaries_only": temporaries_only,
         },
-        largest=[{"num_bytes": 5 * GIB, "shape": "f32[2,3]", "name": "vision tower forward"}],
+        largest=[{"num_bytes": 5 * GIB, "shape": "f32[2,3]", "name": f"{part} forward"}],
+        kept_bytes={"none": 20 * GIB, "lite": 15 * GIB, "attention": 9 * GIB, "full": GIB},
     )
 
 
@@ -440,20 +473,108 @@ def test_a_printed_report_says_what_it_stands_on(config):
 
 
 def test_what_does_not_fit_comes_with_the_largest_things_and_what_to_change(config):
-    lines = format_report(make_report(config, parse_topology("v5e:2x2"), too_large()))
-    text = "\n".join(lines)
+    text = "\n".join(format_report(make_report(config, parse_topology("v5e:2x2"), too_large())))
     assert "does not fit: temporaries alone need 30.00 GiB of the 15.00 GiB" in text
     assert "f32[2,3]" in text
-    for flag in (
-        "--config.mesh.fsdp=4",
-        "--config.model.remat=lite or attention or full",
-        "--config.accumulation_steps=8",
-        "--config.global_batch_size=5460",
-        "--topology",
-    ):
-        assert flag in text
     config.model.remat = "full"
     assert "remat=" not in "\n".join(format_report(make_report(config, parse_topology("v5e:2x2"), too_large(False))))
+
+
+def advised(config, facts, topology="v5e:2x2") -> list[tuple[float, str]]:
+    """GiB and option of each line."""
+    lines = advice(make_report(config, parse_topology(topology), facts))
+    found = [re.search(r"(?:saves|saves about|adds) ([\d.]+) (GiB|MiB): (--\S+)$", line) for line in lines]
+    assert all(found), lines
+    return [(float(one[1]) / (1 if one[2] == "GiB" else 1024), one[3]) for one in found]
+
+
+def test_advice_says_what_each_change_saves_the_largest_first(config):
+    assert advised(config, too_large()) == [
+        (79, "--topology=v5p-8"),
+        (26.25, "--topology=v5litepod-32"),  # 10 GiB are taken and 5 left: of 30 GiB an eighth fits
+        (26.25, "--config.accumulation_steps=8"),
+        (25, "--config.global_batch_size=5460"),
+        (19, "--config.model.remat=full"),
+        (11, "--config.model.remat=attention"),
+        (5, "--config.model.remat=lite"),
+        (4.5, "--config.mesh.fsdp=4"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"accumulation_steps": 4}, {"global_batch_size": 256}, {"loss__kind": "sigmoid"}]
+)
+@pytest.mark.parametrize("part", ["loss", "vision tower"])
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5e:1x1", "v5e:16x16", "v5p:4x4x12", "v3:2x2", "v4:4x4x16"])
+def test_advice_is_in_order_and_its_options_go_together_with_the_config(config, change, part, topology):
+    config.loss.form = "gather"
+    config = searching.with_values(config, global_batch_size=6_144)
+    config = searching.with_values(config, **change)
+    mesh = {"mesh": {"data": 1, "fsdp": 1}} if topology == "v5e:1x1" else {}
+    lines = advised(config, too_large(part=part) | mesh, topology)
+    assert lines == sorted(lines, key=lambda line: -line[0]) and lines[0][0] > 0
+    options = dict(line[1].split("=") for line in lines)
+    for name, value in options.items():
+        if name.startswith("--config."):
+            override(config.copy_and_resolve_references(), name.removeprefix("--config."), value)
+    if "--topology" in options:
+        assert parse_topology(options["--topology"]).chips >= parse_topology(topology).chips
+    assert ("--config.loss.form" in options) == (part == "loss" and config.loss.kind == "softmax")
+
+
+@pytest.mark.parametrize("model", ["ViT-tiny", "RN50"])
+def test_what_the_towers_keep_falls_with_each_policy(model):
+    """Traced for one device of this machine."""
+    config = default_config(model)
+    config.update({"global_batch_size": 8, "accumulation_steps": 2})
+    config.model.text.num_layers = 2
+    if model == "RN50":
+        config.model.vision.stage_sizes = (4, 1, 1, 1)
+    mesh = configured_mesh(config, jax.devices()[:1])
+    state = abstract_state(make_model(config, mesh), make_optimizer(config.optimizer, 10), mesh)
+    size, length = config.model.vision.image_size, config.model.text.context_length
+    images, tokens = jax.ShapeDtypeStruct((8, size, size, 3), "uint8"), jax.ShapeDtypeStruct((8, length), "int32")
+    kept = kept_bytes(config, mesh, state, {"image": images, "tokens": tokens})
+    assert kept["none"] > kept["lite"] > kept["attention"] > kept["full"] > 0
+
+
+def test_advice_does_without_what_the_compiler_did_not_say(config):
+    unknown = too_large() | {"out_of_memory": parse_out_of_memory("RESOURCE_EXHAUSTED"), "largest": []}
+    assert (19, "--config.model.remat=full") in advised(config, unknown)
+
+
+def test_figures_keep_digits_that_are_not_zero(config):
+    assert figures.num_bytes(0) == "0 B" and figures.num_bytes(96) == "96 B" and figures.num_bytes(3_000) == "2.93 KiB"
+    assert figures.seconds(3.2e-9) == "3.20 ns" and figures.seconds(0.914) == "0.914 s"
+    assert figures.share(2.8, 10_000) == "0.028%" and figures.share(1, 0) == "-"
+    assert figures.span(2.4) == "2.40 seconds" and figures.span(86_400 * 4.128) == "4.13 days"
+    assert figures.number(0.00123, 2) == "0.0012" and figures.flops(41_153_000) == "41.153 M"
+    for power in range(-15, 16):
+        for show in (figures.seconds, figures.span, figures.flops, figures.number, lambda one: figures.share(one, 1)):
+            assert re.search("[1-9]", show(1.04 * 10.0**power)), power
+        if power >= 0:
+            assert re.search("[1-9]", figures.num_bytes(10**power))
+
+
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v5p:4x4x4", "v3:2x2"])
+def test_a_report_of_a_tiny_step_prints_no_figure_as_zero(config, topology):
+    """All but those that are zero; a collective of 4 bytes, a step of 8 pairs, a price of a millionth."""
+    config = searching.with_values(config, global_batch_size=8 * parse_topology(topology).devices, steps=1)
+    small = {"received_bytes": 4, "num_bytes": 4, "times": 1, "kind": "all-reduce", "asynchronous": False}
+    program = facts()["program"] | {
+        "cycles": [["loss", "forward", "matrix products", "exp", 1_000_000], ["loss", "", "other", "a", 1]],
+        "collectives": [small | {"overlapped_cycles": 0, "group_size": 2, "op_name": ""}],
+        "matmul_flops": 100,
+        "hbm_bytes": 900,
+    }
+    memory = facts()["memory"] | {"temporaries": 3, "program": 1_200}
+    report = make_report(config, parse_topology(topology), facts(program=program, memory=memory), chip_hour_price=1e-6)
+    text = "\n".join(format_report(report))
+    assert not re.search(r"(?<![\d.,])0(\.0+)?(?= *(%|[KMG]iB|s|ms|us|T|days|hours|pairs/s)\b|%)", text), text
+    assert "'" not in text.replace("model's", "").replace("compiler's", "").replace("config's", "").replace(
+        "paper's", ""
+    ).replace("program's", "")
+    assert f"on {topology} ({parse_topology(topology).accelerator_type})" in text
 
 
 def test_what_the_compiler_says_when_it_gives_up():
@@ -500,7 +621,7 @@ def compiler_with(bytes_a_pair, step_seconds=lambda config: 1.0, available=16 * 
         shards = {"parameters": state // 3, "optimizer state": state * 2 // 3, "running averages": 0, "batch": 0}
         if used + state > available:
             out = {"needed_bytes": used, "available_bytes": available, "temporaries_only": True}
-            return facts(fits=False, shard_bytes=shards, out_of_memory=out, largest=[])
+            return facts(fits=False, shard_bytes=shards, out_of_memory=out, largest=[], kept_bytes={})
         memory = {"arguments": state, "results": 0, "in place": 0, "temporaries": used, "program": 0}
         program = facts()["program"] | {
             "cycles": [["loss", "", "other", "a", round(1.5e9 * step_seconds(config))]],
@@ -550,7 +671,21 @@ COMMAND = ["--config=configs/vit_b32.py", "--topology=v5e:2x2"]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--topology=v7:2x2"], "v4:AxBxC, v5e:AxB, v5p:AxBxC, v6e:AxB"),
+        (["--topology=v7:2x2"], "v2:AxB, v3:AxB, v4:AxBxC, v5e:AxB, v5p:AxBxC, v6e:AxB"),
+        (["--topology=v5litepod-12"], "of 12 chips; the nearest are v5litepod-8 (2x4) and v5litepod-16 (4x4)"),
+        (["--topology=v5p-100"], "100 TensorCores, two on each chip; the nearest are v5p-64 (2x4x4) and v5p-128"),
+        (["--topology=v6e-512"], "the nearest are v6e-256 (16x16)"),
+        (["--topology=v5p-0"], "the nearest are v5p-8 (2x2x1)"),
+        (["--topology=v3-33"], "the nearest are v3-32 (4x4) and v3-64 (4x8)"),
+        (["--topology=V5P-128"], "did you mean v5p-128?"),
+        (["--topology=v5litepod16"], "did you mean v5litepod-16?"),
+        (["--topology=v5lite-16"], "did you mean v5litepod-16 or"),
+        (["--topology=TPU v4-32"], "did you mean v4-32?"),
+        (["--topology=v5e:16*16"], "did you mean v5e:16x16?"),
+        (["--topology=v5p:8X8X4"], "did you mean v5p:8x8x4?"),
+        (["--topology=4x4x4"], "did you mean v4:4x4x4 or v5p:4x4x4?"),
+        (["--topology="], "no such slice. Slices are written"),
+        (["--topology"], "argument --topology: expected one argument"),
         (["--topology=v5e:4x4x4"], "no such slice"),
         (["--topology=v5e:0x4"], "no such slice"),
         (["--chips=3"], "unknown argument --chips=3"),
@@ -572,6 +707,53 @@ def test_without_the_compiler_it_says_what_to_install(capsys, monkeypatch, tmp_p
     monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: None)
     assert main(COMMAND) == 2
     assert 'pip install "clip-jax-tpu[tpu]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], COMMAND[:1], COMMAND[1:]])
+def test_a_flag_that_is_missing_is_told_in_a_line(capsys, arguments):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "required" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [
+        *(("v2-8", "v2:2x2"), ("v3-32", "v3:4x4"), ("v3-2048", "v3:32x32")),
+        *(("v4-8", "v4:2x2x1"), ("v4-32", "v4:2x2x4"), ("v4-512", "v4:4x8x8"), ("v4-4096", "v4:8x16x16")),
+        *(
+            ("v5litepod-1", "v5e:1x1"),
+            ("v5litepod-16", "v5e:4x4"),
+            ("v5litepod-256", "v5e:16x16"),
+            ("v5e-8", "v5e:2x4"),
+        ),
+        *(("v5p-8", "v5p:2x2x1"), ("v5p-64", "v5p:2x4x4"), ("v5p-128", "v5p:4x4x4"), ("v5p-384", "v5p:4x4x12")),
+        *(
+            ("v5p-640", "v5p:4x4x20"),
+            ("v5p-768", "v5p:4x8x12"),
+            ("v5p-1152", "v5p:4x12x12"),
+            ("v5p-7168", "v5p:8x16x28"),
+        ),
+        *(("v5p-7808", "v5p:4x4x244"), ("v5p-11520", "v5p:12x20x24"), ("v5p-12288", "v5p:16x16x24")),
+        *(("v6e-4", "v6e:2x2"), ("v6e-32", "v6e:4x8"), ("v6e-128", "v6e:8x16"), ("v6e-256", "v6e:16x16")),
+    ],
+)
+def test_googles_names_are_taken_for_topologies(name, topology):
+    named = parse_topology(name)
+    assert named == parse_topology(topology)
+    assert parse_topology(named.accelerator_type) == named
+
+
+def test_every_name_counts_what_google_counts():
+    assert "v5p-8576" not in ACCELERATOR_TYPES  # 4x4x268 chips: no side is longer than 256
+    for name in ACCELERATOR_TYPES:
+        family, _, size = name.partition("-")
+        assert parse_topology(name).chips == int(size) // (1 if family in ("v5litepod", "v5e", "v6e") else 2), name
+
+
+def test_a_slice_that_is_turned_has_the_same_name_and_others_have_none():
+    names = [parse_topology(one).accelerator_type for one in ("v5p:8x8x4", "v5e:8x4", "v4:16x16x16")]
+    assert names == ["v5p-512", "v5litepod-32", None]
 
 
 @pytest.mark.parametrize(
@@ -632,7 +814,7 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
+@pytest.mark.parametrize("topology", ["v5litepod-4", "v5p:2x2x1"])
 def test_a_small_config_is_compiled_for_two_generations(capsys, monkeypatch, tmp_path, topology):
     pytest.importorskip("libtpu")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -652,7 +834,7 @@ def test_a_small_config_is_compiled_for_two_generations(capsys, monkeypatch, tmp
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
-        (["--topology=v5e:3x3"], {}, "the compiler knows no such slice"),
+        (["--topology=v5e:3x3"], {}, "near it are v5e:2x4 (v5litepod-8) and v5e:4x4 (v5litepod-16)"),
         (["--topology=v5e:2x2", "--config.mesh.fsdp=3"], {}, "config.mesh.fsdp=3 does not divide the 4 devices"),
         (["--topology=v5e:2x2", "--config.global_batch_size=10"], {}, "8 or 12 can"),
         (["--topology=v5e:2x2"], {"LIBTPU_INIT_ARGS": "--xla_no_such=1"}, "flag 'xla_no_such'"),
@@ -677,3 +859,4 @@ def test_a_step_that_does_not_fit_names_the_largest_arrays(capsys, monkeypatch, 
     assert main([*SMALL, "--topology=v5e:2x2", *batch]) == 1
     text = capsys.readouterr().out
     assert "It does not fit" in text and "f32[65536,262144]" in text and "--config.global_batch_size=" in text
+    assert "--config.loss.form=blockwise" in text

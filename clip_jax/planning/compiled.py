@@ -18,7 +18,7 @@ import time
 
 from clip_jax.planning.hlo import parse_shapes
 from clip_jax.planning.program import direction_of, part_of, read_program
-from clip_jax.planning.topologies import GIB, Topology, parse_topology
+from clip_jax.planning.topologies import GIB, Topology, nearest_slices, parse_topology
 
 # To be said before libtpu is loaded: no TPU is here to be asked, and another program may be using libtpu as well.
 ENVIRONMENT = {
@@ -30,7 +30,7 @@ ENVIRONMENT = {
 
 
 def slice_devices(topology: Topology) -> list:
-    """The devices of a slice, one a chip, as the compiler knows them.
+    """The devices of a slice, as the compiler knows them.
 
     Raises:
       ValueError: the compiler knows no such slice.
@@ -38,17 +38,24 @@ def slice_devices(topology: Topology) -> list:
     import jax
     from jax.experimental import topologies
 
-    name = topology.generation.chip_config_name
+    options: dict = {}
+    if topology.generation.chip_config_name:
+        options["chip_config_name"] = topology.generation.chip_config_name
+    if topology.chips == 1:
+        options["chips_per_host_bounds"] = [1, 1, 1]  # 2x2x1 if not said, of which one chip is no multiple
     try:
-        description = topologies.get_topology_desc(
-            topology.name, platform="tpu", **({"chip_config_name": name} if name else {})
-        )
+        description = topologies.get_topology_desc(topology.name, platform="tpu", **options)
     except jax.errors.JaxRuntimeError as error:
         reason = " ".join(str(error).split()).removeprefix("INVALID_ARGUMENT: ")
-        raise ValueError(f"--topology={topology.name}: the compiler knows no such slice: {reason}") from None
+        raise ValueError(
+            f"--topology={topology.name}: the compiler knows no such slice ({reason}); near it are "
+            f"{nearest_slices(topology)}"
+        ) from None
     devices = list(description.devices)
-    if len(devices) != topology.chips:
-        raise ValueError(f"--topology={topology.name}: the compiler sees {len(devices)} devices, not {topology.chips}")
+    if len(devices) != topology.devices:
+        raise ValueError(
+            f"--topology={topology.name}: the compiler sees {len(devices)} devices, not {topology.devices}"
+        )
     return devices
 
 
@@ -110,6 +117,43 @@ def largest_buffers(usage: str, program: str, most: int = 6) -> list[dict]:
     return largest
 
 
+def kept_bytes(config, mesh, state, batch: dict) -> dict[str, int]:
+    """For each remat policy: bytes on one device that the towers' forward pass keeps for the backward pass.
+
+    From the shapes that JAX saves, without compiling. Parameters that the backward pass needs are among them, for every
+    policy. With ``accumulation_steps`` those of one part of the batch.
+    """
+    import jax
+
+    from clip_jax.config import REMAT_POLICIES
+    from clip_jax.models.clip import normalize_images
+    from clip_jax.training.step import make_model
+
+    def kept(remat: str) -> int:
+        candidate = config.copy_and_resolve_references()
+        candidate.model.remat = remat
+        model = make_model(candidate, mesh)
+
+        def backward(params, batch_stats, images, tokens):
+            def embed(params):
+                variables = {"params": params, "batch_stats": batch_stats}
+                (*embeddings, _), _ = model.apply(
+                    variables, normalize_images(images), tokens, train=True, mutable=["batch_stats"]
+                )
+                return embeddings
+
+            return jax.vjp(embed, params)[1]
+
+        part = config.global_batch_size // config.accumulation_steps
+        shapes = [
+            jax.ShapeDtypeStruct((part, *batch[name].shape[1:]), batch[name].dtype) for name in ("image", "tokens")
+        ]
+        saved = jax.eval_shape(backward, state.params, state.batch_stats, *shapes)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(saved)) // mesh.size
+
+    return {remat: kept(remat) for remat in REMAT_POLICIES}
+
+
 def compile_step(config_dict: dict, topology: Topology) -> dict:
     """Compiles the step that ``clip_jax.main`` runs with this config, and gathers all that can be known of it.
 
@@ -142,7 +186,6 @@ def compile_step(config_dict: dict, topology: Topology) -> dict:
         for name, (shape, dtype) in shapes.items()
     }
     facts = {
-        "chips": topology.chips,
         "mesh": {name: int(size) for name, size in mesh.shape.items()},
         "shard_bytes": {
             "parameters": shard_bytes(state.params),
@@ -175,6 +218,7 @@ def compile_step(config_dict: dict, topology: Topology) -> dict:
                 "compile_seconds": time.perf_counter() - started,
                 "out_of_memory": parse_out_of_memory(str(error)),
                 "largest": largest_buffers(usage, program) if usage else [],
+                "kept_bytes": kept_bytes(config, mesh, state, batch),
             }
         facts["compile_seconds"] = time.perf_counter() - started
         program = read_program(_dumped(dump, "after_codegen") or executable.as_text()).to_dict()

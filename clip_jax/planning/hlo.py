@@ -41,6 +41,10 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
     )
 
 
+# replica_groups=mesh['axis_0'=2,'axis_1'=2], device_ids=([2,2]T(1,0)) {'axis_1'}
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((?:[^()]|\([^()]*\))*\))? \{([^}]*)\}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Instruction:
     """One line. ``argument`` is what stands in the parentheses, ``attributes`` what follows them."""
@@ -68,8 +72,8 @@ class Instruction:
     @functools.cached_property
     def op_name(self) -> str:
         """Where in the Python program it comes from, empty if the compiler doesn't say."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else ""
+        found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
+        return re.sub(r"\\(.)", r"\1", found[1]) if found else ""  # the compiler escapes quotes
 
     @functools.cached_property
     def estimated_cycles(self) -> int | None:
@@ -87,9 +91,12 @@ class Instruction:
             return len(found[1].split(","))
         if found := re.search(r"replica_groups=\[\d+,(\d+)\]", self.attributes):
             return int(found[1])
-        if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", self.attributes):
+        if found := _MESH_GROUPS.search(self.attributes):
             sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-            return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
+            axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])  # 'axis_0':(1)2 is a part of an axis, of size 2
+            return math.prod(int(part or sizes[axis]) for axis, part in axes)
+        if found := re.search(r"replica_groups=(?!\{\})\S*", self.attributes):
+            raise ValueError(f"the compiler writes groups of devices in a form that is not known: {found[0]}")
         return num_devices
 
 

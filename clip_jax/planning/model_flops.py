@@ -1,6 +1,6 @@
 """The flops that a step needs, by formula: no recomputation, no padding, no detour that an implementation takes.
 
-Counted are matrix products and convolutions, two flops a multiply-add, as is usual for model flops utilisation. A
+Counted are matrix products and convolutions, two flops a multiply-add, as is usual for model flops utilization. A
 product costs as much again for each of its two gradients, so a step is three times the forward pass, but for the first
 layer, whose input needs no gradient. Attention counts in full, masked or not. Of a transformer's last layer only the
 position that the tower reads is needed, and the keys and values of all.

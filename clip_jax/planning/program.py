@@ -48,7 +48,8 @@ def direction_of(op_name: str) -> str:
 
 def label_of(op_name: str) -> str:
     """``jit(f)/jvp(CLIP)/CLIP.encode_image/vision/while/body/blocks/fc1/dot_general`` as ``blocks/fc1/dot_general``."""
-    plain = re.sub(r"\b(?:jit|jvp|transpose|vmap|checkpoint|remat|pjit)\((?:[^()]|\([^()]*\))*\)", "", op_name)
+    plain = re.sub(r"\['(\w+)'\]", r"/\1", op_name)  # a parameter: state.params['text']['token_embedding']
+    plain = re.sub(r"\b(?:jit|jvp|transpose|vmap|checkpoint|remat|pjit)\((?:[^()]|\([^()]*\))*\)", "", plain)
     skipped = {"while", "body", "cond", "closed_call", "checkpoint", "rematted_computation", "vision", "text", "CLIP"}
     names = [
         name

@@ -5,10 +5,15 @@ import math
 
 import ml_collections
 
-from clip_jax.config import REMAT_POLICIES, model_preset
+from clip_jax.config import model_preset
+from clip_jax.planning.advice import advice
+from clip_jax.planning.figures import flops as in_flops
+from clip_jax.planning.figures import num_bytes, number, share, span
+from clip_jax.planning.figures import seconds as in_seconds
 from clip_jax.planning.model_flops import step_flops
 from clip_jax.planning.program import PARTS
-from clip_jax.planning.topologies import GIB, Topology
+from clip_jax.planning.topologies import Topology
+from clip_jax.training.loss import choose_form
 
 PAPER_PAIRS = 400_000_000  # the paper's own data set, WIT (section 2.2)
 TOP = 10  # costliest operations to list
@@ -21,7 +26,9 @@ def make_report(
     pairs: int = PAPER_PAIRS,
     chip_hour_price: float | None = None,
 ) -> dict:
-    """All figures of a plan, as JSON has them: bytes, flops and seconds, on one chip unless the name says otherwise.
+    """All figures of a plan, as JSON has them: bytes, flops and seconds, on one device unless the name says otherwise.
+
+    A device is a chip, but on v2 and v3 one of a chip's two cores.
 
     Args:
       config: the config that ``facts`` were compiled from.
@@ -33,27 +40,32 @@ def make_report(
     report = {
         "model": config.model.name,
         "topology": topology.name,
+        "accelerator_type": topology.accelerator_type,
         "chips": topology.chips,
+        "devices": topology.devices,
         "mesh": facts["mesh"],
         "global_batch_size": config.global_batch_size,
         "accumulation_steps": config.accumulation_steps,
-        "pairs_per_chip": config.global_batch_size // topology.chips,
+        "pairs_per_device": config.global_batch_size // topology.devices,
         "remat": config.model.remat,
         "dtype": config.model.dtype,
         "num_parameters": facts["num_parameters"],
         "versions": facts["versions"],
         "fits": facts["fits"],
         "hbm_bytes": topology.generation.hbm_bytes,
+        "matmul_share": topology.generation.matmul_share,
     }
     if not facts["fits"]:
         return report | {
             "memory": dict(facts["shard_bytes"]),
             "out_of_memory": facts["out_of_memory"],
             "largest": facts["largest"],
+            "kept_bytes": facts["kept_bytes"],
+            "loss_form": _loss_form(config, topology),
         }
     program = facts["program"]
     needed = step_flops(model_preset(config), config.global_batch_size, config.model.patch_dropout)
-    flops = {name: total / topology.chips for name, total in needed.items()}
+    flops = {name: total / topology.devices for name, total in needed.items()}
     model_flops = sum(flops.values())
     seconds = _seconds(topology, program)
     steps = config.steps or math.ceil(config.epochs * pairs / config.global_batch_size)
@@ -84,6 +96,12 @@ def make_report(
     if chip_hour_price is not None:
         report["cost"] = days * 24 * topology.chips * chip_hour_price
     return report
+
+
+def _loss_form(config: ml_collections.ConfigDict, topology: Topology) -> str:
+    if config.loss.kind == "softmax" and config.loss.form == "auto":
+        return choose_form(config.global_batch_size, topology.devices)
+    return config.loss.form if config.loss.kind == "softmax" else config.loss.kind
 
 
 def memory_by_what(facts: dict) -> dict[str, int]:
@@ -144,55 +162,51 @@ def _costliest(topology: Topology, program: dict) -> list[dict]:
     ]
 
 
-def _gib(size: float) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.3f} s" if seconds >= 0.1 else f"{seconds * 1e3:.2f} ms"
-
-
-def _share(part: float, whole: float) -> str:
-    return f"{part / whole:.1%}" if whole else "-"
+def _device(report: dict) -> str:
+    """What one of JAX's devices is here: ``chip``, or on v2 and v3 ``core``."""
+    return "chip" if report["devices"] == report["chips"] else "core"
 
 
 def format_report(report: dict) -> list[str]:
     """The lines that ``clip_jax.plan`` prints."""
     mesh = " x ".join(f"{name} {size}" for name, size in report["mesh"].items())
+    device = _device(report)
+    known_as = f" ({report['accelerator_type']})" if report["accelerator_type"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if name != "jaxlib")
     lines = [
-        f"{report['model']} ({report['num_parameters']:,} parameters) on {report['topology']}: "
+        f"{report['model']} ({report['num_parameters']:,} parameters) on {report['topology']}{known_as}: "
         f"{report['chips']} chips, mesh {mesh}",
-        f"batch {report['global_batch_size']:,} ({report['pairs_per_chip']:,} pairs a chip), remat {report['remat']}, "
-        f"{report['dtype']}; compiled by {versions}",
+        f"batch {report['global_batch_size']:,} ({report['pairs_per_device']:,} pairs a {device}), "
+        f"remat {report['remat']}, {report['dtype']}; compiled by {versions}",
         "",
     ]
     if not report["fits"]:
         return lines + _format_too_large(report)
     memory, seconds = report["memory"], report["seconds"]
-    lines.append(f"It fits: {_gib(memory['all'])} of {_gib(report['hbm_bytes'])} HBM on each chip")
-    lines += [f"  {name:22} {_gib(size):>12}" for name, size in memory.items() if name != "all" and size]
+    lines.append(f"It fits: {num_bytes(memory['all'])} of {num_bytes(report['hbm_bytes'])} HBM on each {device}")
+    lines += [f"  {name:22} {num_bytes(size):>12}" for name, size in memory.items() if name != "all" and size]
     flops = report["model_flops"]
-    parts = ", ".join(f"{name} {_share(size, flops['all'])}" for name, size in flops.items() if name != "all")
+    parts = ", ".join(f"{name} {share(size, flops['all'])}" for name, size in flops.items() if name != "all")
     lines += [
         "",
-        f"Flops on each chip: the model needs {flops['all'] / 1e12:.3f} T ({parts})",
-        f"  compiled: {report['compiled_flops'] / 1e12:.3f} T in matrix products, "
-        f"{report['compiled_to_model_flops']:.3f} times the model's",
-        f"  to and from HBM: {_gib(report['bytes_accessed'])}, "
-        f"{_time(report['bytes_accessed_seconds'])} at its published bandwidth",
+        f"Flops on each {device}: the model needs {in_flops(flops['all'])} ({parts})",
+        f"  compiled: {in_flops(report['compiled_flops'])} in matrix products, "
+        f"{number(report['compiled_to_model_flops'], 3)} times the model's",
+        f"  to and from HBM: {num_bytes(report['bytes_accessed'])}, "
+        f"{in_seconds(report['bytes_accessed_seconds'])} at its published bandwidth",
         "",
         "Collectives in a step      count        bytes  overlapping  at least  of it not hidden",
     ]
     lines += [
-        f"  {one['kind']:22} {one['count']:7,} {_gib(one['bytes']):>12} {one['overlapping']:12,} "
-        f"{_time(one['seconds_at_least']):>9} {_time(one['exposed_seconds']):>18}"
+        f"  {one['kind']:22} {one['count']:7,} {num_bytes(one['bytes']):>12} {one['overlapping']:12,} "
+        f"{in_seconds(one['seconds_at_least']):>9} {in_seconds(one['exposed_seconds']):>18}"
         for one in report["collectives"]
     ] or ["  none"]
     lines += [
         "",
-        f"Predicted step: {_time(seconds['step'])}, of which the compiler estimates {_time(seconds['compute'])} for "
-        f"computing; collectives add {_time(seconds['collectives_at_least'])} at least",
+        f"Predicted step: {in_seconds(seconds['step'])}, of which the compiler estimates "
+        f"{in_seconds(seconds['compute'])} for computing; collectives add at least "
+        f"{in_seconds(seconds['collectives_at_least'])}",
     ]
     by_part = report["seconds_by_part"]
     lines.append(
@@ -202,7 +216,7 @@ def format_report(report: dict) -> list[str]:
     lines.append("  by work:  " + _shares(report["seconds_by_work"], seconds["compute"]))
     lines.append("  costliest operations:")
     lines += [
-        f"    {_time(one['seconds']):>9} {_share(one['seconds'], seconds['compute']):>6}  "
+        f"    {in_seconds(one['seconds']):>9} {share(one['seconds'], seconds['compute']):>6}  "
         f"{' '.join(filter(None, (one['part'], one['direction'])))}: {one['operation']} ({one['work']})"
         for one in report["costliest"]
     ]
@@ -216,23 +230,23 @@ def format_report(report: dict) -> list[str]:
         )
     )
     lines += [
-        f"Model flops utilisation {report['model_flops_utilization']:.1%}, {report['pairs_per_second']:,.0f} pairs/s "
-        f"({report['pairs_per_second'] / report['chips']:,.1f} a chip)",
-        f"The config's run: {run}, {report['days']:.2f} days"
-        + (f", cost {report['cost']:,.0f}" if "cost" in report else ""),
+        f"Model flops utilization {share(report['model_flops_utilization'], 1)}, {number(report['pairs_per_second'])} "
+        f"pairs/s ({number(report['pairs_per_second'] / report['chips'], 1)} a chip)",
+        f"The config's run: {run}, {span(report['days'] * 86_400)}"
+        + (f", cost {number(report['cost'], 2)}" if "cost" in report else ""),
     ]
     return lines
 
 
 def _shares(seconds: dict[str, float], whole: float) -> str:
-    return ", ".join(f"{name} {_time(value)} ({_share(value, whole)})" for name, value in seconds.items())
+    return ", ".join(f"{name} {in_seconds(value)} ({share(value, whole)})" for name, value in seconds.items())
 
 
 def left_out(report: dict) -> list[str]:
     """What the predicted step time does not know, in sentences."""
     lines = [
-        "it is a prediction: no TPU was measured. The compiler's own estimates are added up along its schedule; for "
-        "large matrix products they come to 88 to 93 % of the published peak on v4, v5e and v5p and to 70 % on v6e",
+        "it is a prediction: no TPU was measured. The compiler's own estimates are added up along its schedule; for a "
+        f"large matrix product they come to {report['matmul_share']:.0%} of the published peak",
         "elementwise work and reductions are estimated about twice too slow",
         "of collectives only a floor is counted: every link of a chip at its published rate, no latency, and nothing "
         "for two that share links at the same time",
@@ -255,52 +269,20 @@ def left_out(report: dict) -> list[str]:
 
 
 def _format_too_large(report: dict) -> list[str]:
-    memory, out = report["memory"], report["out_of_memory"]
+    memory, out, device = report["memory"], report["out_of_memory"], _device(report)
     state = sum(memory.values())
     needed, available = out["needed_bytes"], out["available_bytes"] or report["hbm_bytes"]
     if needed is None:
-        first = f"It does not fit into the {_gib(available)} of HBM on each chip"
+        first = f"It does not fit into the {num_bytes(available)} of HBM on each {device}"
     elif out["temporaries_only"]:
         first = (
-            f"It does not fit: temporaries alone need {_gib(needed)} of the {_gib(available)} of HBM on each chip, and "
-            f"{_gib(state)} are taken already"
+            f"It does not fit: temporaries alone need {num_bytes(needed)} of the {num_bytes(available)} of HBM on each "
+            f"{device}, and {num_bytes(state)} are taken already"
         )
     else:
-        first = f"It does not fit: {_gib(needed)} are needed of the {_gib(available)} of HBM on each chip"
-    lines = [first, *(f"  {name:22} {_gib(size):>12}" for name, size in memory.items() if size)]
+        first = f"It does not fit: {num_bytes(needed)} are needed of the {num_bytes(available)} of HBM on each {device}"
+    lines = [first, *(f"  {name:22} {num_bytes(size):>12}" for name, size in memory.items() if size)]
     if report["largest"]:
-        lines += ["", "The largest places in each chip's HBM, and the largest array in each:"]
-        lines += [f"  {_gib(one['num_bytes']):>12}  {one['shape']}  {one['name']}" for one in report["largest"]]
+        lines += ["", f"The largest places in each {device}'s HBM, and the largest array in each:"]
+        lines += [f"  {num_bytes(one['num_bytes']):>12}  {one['shape']}  {one['name']}" for one in report["largest"]]
     return [*lines, "", "What to change:", *(f"  - {line}" for line in advice(report))]
-
-
-def advice(report: dict) -> list[str]:
-    """What makes a step that doesn't fit smaller, the most effective first."""
-    memory, out = report["memory"], report["out_of_memory"]
-    available = out["available_bytes"] or report["hbm_bytes"]
-    fsdp, chips = report["mesh"]["fsdp"], report["chips"]
-    state = memory["parameters"] + memory["optimizer state"]
-    lines = []
-    if state > available / 10 and fsdp < chips:
-        lines.append(
-            f"split parameters and optimizer state, {_gib(state)}, over more chips: "
-            f"--config.mesh.fsdp={min(chips, fsdp * 8)}"
-        )
-    less = REMAT_POLICIES[REMAT_POLICIES.index(report["remat"]) + 1 :]
-    if less:
-        lines.append(f"keep less for the backward pass: --config.model.remat={' or '.join(less)}")
-    smaller = report["global_batch_size"]
-    if out["needed_bytes"] and out["temporaries_only"]:
-        smaller = round(smaller * max(available - sum(memory.values()), available / 10) / out["needed_bytes"])
-    else:
-        smaller //= 2
-    smaller = max(chips, smaller // chips * chips)
-    if smaller < report["global_batch_size"]:
-        times = 2 ** math.ceil(math.log2(report["global_batch_size"] / smaller))
-        lines.append(
-            f"the same batch in parts, for one more forward pass: "
-            f"--config.accumulation_steps={times * report['accumulation_steps']}"
-        )
-        lines.append(f"a smaller batch: about --config.global_batch_size={smaller}")
-    lines.append("a slice with more chips, or chips with more memory: --topology")
-    return lines

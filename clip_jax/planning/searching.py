@@ -27,14 +27,14 @@ def with_values(config: ml_collections.ConfigDict, **values) -> ml_collections.C
 
 
 def largest_batch(config: ml_collections.ConfigDict, topology: Topology, compile_one: Try) -> ml_collections.ConfigDict:
-    """The config with the largest batch, a multiple of 8 pairs a chip, that fits; to 3 % of the limit.
+    """The config with the largest batch, a multiple of 8 pairs a device, that fits; to 3 % of the limit.
 
     The memory that is left over, or lacks, at one batch says which to try next.
 
     Raises:
-      PlanError: not even 8 pairs a chip fit.
+      PlanError: not even 8 pairs a device fit.
     """
-    unit = 8 * topology.chips * config.accumulation_steps
+    unit = 8 * topology.devices * config.accumulation_steps
     fits, too_large = 0, None
     batch = max(unit, config.global_batch_size // unit * unit)
     while True:
@@ -46,7 +46,7 @@ def largest_batch(config: ml_collections.ConfigDict, topology: Topology, compile
             too_large = batch
         if too_large == unit:
             raise PlanError(
-                f"not even {unit} pairs, 8 a chip, fit on {topology.name}; see what a plan without --search says"
+                f"not even {unit} pairs, 8 a device, fit on {topology.name}; see what a plan without --search says"
             )
         if too_large is not None and too_large - fits <= max(unit, fits * CLOSE_ENOUGH):
             return with_values(config, global_batch_size=fits)
@@ -90,7 +90,7 @@ def meshes_and_remats(
     """
     for remat in REMAT_POLICIES:
         fsdp, best = 1, None
-        while topology.chips % fsdp == 0 and fsdp <= topology.chips:
+        while topology.devices % fsdp == 0 and fsdp <= topology.devices:
             candidate = with_values(config, mesh__fsdp=fsdp, model__remat=remat)
             report = make_report(candidate, topology, compile_one(candidate))
             yield candidate, report

@@ -1,27 +1,31 @@
 """The TPU generations that can be planned for, and the slices of each.
 
-Peak, HBM and interconnect are those that Google publishes for each chip, at docs.cloud.google.com/tpu/docs/v4, /v5e,
-/v5p and /v6e. The clock is not published everywhere. It is what makes the compiler's cycles for a bfloat16 product of
-8,192 x 8,192 matrices, of which nothing can take more than the peak, ``matmul_share`` of that peak; for v6e and v5p it
-is also the peak over what the chip's matrix units do a cycle.
+A device is what JAX calls so: a chip, but on v2 and v3 one of a chip's two TensorCores. Peak, HBM and interconnect are
+those that Google publishes for each chip, at docs.cloud.google.com/tpu/docs/v2, /v3, /v4, /v5e, /v5p and /v6e, those of
+v2 and v3 halved; the links of these two are from "The Design Process for Google's Training Chips: TPUv2 and TPUv3"
+(IEEE Micro 41, 2021). The clock is not published everywhere. It is what makes the compiler's cycles for a bfloat16
+product of 8,192 x 8,192 matrices, of which nothing can take more than the peak, ``matmul_share`` of that peak; for v6e
+and v5p it is also the peak over what the chip's matrix units do a cycle.
 """
 
 import dataclasses
 import math
 import re
 
+from clip_jax.planning.accelerator_types import ACCELERATOR_TYPES, accelerator_type, near_matches, unsold_size
+
 GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """A generation of chips.
+    """A generation of chips, its figures for one device.
 
     ``peak_flops`` are a second in bfloat16, ``hbm_bytes`` as sold, of which the compiler leaves some to the runtime
     (1/4 GiB on v5e); ``hbm_bandwidth`` is in bytes a second;
-    ``interconnect`` is what all links of a chip together carry in one direction, in bytes a second;
+    ``interconnect`` is what all links together carry in one direction, in bytes a second;
     ``clock`` is in cycles a second; ``matmul_share`` is the share of the peak that the compiler's cycles predict for
-    a product of 8,192 x 8,192 matrices (libtpu 0.0.52); ``axes`` is how many numbers a slice's shape has.
+    a product of 8,192 x 8,192 matrices (libtpu 0.0.42.1); ``axes`` is how many numbers a slice's shape has.
     """
 
     name: str
@@ -33,11 +37,14 @@ class Generation:
     matmul_share: float
     axes: int
     chip_config_name: str | None = None  # how libtpu has to be told to see a chip's two cores as one device
+    devices_per_chip: int = 1
 
 
 GENERATIONS = {
     generation.name: generation
     for generation in (
+        Generation("v2", 23e12, 8 * GIB, 350e9, 124e9, 0.7e9, 0.98, 2, devices_per_chip=2),
+        Generation("v3", 61.5e12, 16 * GIB, 450e9, 164e9, 0.94e9, 0.97, 2, devices_per_chip=2),
         Generation("v4", 275e12, 32 * GIB, 1228e9, 300e9, 1.05e9, 0.93, 3, "megacore"),
         Generation("v5e", 197e12, 16 * GIB, 819e9, 200e9, 1.5e9, 0.88, 2),
         Generation("v5p", 459e12, 95 * GIB, 2765e9, 600e9, 1.75e9, 0.90, 3),
@@ -48,7 +55,7 @@ GENERATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice: its generation and its shape in chips."""
+    """A slice: its generation and its shape in chips. ``name`` is the topology, such as ``v5p:4x4x4``."""
 
     name: str
     generation: Generation
@@ -58,19 +65,55 @@ class Topology:
     def chips(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def devices(self) -> int:
+        return self.chips * self.generation.devices_per_chip
 
-def parse_topology(name: str) -> Topology:
-    """Reads ``v5p:8x8x4``. Whether such a slice exists is the compiler's to say.
+    @property
+    def accelerator_type(self) -> str | None:
+        """Google's name of the slice, ``v5p-128``; None of a shape that has no name."""
+        return accelerator_type(self.name)
+
+
+def parse_topology(name: str, flag: str = "--topology") -> Topology:
+    """Reads a topology, ``v5p:8x8x4``, or Google's name of a slice, ``v5p-512``.
+
+    Whether a slice of a topology exists is the compiler's to say.
+
+    Args:
+      name: what the user gave.
+      flag: what the user gave it to, for the message.
 
     Raises:
-      ValueError: the generation is unknown or the shape is not of its form; the message lists what is known.
+      ValueError: no such generation or size, or the shape is not of its form; the message lists what is near.
     """
-    generation_name, _, shape = name.partition(":")
+    topology = ACCELERATOR_TYPES.get(name, name)
+    generation_name, _, shape = topology.partition(":")
     generation = GENERATIONS.get(generation_name)
     if generation is None or not re.fullmatch("x".join([r"[1-9]\d{0,3}"] * generation.axes), shape):
-        known = ", ".join(f"{one.name}:{'x'.join('ABC'[: one.axes])}" for one in GENERATIONS.values())
-        raise ValueError(
-            f"--topology={name}: no such slice; they are written {known} with the number of chips along each axis, "
-            "for example v5e:16x16 or v5p:8x8x4"
-        )
-    return Topology(name, generation, tuple(int(size) for size in shape.split("x")))
+        raise ValueError(f"{flag}={name}: {unsold_size(name) or _no_such_slice(name)}")
+    return Topology(topology, generation, tuple(int(size) for size in shape.split("x")))
+
+
+def named_slices(generation: Generation) -> list[Topology]:
+    """The slices of a generation for which Google has a name, smallest first."""
+    topologies = dict.fromkeys(one for one in ACCELERATOR_TYPES.values() if one.startswith(f"{generation.name}:"))
+    return sorted(map(parse_topology, topologies), key=lambda one: one.chips)
+
+
+def nearest_slices(topology: Topology) -> str:
+    """The slices with a name whose chips are nearest from below and above, in words."""
+    named = named_slices(topology.generation)
+    below = [one for one in named if one.chips <= topology.chips][-1:]
+    above = [one for one in named if one.chips >= topology.chips][:1]
+    return " and ".join(dict.fromkeys(f"{one.name} ({one.accelerator_type})" for one in below + above))
+
+
+def _no_such_slice(name: str) -> str:
+    near = near_matches(name)
+    axes = ", ".join(f"{one.name}:{'x'.join('ABC'[: one.axes])}" for one in GENERATIONS.values())
+    meant = f"; did you mean {' or '.join(near)}?" if near else "."
+    return (
+        f"no such slice{meant} Slices are written {axes} with the number of chips along each axis, or as Google names "
+        "them: v2-N, v3-N, v4-N, v5litepod-N, v5p-N, v6e-N"
+    )
