@@ -138,7 +138,11 @@ def kept_bytes(config, mesh, state, batch: dict) -> dict[str, int]:
             def embed(params):
                 variables = {"params": params, "batch_stats": batch_stats}
                 (*embeddings, _), _ = model.apply(
-                    variables, normalize_images(images), tokens, train=True, mutable=["batch_stats"]
+                    variables,
+                    normalize_images(images, model.preset.preprocessing),
+                    tokens,
+                    train=True,
+                    mutable=["batch_stats"],
                 )
                 return embeddings
 
