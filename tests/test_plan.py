@@ -807,8 +807,9 @@ def test_a_batch_that_does_not_fit_is_cut_in_parts_that_should():
 SMALL = [
     "--config=configs/quickstart.py",
     "--config.model.dtype=bfloat16",
-    "--config.model.vision.num_layers=2",
-    "--config.model.text.num_layers=2",
+    "--config.model.vision.num_layers=3",
+    "--config.model.text.num_layers=3",
+    "--config.model.scan_unroll=1",  # one layer by itself, or the compiler undoes the remat
     "--config.model.remat=full",
     "--config.mesh.fsdp=2",
 ]
