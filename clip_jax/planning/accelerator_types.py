@@ -1,8 +1,9 @@
 """Google's names of TPU slices, such as v5p-128, and the topology of each.
 
-The number in a name counts TensorCores, two on each chip, for v2, v3, v4 and v5p, and chips for v5e and v6e. Sizes and
-shapes are those of docs.cloud.google.com/tpu/docs/v2, /v3, /v4, /v5e, /v5p and /v6e, and for each size of v5p, of which
-the page lists the most common, those of github.com/AI-Hypercomputer/xpk (core/system_characteristics.py).
+The number in a name counts TensorCores, two on each chip, for v2, v3, v4 and v5p, and chips for v5e and v6e. Sources:
+docs.cloud.google.com/tpu/docs/v5e and /v5p, and the lists in github.com/AI-Hypercomputer/xpk (v5p) and MaxText (v4, v5e
+and v6e). v6e has the shapes of v5e. The sizes of v2 and v3 are those of /tpu/docs/regions-zones, which gives no shapes:
+here they are those nearest to a square.
 """
 
 import difflib

@@ -1,11 +1,12 @@
 """The TPU generations that can be planned for, and the slices of each.
 
-A device is what JAX calls so: a chip, but on v2 and v3 one of a chip's two TensorCores. Peak, HBM and interconnect are
-those that Google publishes for each chip, at docs.cloud.google.com/tpu/docs/v2, /v3, /v4, /v5e, /v5p and /v6e, those of
-v2 and v3 halved; the links of these two are from "The Design Process for Google's Training Chips: TPUv2 and TPUv3"
-(IEEE Micro 41, 2021). The clock is not published everywhere. It is what makes the compiler's cycles for a bfloat16
-product of 8,192 x 8,192 matrices, of which nothing can take more than the peak, ``matmul_share`` of that peak; for v6e
-and v5p it is also the peak over what the chip's matrix units do a cycle.
+A device is what JAX calls so: a chip, but on v2 and v3 one of a chip's two TensorCores, with half of a chip's figures.
+Peak, HBM and interconnect are those that Google publishes for each chip, at docs.cloud.google.com/tpu/docs/v3, /v4,
+/v5e, /v5p and /v6e. All of v2 and the links of v3 are from "The Design Process for Google's Training Chips: TPUv2 and
+TPUv3" (IEEE Micro 41, 2021), quoted from memory and not checked against it. The clock is not published everywhere. It
+is what makes the compiler's cycles for a bfloat16 product of 8,192 x 8,192 matrices, of which nothing can take more
+than the peak, ``matmul_share`` of that peak; for v6e and v5p it is also the peak over what the chip's matrix units do
+a cycle.
 """
 
 import dataclasses
