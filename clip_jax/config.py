@@ -250,8 +250,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
     def check_preprocessing(given: ml_collections.ConfigDict) -> None:
         prefix = "config.model.preprocessing"
         for name in ("mean", "std"):
-            check(len(given[name]) == 3, f"{prefix}.{name}={given[name]} must be three numbers, of red, green and blue")
-        check(min(given.std) > 0, f"{prefix}.std={given.std} must be positive")
+            numbers = len(given[name]) == 3 and all(isinstance(one, int | float) for one in given[name])
+            check(numbers, f"{prefix}.{name}={given[name]} must be three numbers, of red, green and blue")
+            least = 1e-6 if name == "std" else -math.inf
+            check(not numbers or min(given[name]) >= least, f"{prefix}.{name}={given[name]} must be positive")
         for name, choices in (("resize_mode", RESIZE_MODES), ("interpolation", INTERPOLATIONS)):
             check(given[name] in choices, f"{prefix}.{name}={given[name]!r} must be one of {', '.join(choices)}")
         check(given.resize_size >= 0, f"{prefix}.resize_size={given.resize_size} must not be negative")
@@ -379,7 +381,7 @@ def check_same_run(config: ml_collections.ConfigDict, saved: dict, where: str) -
     now = flatten(ml_collections.ConfigDict(json.loads(to_json(config))))  # JSON knows no tuples
     before = flatten(ml_collections.ConfigDict(saved))
     # What an older version of the program did not know yet was as the defaults are; what only it knew is no sign.
-    defaults = flatten(default_config(config.model.name))
+    defaults = flatten(ml_collections.ConfigDict(json.loads(to_json(default_config(config.model.name)))))
     before |= {name: defaults[name] for name in now.keys() & defaults.keys() if name not in before}
     different = [
         f"{name} was {before[name]!r} and is {now[name]!r}"

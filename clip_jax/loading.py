@@ -257,10 +257,17 @@ class LoadedModel:
                 if not ahead:
                     return
 
+    def _prepared(self, picture: Picture, image: Image.Image) -> np.ndarray:
+        try:
+            return evaluation_transform(image, self.preset.vision.image_size, self.preset.preprocessing)
+        except ValueError as error:  # stored in a mode that Pillow does not resize or convert
+            name = os.fsdecode(picture) if isinstance(picture, str | bytes | os.PathLike) else "an image"
+            raise ImageError(f"{name}: mode {image.mode}: {error}") from None
+
     def _attempt(self, picture: Picture) -> np.ndarray | Exception:
         try:
             image = _open(picture, self.max_pixels, self.max_aspect_ratio, self._as_stored)
-            return evaluation_transform(image, self.preset.vision.image_size, self.preset.preprocessing)
+            return self._prepared(picture, image)
         except (TypeError, ValueError, OSError) as error:
             return error
 
@@ -386,13 +393,14 @@ def load(
       batch_size: how many images or texts are embedded at once.
       dtype: of the computation, "float32" or "bfloat16".
       activation: "gelu" or "quick_gelu", for a file of weights that cannot tell; None takes OpenAI's quick_gelu.
-      preprocessing: "openai" gives the pixels of OpenAI's and open_clip's programs for every image that Pillow reads:
-        resized as it is stored, not turned by its EXIF orientation, and made RGB by Pillow's ``convert`` last, so that
-        transparency shows hidden colors and 16 bits become white. "clip_jax" differs for those images alone.
+      preprocessing: "openai" gives the pixels of OpenAI's and open_clip's programs: each image is resized as it is
+        stored, not turned by its EXIF orientation, and made RGB by Pillow's ``convert`` last, so that transparency
+        shows hidden colors and 16 bits become white. "clip_jax" differs for those images alone. Both have the limits
+        of the model's ``max_pixels`` and ``max_aspect_ratio``.
 
     Raises:
       FileNotFoundError: there is no model.
-      ValueError: ``dtype``, ``batch_size`` or ``preprocessing`` is none.
+      ValueError: ``dtype``, ``batch_size`` or ``preprocessing`` is not one of the choices.
       clip_jax.weights.WeightsError: it is damaged, unsafe, or not one of the models that are built here.
       clip_jax.training.checkpoint.CheckpointError: none of a run's checkpoints can be read.
     """

@@ -279,8 +279,10 @@ def decode_for_training(
     Raises:
       ImageError: as :func:`decode_pixels`.
     """
-    target = max(image_size, preprocessing.resize_size)
-    return _decode(data, min_side, max_aspect_ratio, OVERSAMPLING * target / _least_side(augmentation))
+    enough = OVERSAMPLING * max(image_size, preprocessing.resize_size) / _least_side(augmentation)
+    if preprocessing.interpolation in ("nearest", "box"):  # what they give depends on the resolution
+        enough = math.inf
+    return _decode(data, min_side, max_aspect_ratio, enough)
 
 
 def _least_side(augmentation: Augmentation) -> float:
@@ -296,11 +298,11 @@ def training_transform(
     size: tuple[int, int] | None = None,
     preprocessing: Preprocessing = DEFAULT_PREPROCESSING,
 ) -> np.ndarray:
-    """The paper's random square crop of the resized picture, then what ``augmentation`` adds.
+    """The paper's random square crop of the resized image, then what ``augmentation`` adds.
 
-    The picture is resized and padded as :func:`evaluation_transform` does; where it is larger than the crop, which by
-    default is so along its long side, the place of the crop is random. With ``augmentation.crop_scale`` the crop is a
-    random part of the picture itself instead, whatever ``resize_mode`` is, as in open_clip's training.
+    The image is resized and padded as :func:`evaluation_transform` does. Where it is larger than the crop, by default
+    along its long side, the position of the crop is random. With ``augmentation.crop_scale`` the crop is a random part
+    of the whole image instead, whatever ``resize_mode`` is, as in open_clip's training.
 
     Only the crop is resized, bicubic with antialiasing. On photographs that differs from Pillow's resizing by at most
     0.3 levels in the mean, and in single pixels at hard edges by up to 15. A crop that needs no resizing keeps its
@@ -346,7 +348,7 @@ def _only_crops(augmentation: Augmentation) -> bool:
 def _random_square_crop(
     size: tuple[int, int], image_size: int, rng: np.random.Generator, preprocessing: Preprocessing
 ) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """Left, top, right and bottom of what is cropped, in the picture; and of where that lies in the square."""
+    """Left, top, right and bottom of the crop in the image, and of its position in the square."""
     resized = _resized_size(size, image_size, preprocessing)
     begins = [int(rng.integers(side - image_size + 1)) if side >= image_size else 0 for side in resized]
     ends = [min(side, begin + image_size) for side, begin in zip(resized, begins, strict=True)]
@@ -396,7 +398,7 @@ def _resize_box(pixels: np.ndarray, box: list[float], size: tuple[int, int], int
 
 
 def _resized_size(size: tuple[int, int], image_size: int, preprocessing: Preprocessing) -> tuple[int, int]:
-    """Width and height that a picture of this ``size`` is resized to."""
+    """Width and height that an image of this ``size`` is resized to."""
     target = preprocessing.resize_size or image_size
     if preprocessing.resize_mode == "squash":
         return target, target

@@ -130,6 +130,8 @@ def preset_from_dict(model: dict) -> CLIPPreset:
     preprocessing = dict(model.get("preprocessing", {}))
     for name in preprocessing.keys() & {"mean", "std"}:
         preprocessing[name] = tuple(preprocessing[name])
+    if preprocessing.get("resize_size") == vision["image_size"]:
+        preprocessing["resize_size"] = 0  # the same, by its usual name
     text = TextTransformerPreset(**model["text"])
     return CLIPPreset(model["embed_dim"], tower(**vision), text, Preprocessing(**preprocessing))
 

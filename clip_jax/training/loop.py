@@ -141,8 +141,11 @@ def read_initial_variables(config: ml_collections.ConfigDict) -> dict:
       FileNotFoundError, ValueError: there is no model, or one that differs in more than the image size.
     """
     try:
-        weights = read_weights(config.init_from, assumed_activation=config.model.text.activation)
-        variables = at_image_size(weights.variables, weights.preset, model_preset(config))
+        here = model_preset(config)
+        weights = read_weights(
+            config.init_from, assumed_activation=here.text.activation, assumed_preprocessing=here.preprocessing
+        )
+        variables = at_image_size(weights.variables, weights.preset, here)
     except (ValueError, OSError, CheckpointError) as error:
         raise ValueError(f"config.init_from={config.init_from}: {error}") from None
     params = dict(variables["params"])

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from clip_jax.models.presets import PRESETS, CLIPPreset, preset_from_dict
+from clip_jax.models.presets import PRESETS, CLIPPreset, Preprocessing, preset_from_dict
 from clip_jax.weights import huggingface, huggingface_tokenizer, open_clip, openai
 from clip_jax.weights.huggingface_tokenizer import check_tokenizer
 from clip_jax.weights.mapping import Tensors, WeightsError, preset_from_shapes, to_variables
@@ -24,6 +24,10 @@ __all__ = ["FORMATS", "Weights", "WeightsError", "preset_name", "read_weights", 
 
 UNREAD_SUFFIXES = (".json", ".ckpt", ".h5", ".msgpack", ".onnx", ".npz")
 NO_EFFECT_FILES = ("generation_config.json", "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt")
+PREPROCESSING_NOTE = (
+    "{} does not state how images are prepared: taken as OpenAI's way; for a model with another mean, deviation or way "
+    "of resizing, put its preprocessor_config.json and config.json, or its open_clip_config.json, next to it"
+)
 FORMATS = ("clip_jax", "open_clip", "huggingface", "openai")
 
 
@@ -64,13 +68,16 @@ def digest_of(variables: dict) -> str:
 
 
 def read_weights(
-    path: str | os.PathLike, activation: str | None = None, assumed_activation: str = "quick_gelu"
+    path: str | os.PathLike,
+    activation: str | None = None,
+    assumed_activation: str = "quick_gelu",
+    assumed_preprocessing: Preprocessing | None = None,
 ) -> Weights:
     """Reads a model from a file or folder of any known kind, recognised by what is in it.
 
     A file without a config in its folder does not tell its activation; it is then ``activation``, or
     ``assumed_activation`` if that is None; OpenAI's is "quick_gelu". Nor does it tell its preprocessing, which is then
-    OpenAI's. ``note`` says so.
+    ``assumed_preprocessing``, or OpenAI's if that is None. ``note`` states what was assumed.
 
     Raises:
       FileNotFoundError: there is nothing, or nothing of ours in a folder.
@@ -84,6 +91,10 @@ def read_weights(
         raise WeightsError(f"{source}: a pipe or a device, not a file or folder of weights")
     try:
         weights = _read_folder(source) if source.is_dir() else _read_file(source, activation, assumed_activation)
+        if weights.preset.preprocessing is None:
+            preset = dataclasses.replace(weights.preset, preprocessing=assumed_preprocessing or Preprocessing())
+            note = "" if assumed_preprocessing else PREPROCESSING_NOTE.format(source.name)
+            weights = weights._replace(preset=preset, note="; ".join(filter(None, (weights.note, note))))
         _check_activation(weights.preset, activation)
         return weights
     except (WeightsError, TorchFileError) as error:
@@ -165,18 +176,15 @@ def _read_file(file: pathlib.Path, activation: str | None, assumed_activation: s
     table = huggingface.TABLE if named_by_huggingface else openai_names
     preset = preset_from_shapes(tensors, table, activation or assumed_activation)
     published = "input_resolution" in tensors  # OpenAI's archives alone have it
-    notes = []
+    note = ""
     if activation is None and not published:
-        notes.append(
+        note = (
             f"{file.name} does not tell its activation: taken as OpenAI's quick_gelu; if the model has the plain one, "
             f'as most of open_clip\'s, say --activation=gelu (activation="gelu" in Python)'
         )
     if not published:
-        notes.append(
-            f"{file.name} does not tell how images are prepared: taken as OpenAI's way; for a model with another mean, "
-            f"deviation or way of resizing, put its {config_name} beside it"
-        )
-    return Weights(preset, to_variables(tensors, table, preset), table.format, "; ".join(notes))
+        preset = dataclasses.replace(preset, preprocessing=None)  # not known
+    return Weights(preset, to_variables(tensors, table, preset), table.format, note)
 
 
 def _read_configured(file: pathlib.Path, config_name: str) -> Weights:
@@ -187,6 +195,7 @@ def _read_configured(file: pathlib.Path, config_name: str) -> Weights:
 def _with_config(file: pathlib.Path, config_name: str, tensors: Tensors) -> Weights:
     """The model of these tensors of a file, by the config in its folder."""
     config = read_json(file.parent / config_name)
+    notes: list[str] = []
     read = {
         file.name,
         config_name,
@@ -200,8 +209,9 @@ def _with_config(file: pathlib.Path, config_name: str, tensors: Tensors) -> Weig
         table, preset = huggingface.TABLE, huggingface.read_config(config)
         preprocessing = huggingface.read_preprocessing(file.parent, preset.vision.image_size)
         preset = dataclasses.replace(preset, preprocessing=preprocessing)
-        check_tokenizer(file.parent, preset.text.vocab_size, preset.text.context_length)
-    return Weights(preset, to_variables(tensors, table, preset), table.format, _not_read(file, read))
+        notes = check_tokenizer(file.parent, preset.text.vocab_size, preset.text.context_length)
+    notes.append(_not_read(file, read))
+    return Weights(preset, to_variables(tensors, table, preset), table.format, "; ".join(filter(None, notes)))
 
 
 def _not_read(file: pathlib.Path, read: Collection[str]) -> str:

@@ -19,6 +19,7 @@ from clip_jax.weights.huggingface_fields import (
     MODEL_FIELDS,
     TEXT_FIELDS,
     VISION_FIELDS,
+    mapping,
     preprocessing_config,
     refuse_unknown,
     side_of,
@@ -111,8 +112,8 @@ def read_config(config: dict) -> CLIPPreset:
     def tower(name: str, defaults: dict) -> dict:
         # Where older files have both, "..._config_dict" is what transformers goes by, with its defaults.
         older = config.get(f"{name}_config_dict")
-        given = defaults | (config.get(f"{name}_config") or {})
-        return given if older is None else given | defaults | older
+        given = {**defaults, **mapping(f"{CONFIG_FILE}: {name}_config", config.get(f"{name}_config"))}
+        return given if older is None else {**given, **defaults, **mapping(f"{CONFIG_FILE}: {name}_config_dict", older)}
 
     text, vision = tower("text", _TEXT_DEFAULTS), tower("vision", _VISION_DEFAULTS)
     for name, part in (("text", text), ("vision", vision)):
@@ -125,10 +126,11 @@ def read_config(config: dict) -> CLIPPreset:
             raise WeightsError(
                 f"{CONFIG_FILE}: {name}_config.layer_norm_eps={part['layer_norm_eps']} is not CLIP's 1e-5"
             )
-    end_of_text = text.get("eos_token_id", text["vocab_size"] - 1)
-    # In older files 2 stands for the highest id of a text.
-    if end_of_text < text["vocab_size"] - 1 and end_of_text not in (2, END_OF_TEXT):
-        raise WeightsError(f"{CONFIG_FILE}: text_config.eos_token_id={end_of_text} is not the highest id, as CLIP's is")
+    vocab_size = text["vocab_size"]
+    end_of_text = END_OF_TEXT if type(vocab_size) is not int or vocab_size > END_OF_TEXT else vocab_size - 1
+    # In older files 2 stands for the highest id of a text, and transformers looks for it so.
+    if (given := text.get("eos_token_id", end_of_text)) not in (2, end_of_text):
+        raise WeightsError(f"{CONFIG_FILE}: text_config.eos_token_id={given} is not {end_of_text}, as CLIP's is")
     if vision["num_channels"] != 3:
         raise WeightsError(f"{CONFIG_FILE}: vision_config.num_channels={vision['num_channels']} is not 3")
     refuse_unknown(CONFIG_FILE, config, MODEL_FIELDS)
@@ -156,20 +158,21 @@ def read_config(config: dict) -> CLIPPreset:
     )
 
 
-def read_preprocessing(folder: pathlib.Path, image_size: int) -> Preprocessing:
-    """What the files of :data:`PREPROCESSOR_FILES` say; CLIP's own without any.
+def read_preprocessing(folder: pathlib.Path, image_size: int) -> Preprocessing | None:
+    """What the files of :data:`PREPROCESSOR_FILES` state; None without any.
 
     Raises:
       WeightsError: images would have to be prepared in a way that is not built here, or two files differ.
     """
     found = {
-        name: huggingface_fields.read_preprocessing(name, read_json(folder / name), image_size)
+        name: preprocessing
         for name in PREPROCESSOR_FILES
         if (folder / name).is_file()
+        and (preprocessing := huggingface_fields.read_preprocessing(name, read_json(folder / name), image_size))
     }
     if len(set(found.values())) > 1:
         raise WeightsError(f"{' and '.join(found)} differ in how images are prepared; remove one of the two")
-    return next(iter(found.values()), Preprocessing())
+    return next(iter(found.values()), None)
 
 
 def config_of(preset: CLIPPreset, dtype: str = "float32") -> dict:

@@ -7,7 +7,6 @@ Source: ``CLIPConfig``, ``CLIPTextConfig``, ``CLIPVisionConfig``, ``CLIPImagePro
 transformers 4 and 5, and the configs that OpenAI's published folders have.
 """
 
-import math
 from collections.abc import Collection, Mapping
 
 from clip_jax.models.presets import IMAGE_MEAN, IMAGE_STD, Preprocessing
@@ -60,18 +59,23 @@ VISION_FIELDS = _TOWER | {"image_size", "patch_size", "num_channels"}
 # fmt: off
 _PROCESSOR_NO_EFFECT = frozenset(
     [
-        "_valid_processor_keys", "auto_map", "data_format", "default_to_square", "device", "disable_grouping",
-        "do_convert_rgb", "feature_extractor_type", "image_processor_type", "input_data_format", "processor_class",
-        "return_tensors",
+        "_valid_processor_keys", "data_format", "device", "disable_grouping", "do_convert_rgb", "input_data_format",
+        "processor_class", "return_tensors",
     ]
 )
 # fmt: on
 
 PROCESSOR_SWITCHES = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+# Others have other defaults: SigLIP's and ViT's resize to a square with a mean of 0.5.
+PROCESSOR_TYPES = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
+PROCESSOR_TYPE_FIELDS = ("image_processor_type", "feature_extractor_type")
 PROCESSOR_FIELDS = _PROCESSOR_NO_EFFECT.union(
     PROCESSOR_SWITCHES,
-    ("do_pad", "image_mean", "image_std", "rescale_factor", "resample", "size", "crop_size"),
+    PROCESSOR_TYPE_FIELDS,
+    ("do_pad", "image_mean", "image_std", "rescale_factor", "resample", "size", "crop_size", "default_to_square"),
 )
+LARGEST_SIDE = 65_536
+SMALLEST_STD = 1e-6  # a deviation near 0 is a mistake, and would make pixels infinite in float32
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # Pillow's numbers
 
 
@@ -88,16 +92,27 @@ def refuse_unknown(where: str, part: Mapping, known: Collection[str]) -> None:
         )
 
 
-def side_of(name: str, value: int | list) -> int:
+def mapping(where: str, value: object) -> Mapping:
+    """The value if it is a mapping; None is an empty one.
+
+    Raises:
+      WeightsError: it is something else.
+    """
+    if value is not None and not isinstance(value, Mapping):
+        raise WeightsError(f"{where}={value!r} is not a mapping of fields")
+    return value or {}
+
+
+def side_of(name: str, value: object) -> int:
     """The side of a square given as a number or as height and width.
 
     Raises:
       WeightsError: it is not square, or not a size.
     """
     sides = value if isinstance(value, list | tuple) else [value]
-    if isinstance(value, Mapping):
-        sides = [value.get("height"), value.get("width")]
-    if not all(type(side) is int for side in sides) or len(sides) not in (1, 2):
+    if isinstance(value, Mapping) and set(value) == {"height", "width"}:
+        sides = [value["height"], value["width"]]
+    if len(sides) not in (1, 2) or not all(type(side) is int and 0 < side <= LARGEST_SIDE for side in sides):
         raise WeightsError(f"{name}={value!r} is not a size in pixels")
     if len(set(sides)) > 1:
         raise WeightsError(f"{name}={value!r} is not square, and only square images are built here")
@@ -111,28 +126,35 @@ def triple(name: str, value: object, positive: bool = False) -> tuple[float, flo
       WeightsError: it is neither, or not finite, or not positive where it must be.
     """
     numbers = list(value) if isinstance(value, list | tuple) else [value] * 3
-    if len(numbers) != 3 or not all(_is_number(one) and (one > 0 or not positive) for one in numbers):
+    if len(numbers) != 3 or not all(_is_number(one) and (one >= SMALLEST_STD or not positive) for one in numbers):
         raise WeightsError(f"{name}={value!r} is not three {'positive ' * positive}numbers, of red, green and blue")
     return tuple(map(float, numbers))
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e9 < value < 1e9
 
 
-def read_preprocessing(file: str, content: Mapping, image_size: int) -> Preprocessing:
-    """What an image processor's config says, by itself or inside of a ``processor_config.json``.
+def read_preprocessing(file: str, content: Mapping, image_size: int) -> Preprocessing | None:
+    """What an image processor's config states, alone or inside of a ``processor_config.json``; None if it has none.
 
     What is left out is as in ``CLIPImageProcessor``.
 
     Raises:
       WeightsError: images would have to be prepared in a way that is not built here: the fields are named.
     """
-    if file == "processor_config.json":
-        content = content.get("image_processor") or content
+    if content.get("image_processor") is not None:
+        content = mapping(f"{file}: image_processor", content["image_processor"])
+    elif not content.keys() & (PROCESSOR_FIELDS - {"processor_class"}) and file == "processor_config.json":
+        return None  # of a model that has its image processor in preprocessor_config.json
     processor = {key: value for key, value in content.items() if value is not None}
     switches = {name: processor.get(name, True) for name in PROCESSOR_SWITCHES}
     wrong = [f"{name}={value!r} is not true or false" for name, value in switches.items() if type(value) is not bool]
+    wrong += [
+        f"{name}={processor[name]!r} is not CLIP's"
+        for name in PROCESSOR_TYPE_FIELDS
+        if name in processor and processor[name] not in PROCESSOR_TYPES
+    ]
     if not switches["do_resize"]:
         wrong.append("do_resize=False is not built here")
     if processor.get("do_pad", False) is not False:
@@ -141,7 +163,7 @@ def read_preprocessing(file: str, content: Mapping, image_size: int) -> Preproce
     if type(resample) is not int or resample not in RESAMPLE:
         wrong.append(f"resample={resample!r} is not one of Pillow's numbers {', '.join(map(str, RESAMPLE))}")
     factor = processor.get("rescale_factor", 1 / 255)
-    if not _is_number(factor) or factor <= 0:
+    if not _is_number(factor) or factor < SMALLEST_STD:
         wrong.append(f"rescale_factor={factor!r} is not a positive number")
     if wrong:
         raise WeightsError(f"{file}: {'; '.join(wrong)}")
@@ -154,7 +176,9 @@ def read_preprocessing(file: str, content: Mapping, image_size: int) -> Preproce
     scale = 255 * (factor if switches["do_rescale"] else 1)
     if abs(scale - 1) > 1e-6:
         mean, std = (tuple(value / scale for value in values) for values in (mean, std))
-    resize_mode, resize_size = _resizing(file, processor.get("size", {"shortest_edge": 224}))
+    resize_mode, resize_size = _resizing(
+        file, processor.get("size", {"shortest_edge": 224}), processor.get("default_to_square", False)
+    )
     crop_size = resize_size if resize_mode == "squash" else None
     if switches["do_center_crop"]:
         crop_size = side_of(f"{file}: crop_size", processor.get("crop_size", 224))
@@ -166,11 +190,20 @@ def read_preprocessing(file: str, content: Mapping, image_size: int) -> Preproce
     return Preprocessing(mean, std, resize_mode, RESAMPLE[resample], 0 if resize_size == image_size else resize_size)
 
 
-def _resizing(file: str, size: object) -> tuple[str, int]:
-    """The resize mode and size. A number is the length of the short side, as in files of before 2022."""
+def _resizing(file: str, size: object, default_to_square: object) -> tuple[str, int]:
+    """The resize mode and size, as ``convert_to_size_dict`` of transformers takes them.
+
+    A number is the length of the short side, as in files of before 2022, or with ``default_to_square`` of both.
+    """
+    if default_to_square not in (True, False):
+        raise WeightsError(f"{file}: default_to_square={default_to_square!r} is not true or false")
     if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
+        if type(size["shortest_edge"]) is not int:
+            raise WeightsError(f"{file}: size.shortest_edge={size['shortest_edge']!r} is not a size in pixels")
         return "shortest", side_of(f"{file}: size.shortest_edge", size["shortest_edge"])
-    if isinstance(size, Mapping) and set(size) == {"height", "width"}:
+    if isinstance(size, list) or (isinstance(size, Mapping) and set(size) == {"height", "width"}):
+        return "squash", side_of(f"{file}: size", size)
+    if default_to_square and not isinstance(size, Mapping):
         return "squash", side_of(f"{file}: size", size)
     if isinstance(size, Mapping):
         raise WeightsError(f"{file}: size={dict(size)} is not built here, only shortest_edge, or height and width")

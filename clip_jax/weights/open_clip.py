@@ -7,6 +7,7 @@ A folder of ``open_clip_config.json`` and ``open_clip_model.safetensors`` is wha
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 
 from safetensors.numpy import save_file
 
@@ -23,7 +24,7 @@ from clip_jax.models.presets import (
     VisionTransformerPreset,
 )
 from clip_jax.weights import openai
-from clip_jax.weights.huggingface_fields import side_of, triple
+from clip_jax.weights.huggingface_fields import mapping, side_of, triple
 from clip_jax.weights.mapping import HEAD_WIDTH, SCALAR, WeightsError, row, to_tensors
 
 CONFIG_FILE = "open_clip_config.json"
@@ -87,14 +88,15 @@ def read_config(config: dict) -> CLIPPreset:
             activation,
             int(width * text.get("mlp_ratio", 4.0)) / width,
         )
-        preprocessing = _read_preprocessing(config.get("preprocess_cfg") or {}, image_size)
+        given = mapping(f"{CONFIG_FILE}: preprocess_cfg", config.get("preprocess_cfg"))
+        preprocessing = _read_preprocessing(given, image_size)
         return CLIPPreset(model["embed_dim"], vision_preset, text_preset, preprocessing)
     except (KeyError, TypeError) as error:
         raise WeightsError(f"{CONFIG_FILE} is not a whole config: {type(error).__name__} {error}") from None
 
 
-def _read_preprocessing(config: dict, image_size: int) -> Preprocessing:
-    """What ``preprocess_cfg`` says. What is left out, or empty, is OpenAI's, as in open_clip."""
+def _read_preprocessing(config: Mapping, image_size: int) -> Preprocessing:
+    """What ``preprocess_cfg`` states. What is left out, or empty, is OpenAI's, as in open_clip."""
     given = {key: value for key, value in config.items() if value is not None}
     where = f"{CONFIG_FILE}: preprocess_cfg"
     fields = {
@@ -105,9 +107,9 @@ def _read_preprocessing(config: dict, image_size: int) -> Preprocessing:
     }
     interpolation = given.pop("interpolation", None) or "bicubic"
     wrong = []
-    if fields["resize_mode"] not in RESIZE_MODES:
+    if fields["resize_mode"] not in list(RESIZE_MODES):
         wrong.append(f"resize_mode={fields['resize_mode']!r} is not one of {', '.join(RESIZE_MODES)}")
-    if interpolation not in _INTERPOLATIONS:
+    if interpolation not in list(_INTERPOLATIONS):
         wrong.append(f"interpolation={interpolation!r} is not one of {', '.join(_INTERPOLATIONS)}")
     if type(fields["fill_color"]) is not int or not 0 <= fields["fill_color"] <= 255:
         wrong.append(f"fill_color={fields['fill_color']!r} is not a level of gray, 0 to 255")

@@ -13,15 +13,14 @@ from clip_jax.weights.mapping import WeightsError
 def at_image_size(variables: dict, preset: CLIPPreset, wanted: CLIPPreset) -> dict:
     """The variables of ``preset`` for ``wanted``, which may differ in its image size and in how BatchNorm trains.
 
-    With another image size, images may also be resized to another size before the crop.
+    With another image size, images must be resized before the crop to a size that is in proportion to it.
 
     Raises:
       WeightsError: it differs in more; the fields are named, and of the preprocessing the settings that it needs.
     """
-    free = ["vision.image_size", "vision.batch_norm"]
-    if preset.vision.image_size != wanted.vision.image_size:
-        free.append("preprocessing.resize_size")
-    there, here = _fields(preset), _fields(wanted)
+    free = ("vision.image_size", "vision.batch_norm")
+    resized = preset.preprocessing.at_image_size(preset.vision.image_size, wanted.vision.image_size)
+    there, here = _fields(dataclasses.replace(preset, preprocessing=resized)), _fields(wanted)
     differing = [
         f"{name} is {there.get(name)} there and {here.get(name)} here"
         for name in {**there, **here}

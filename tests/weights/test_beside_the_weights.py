@@ -19,6 +19,8 @@ def fast_tokenizer(**changes) -> dict:
     return {
         "added_tokens": [{"id": 49_406, "content": "<|startoftext|>"}, {"id": 49_407, "content": "<|endoftext|>"}],
         "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Split"}, {"type": "ByteLevel"}]},
+        "post_processor": {"type": "RobertaProcessing"},
         "model": {"type": "BPE", "dropout": None, "vocab": SYMBOLS, "merges": [merge.split() for merge in MERGES]},
     } | changes
 
@@ -36,7 +38,8 @@ GOOD = {
 def test_clips_own_tokenizer_is_accepted(tmp_path):
     for file, content in GOOD.items():
         (tmp_path / file).write_text(content)
-    check_tokenizer(tmp_path, VOCAB_SIZE, 77)
+    [note] = check_tokenizer(tmp_path, VOCAB_SIZE, 77)
+    assert "pad_token='!'" in note
 
 
 @pytest.mark.parametrize(
@@ -49,6 +52,18 @@ def test_clips_own_tokenizer_is_accepted(tmp_path):
         ("tokenizer.json", json.dumps(fast_tokenizer(normalizer={"type": "NFC"})), "lower case"),
         ("tokenizer.json", json.dumps(fast_tokenizer(added_tokens=[{"id": 49_408, "content": "<x>"}])), "<x>"),
         ("tokenizer.json", json.dumps(fast_tokenizer(model={"type": "Unigram"})), "Unigram"),
+        ("tokenizer.json", json.dumps(fast_tokenizer(normalizer={"type": "StripAccents"})), "StripAccents"),
+        ("tokenizer.json", json.dumps(fast_tokenizer(post_processor=None)), "post_processor of nothing"),
+        ("tokenizer.json", json.dumps(fast_tokenizer(pre_tokenizer={"type": "Whitespace"})), "Whitespace"),
+        ("tokenizer.json", json.dumps(fast_tokenizer(truncation={"max_length": 10})), "max_length"),
+        ("tokenizer.json", json.dumps(fast_tokenizer(padding={"direction": "Left"})), "Left"),
+        ("tokenizer.json", json.dumps(fast_tokenizer(added_tokens=["a"])), "added_tokens"),
+        ("tokenizer_config.json", json.dumps({"unk_token": "photo"}), "unk_token='photo'"),
+        ("tokenizer_config.json", json.dumps({"additional_special_tokens": ["photo"]}), "photo"),
+        ("tokenizer_config.json", json.dumps({"padding_side": "left"}), "padding_side='left'"),
+        ("tokenizer_config.json", json.dumps({"added_tokens_decoder": [1]}), "added_tokens_decoder"),
+        ("tokenizer_config.json", json.dumps({"added_tokens_decoder": {"x": {}}}), "adds tokens"),
+        ("tokenizer_config.json", json.dumps({"auto_map": {"AutoTokenizer": "mine.py"}}), "auto_map"),
         ("added_tokens.json", json.dumps({"<image>": 49_408}), "<image>"),
         ("special_tokens_map.json", json.dumps({"eos_token": "</s>"}), "eos_token='</s>'"),
         ("tokenizer_config.json", json.dumps({"tokenizer_class": "T5Tokenizer"}), "T5Tokenizer"),

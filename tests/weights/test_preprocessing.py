@@ -10,10 +10,11 @@ from goldens import MODELS
 from PIL import Image
 
 import clip_jax
-from clip_jax.config import default_config, override, validate
+from clip_jax.config import check_same_run, default_config, override, to_json, validate
 from clip_jax.models.presets import IMAGE_MEAN, IMAGE_STD, Preprocessing, preset_from_dict
 from clip_jax.training.loop import read_initial_variables
 from clip_jax.weights import Weights, WeightsError, open_clip, read_weights, write_weights
+from clip_jax.weights.resizing import at_image_size
 
 HUGGING_FACE, OPEN_CLIP = "huggingface/gelu", "open_clip_vit/gelu"
 HALF = (0.5, 0.5, 0.5)
@@ -44,7 +45,10 @@ def folder_with(goldens, tmp_path, name, **files):
         ({"size": {"height": 24, "width": 24}}, {"resize_mode": "squash"}),
         ({"size": {"height": 28, "width": 28}}, {"resize_mode": "squash", "resize_size": 28}),
         ({"size": {"height": 24, "width": 24}, "do_center_crop": False}, {"resize_mode": "squash"}),
+        ({"size": [24, 24]}, {"resize_mode": "squash"}),
+        ({"size": 24, "default_to_square": True}, {"resize_mode": "squash"}),
         ({"crop_size": {"height": 24, "width": 24}}, {}),
+        ({"image_processor_type": "CLIPImageProcessorFast", "feature_extractor_type": "CLIPFeatureExtractor"}, {}),
         ({"do_normalize": False}, {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}),
         ({"do_normalize": False, "do_rescale": False}, {"mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3}),
         (
@@ -89,6 +93,17 @@ def test_what_an_image_processor_says_is_read(goldens, tmp_path, content, expect
         {"size": {"shortest_edge": "24"}},
         {"crop_size": {"height": 28, "width": 28}},
         {"crop_size": None},
+        {"crop_size": {"height": 24, "width": 24, "depth": 3}},
+        {"image_processor_type": "SiglipImageProcessor"},
+        {"feature_extractor_type": "ViTFeatureExtractor"},
+        {"auto_map": {"AutoImageProcessor": "mine.py"}},
+        {"size": {"shortest_edge": 0}},
+        {"size": {"shortest_edge": -5}},
+        {"size": {"shortest_edge": 10**9}},
+        {"size": {"shortest_edge": {"height": 24, "width": 24}}},
+        {"image_std": [1e-50] * 3},
+        {"rescale_factor": 1e-300},
+        {"image_mean": 10**400},
     ],
 )
 def test_what_is_not_built_here_is_refused_by_its_field(goldens, tmp_path, other):
@@ -99,6 +114,21 @@ def test_what_is_not_built_here_is_refused_by_its_field(goldens, tmp_path, other
         folder = folder_with(goldens, tmp_path, HUGGING_FACE, **{file: content})
         with pytest.raises(WeightsError, match=rf"{file}\.json.*{next(iter(other))}"):
             read_weights(folder)
+
+
+def test_a_folder_without_an_image_processor_is_noted(goldens, tmp_path):
+    folder = folder_with(goldens, tmp_path, HUGGING_FACE, preprocessor_config=SIZES | {"image_std": 0.5})
+    (folder / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')
+    weights = read_weights(folder)
+    assert weights.preset.preprocessing.std == HALF and weights.note == ""
+    (folder / "preprocessor_config.json").unlink()
+    weights = read_weights(folder)
+    assert weights.preset.preprocessing == Preprocessing() and "does not state how images are prepared" in weights.note
+    (folder / "processor_config.json").write_text('{"image_processor": "CLIPImageProcessor"}')
+    with pytest.raises(
+        WeightsError, match=r"processor_config.json: image_processor='CLIPImageProcessor' is not a mapping"
+    ):
+        read_weights(folder)
 
 
 def test_two_files_that_differ_are_refused(goldens, tmp_path):
@@ -136,6 +166,8 @@ def test_what_open_clips_config_says_is_read(goldens, tmp_path, content, expecte
         {"mean": [0.5]},
         {"std": [0, 1, 1]},
         {"sharpen": 1},
+        {"interpolation": ["bicubic"]},
+        {"resize_mode": ["squash"]},
     ],
 )
 def test_what_open_clip_does_not_know_is_refused_by_its_field(goldens, tmp_path, other):
@@ -177,8 +209,17 @@ def test_each_format_gives_it_back_or_refuses_to_write_it(goldens, tmp_path, pre
 def test_a_run_of_before_there_was_a_choice_has_openais():
     model = default_config("ViT-tiny").model.to_dict()
     assert preset_from_dict(model).preprocessing == Preprocessing(IMAGE_MEAN, IMAGE_STD)
+    model["preprocessing"]["resize_size"] = model["vision"]["image_size"]
+    assert preset_from_dict(model).preprocessing == Preprocessing()
     del model["preprocessing"]
     assert preset_from_dict(model).preprocessing == Preprocessing()
+    config = default_config("ViT-tiny")
+    saved = json.loads(to_json(config))
+    del saved["model"]["preprocessing"]
+    check_same_run(config, saved, "runs/old")
+    override(config, "model.preprocessing.std", "1,1,1")
+    with pytest.raises(ValueError, match=r"model\.preprocessing\.std was"):
+        check_same_run(config, saved, "runs/old")
 
 
 def test_a_training_can_be_told_how_images_are_prepared():
@@ -221,6 +262,20 @@ def test_a_start_from_images_prepared_otherwise_names_what_to_set(goldens, tmp_p
         name, _, value = setting.removeprefix("--config.").partition("=")
         override(config, name, value)
     assert read_initial_variables(config)
+    # A bare file does not state it: it is taken as what the config has.
+    config.init_from = str(goldens["openai_vit/float32"].path)
+    assert read_initial_variables(config)
+
+
+def test_another_image_size_needs_a_resize_size_in_proportion(goldens):
+    read = read_weights(goldens["openai_vit/archive"].path)
+    start = dataclasses.replace(read.preset, preprocessing=Preprocessing(resize_size=32))
+    larger = dataclasses.replace(start, vision=dataclasses.replace(start.vision, image_size=48))
+    with pytest.raises(WeightsError, match=r"set --config.model.preprocessing.resize_size=64$"):
+        at_image_size(read.variables, start, larger)
+    assert at_image_size(
+        read.variables, start, dataclasses.replace(larger, preprocessing=Preprocessing(resize_size=64))
+    )
 
 
 def test_embeddings_follow_the_preprocessing(goldens, tmp_path):
