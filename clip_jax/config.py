@@ -20,6 +20,7 @@ from clip_jax.models.presets import (
     ACTIVATIONS,
     BATCH_NORMS,
     INTERPOLATIONS,
+    MAX_RESIZE,
     RESIZE_MODES,
     RESNET_REDUCTION,
     CLIPPreset,
@@ -253,10 +254,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
             numbers = len(given[name]) == 3 and all(isinstance(one, int | float) for one in given[name])
             check(numbers, f"{prefix}.{name}={given[name]} must be three numbers, of red, green and blue")
             least = 1e-6 if name == "std" else -math.inf
-            check(not numbers or min(given[name]) >= least, f"{prefix}.{name}={given[name]} must be positive")
+            check(not numbers or min(given[name]) >= least, f"{prefix}.{name}={given[name]} must be at least {least:g}")
         for name, choices in (("resize_mode", RESIZE_MODES), ("interpolation", INTERPOLATIONS)):
             check(given[name] in choices, f"{prefix}.{name}={given[name]!r} must be one of {', '.join(choices)}")
-        check(given.resize_size >= 0, f"{prefix}.resize_size={given.resize_size} must not be negative")
+        largest = MAX_RESIZE * config.model.vision.image_size
+        check(0 <= given.resize_size <= largest, f"{prefix}.resize_size={given.resize_size} must be in [0, {largest}]")
         check(0 <= given.fill_color <= 255, f"{prefix}.fill_color={given.fill_color} must be in [0, 255]")
 
     def check_progressive_resolution(resnet: bool) -> None:

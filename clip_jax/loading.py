@@ -122,10 +122,11 @@ class LoadedModel:
           TypeError: an input is of another type.
           ValueError: a picture cannot be decoded or is outside the limits, or an array is not uint8 ``[H, W, 3]``.
           FileNotFoundError: a path names no file.
+          FloatingPointError: the embeddings are not finite, since the weights are damaged.
         """
         embeddings = [np.zeros((0, self.preset.embed_dim), np.float32)]
         for batch in self._read(images):
-            embeddings.append(self.embedder.encode_image(np.stack([_or_raise(pixels) for pixels in batch])))
+            embeddings.append(_finite(self.embedder.encode_image(np.stack([_or_raise(pixels) for pixels in batch]))))
         return np.concatenate(embeddings)
 
     def tokenize(self, texts: str | Iterable[str]) -> np.ndarray:
@@ -151,11 +152,12 @@ class LoadedModel:
           TypeError: a text is not a string.
           ValueError: tokens are not integers of the vocabulary, or more than the context holds; or texts were given
             to a model whose vocabulary is smaller than the tokenizer's.
+          FloatingPointError: as :meth:`encode_image`.
         """
         tokens = self._checked_tokens(texts) if _is_array(texts) else self.tokenize(texts)
         if not len(tokens):
             return np.zeros((0, self.preset.embed_dim), np.float32)
-        return self.embedder.encode_tokens(tokens)
+        return _finite(self.embedder.encode_tokens(tokens))
 
     def classify(
         self,
@@ -278,10 +280,10 @@ def _or_raise(result: np.ndarray | Exception) -> np.ndarray:
     return result
 
 
-def _finite(logits: np.ndarray) -> np.ndarray:
-    if not np.isfinite(logits).all():
+def _finite(embeddings: np.ndarray) -> np.ndarray:
+    if not np.isfinite(embeddings).all():
         raise FloatingPointError("the model's embeddings are not finite; its weights are damaged")
-    return logits
+    return embeddings
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

@@ -270,8 +270,13 @@ def test_a_damaged_image_that_is_open_is_named(model, tmp_path, photo):
 def test_weights_that_are_not_finite_give_no_probabilities(model, monkeypatch):
     nothing = jax.tree.map(lambda leaf: leaf * np.nan, model._variables)
     monkeypatch.setattr(model.embedder, "_variables", nothing)
-    with pytest.raises(FloatingPointError, match="not finite"):
-        model.classify(PIXELS, ["a", "b"])
+    for use in (
+        lambda: model.classify(PIXELS, ["a", "b"]),
+        lambda: model.encode_image(PIXELS),
+        lambda: model.encode_text("a"),
+    ):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            use()
 
 
 def test_bfloat16_computes_in_it_and_returns_float32(model):

@@ -250,14 +250,22 @@ def evaluation_transform(
     left, top = (
         round((side - image_size) / 2) if side > image_size else -((image_size - side) // 2) for side in image.size
     )
-    padded = min(left, top) < 0
-    square = image.crop((left, top, left + image_size, top + image_size)).convert("RGB")  # black where it is padded
-    if padded and preprocessing.fill_color:
-        canvas = Image.new("RGB", square.size, (preprocessing.fill_color,) * 3)
-        inside = (max(0, -left), max(0, -top), min(image_size, size[0] - left), min(image_size, size[1] - top))
-        canvas.paste(square.crop(inside), inside[:2])
-        square = canvas
+    if min(size) < image_size:
+        image = _padded(image, image_size, left, top, preprocessing.fill_color)
+        left, top = max(0, left), max(0, top)
+    square = image.crop((left, top, left + image_size, top + image_size)).convert("RGB")
     return np.array(square)
+
+
+def _padded(image: Image.Image, side: int, left: int, top: int, fill_color: int) -> Image.Image:
+    """With the margins that a crop of this position lacks, in the image's own mode, as torchvision pads."""
+    width, height = max(side, image.width), max(side, image.height)
+    bands = len(image.getbands())
+    canvas = Image.new(image.mode, (width, height), fill_color if bands == 1 else (fill_color,) * bands)
+    if image.mode == "P":
+        canvas.putpalette(image.getpalette())
+    canvas.paste(image, (max(0, -left), max(0, -top)))
+    return canvas
 
 
 def decode_for_training(

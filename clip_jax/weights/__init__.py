@@ -183,6 +183,8 @@ def _read_file(file: pathlib.Path, activation: str | None, assumed_activation: s
             f'as most of open_clip\'s, say --activation=gelu (activation="gelu" in Python)'
         )
     if not published:
+        heads = f"{file.name} does not state its attention heads: taken as in published models of its size"
+        note = f"{note}; {heads}" if note else heads
         preset = dataclasses.replace(preset, preprocessing=None)  # not known
     return Weights(preset, to_variables(tensors, table, preset), table.format, note)
 

@@ -76,6 +76,14 @@ TABLE = Table(
     ignored=re.compile(r"\.position_ids$"),  # 0, 1, 2, ...: files of before 2023 have them
 )
 
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "vocab_size",
+)
 # CLIPConfig's defaults, where a config may leave out what is the default.
 _TEXT_DEFAULTS = {
     "hidden_size": 512,
@@ -131,6 +139,15 @@ def read_config(config: dict) -> CLIPPreset:
     # In older files 2 stands for the highest id of a text, and transformers looks for it so.
     if (given := text.get("eos_token_id", end_of_text)) not in (2, end_of_text):
         raise WeightsError(f"{CONFIG_FILE}: text_config.eos_token_id={given} is not {end_of_text}, as CLIP's is")
+    for name, part in (("text", text), ("vision", vision)):
+        for field in _SIZES:
+            if field in part and (type(part[field]) is not int or part[field] < 1):
+                raise WeightsError(f"{CONFIG_FILE}: {name}_config.{field}={part[field]!r} is not a positive integer")
+        if part["hidden_size"] % part["num_attention_heads"]:
+            raise WeightsError(
+                f"{CONFIG_FILE}: {name}_config.num_attention_heads={part['num_attention_heads']} does not divide "
+                f"hidden_size={part['hidden_size']}"
+            )
     if vision["num_channels"] != 3:
         raise WeightsError(f"{CONFIG_FILE}: vision_config.num_channels={vision['num_channels']} is not 3")
     refuse_unknown(CONFIG_FILE, config, MODEL_FIELDS)

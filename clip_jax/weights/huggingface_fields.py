@@ -9,7 +9,7 @@ transformers 4 and 5, and the configs that OpenAI's published folders have.
 
 from collections.abc import Collection, Mapping
 
-from clip_jax.models.presets import IMAGE_MEAN, IMAGE_STD, Preprocessing
+from clip_jax.models.presets import IMAGE_MEAN, IMAGE_STD, MAX_RESIZE, Preprocessing
 from clip_jax.weights.mapping import WeightsError
 
 # Files of before 2023 repeat these in each tower. They steer generation, training, logging and output, not CLIP's
@@ -69,6 +69,15 @@ PROCESSOR_SWITCHES = ("do_resize", "do_center_crop", "do_rescale", "do_normalize
 # Others have other defaults: SigLIP's and ViT's resize to a square with a mean of 0.5.
 PROCESSOR_TYPES = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
 PROCESSOR_TYPE_FIELDS = ("image_processor_type", "feature_extractor_type")
+# Each with the switch without which it has no effect.
+PROCESSOR_NUMBERS = {
+    "size": "do_resize",
+    "resample": "do_resize",
+    "crop_size": "do_center_crop",
+    "rescale_factor": "do_rescale",
+    "image_mean": "do_normalize",
+    "image_std": "do_normalize",
+}
 PROCESSOR_FIELDS = _PROCESSOR_NO_EFFECT.union(
     PROCESSOR_SWITCHES,
     PROCESSOR_TYPE_FIELDS,
@@ -147,6 +156,7 @@ def read_preprocessing(file: str, content: Mapping, image_size: int) -> Preproce
         content = mapping(f"{file}: image_processor", content["image_processor"])
     elif not content.keys() & (PROCESSOR_FIELDS - {"processor_class"}) and file == "processor_config.json":
         return None  # of a model that has its image processor in preprocessor_config.json
+    empty = [name for name in content.keys() & PROCESSOR_NUMBERS if content[name] is None]
     processor = {key: value for key, value in content.items() if value is not None}
     switches = {name: processor.get(name, True) for name in PROCESSOR_SWITCHES}
     wrong = [f"{name}={value!r} is not true or false" for name, value in switches.items() if type(value) is not bool]
@@ -155,6 +165,7 @@ def read_preprocessing(file: str, content: Mapping, image_size: int) -> Preproce
         for name in PROCESSOR_TYPE_FIELDS
         if name in processor and processor[name] not in PROCESSOR_TYPES
     ]
+    wrong += [f"{name}=None is no value" for name in sorted(empty) if switches[PROCESSOR_NUMBERS[name]]]
     if not switches["do_resize"]:
         wrong.append("do_resize=False is not built here")
     if processor.get("do_pad", False) is not False:
@@ -186,7 +197,10 @@ def read_preprocessing(file: str, content: Mapping, image_size: int) -> Preproce
         raise WeightsError(f"{file}: do_center_crop=False leaves images that are not square, which are not built here")
     if crop_size != image_size:
         key = "crop_size" if switches["do_center_crop"] else "size"
-        raise WeightsError(f"{file}: {key}={processor.get(key, 224)!r} is not the model's {image_size}")
+        given = f"{key}={processor[key]!r}" if key in processor else f"it has no {key}, and the default of 224"
+        raise WeightsError(f"{file}: {given} is not the model's {image_size}")
+    if resize_size > MAX_RESIZE * image_size:
+        raise WeightsError(f"{file}: size={resize_size} is over {MAX_RESIZE} times the model's {image_size}")
     return Preprocessing(mean, std, resize_mode, RESAMPLE[resample], 0 if resize_size == image_size else resize_size)
 
 

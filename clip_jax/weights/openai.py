@@ -99,7 +99,7 @@ def write(path: pathlib.Path, variables: dict, preset: CLIPPreset) -> None:
         f"{name}={value}" for name, value in dataclasses.asdict(preset.preprocessing).items() if value != default[name]
     ]
     if other:
-        raise WeightsError(f"OpenAI's program knows no preprocessing with {', '.join(other)}; write for open_clip")
+        raise WeightsError(f"OpenAI's program knows no preprocessing with {', '.join(other)}; write --to=clip_jax")
     for name, tower in (("vision", preset.vision), ("text", preset.text)):
         for key, wanted in (("activation", "quick_gelu"), ("mlp_ratio", 4.0)):
             value = getattr(tower, key, wanted)

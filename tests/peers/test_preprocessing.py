@@ -19,7 +19,7 @@ from clip_jax.weights.huggingface_fields import preprocessing_config, read_prepr
 torch = pytest.importorskip("torch")
 open_clip, transformers = (pytest.importorskip(name) for name in ("open_clip", "transformers"))
 
-SHAPES = [(60, 41), (37, 90), (32, 32), (100, 20), (31, 33), (20, 15)]
+SHAPES = [(60, 41), (37, 90), (32, 32), (33, 32), (64, 63), (100, 20), (31, 33), (20, 15)]
 
 
 def picture(width, height):
@@ -113,6 +113,16 @@ def test_pixels_are_open_clips(mode, interpolation):
         theirs = open_clip.image_transform(32, is_train=False, fill_color=fill_color, **values)(picture(*shape))
         ours = prepared(picture(*shape), 32, Preprocessing(fill_color=fill_color, **values))
         np.testing.assert_allclose(ours, theirs.permute(1, 2, 0).numpy(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("image_mode", ["RGBA", "LA", "L", "P", "1", "CMYK"])
+def test_openais_pixels_are_open_clips_for_every_mode(image_mode):
+    for resize_mode in ("shortest", "longest", "squash"):
+        way = Preprocessing(resize_mode=resize_mode, fill_color=50)
+        for shape in SHAPES:
+            image = picture(*shape).convert(image_mode)
+            theirs = open_clip.image_transform(32, is_train=False, resize_mode=resize_mode, fill_color=50)(image)
+            np.testing.assert_allclose(prepared(image, 32, way), theirs.permute(1, 2, 0).numpy(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

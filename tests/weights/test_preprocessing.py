@@ -104,6 +104,9 @@ def test_what_an_image_processor_says_is_read(goldens, tmp_path, content, expect
         {"image_std": [1e-50] * 3},
         {"rescale_factor": 1e-300},
         {"image_mean": 10**400},
+        {"image_mean": None},
+        {"size": None},
+        {"size": 24 * 9},
     ],
 )
 def test_what_is_not_built_here_is_refused_by_its_field(goldens, tmp_path, other):
@@ -231,11 +234,12 @@ def test_a_training_can_be_told_how_images_are_prepared():
     assert preset_from_dict(config.model.to_dict()).preprocessing.mean == (0.5, 0.5, 0.25)
     for name, value, words in (
         ("mean", "0.5,0.5", "three numbers"),
-        ("std", "1,0,1", "must be positive"),
+        ("std", "1,0,1", "must be at least 1e-06"),
         ("mean", "nan,0,0", "finite"),
         ("resize_mode", "stretch", "shortest, longest, squash"),
         ("interpolation", "cubic", "bicubic"),
         ("fill_color", "256", "[0, 255]"),
+        ("resize_size", "100000", "[0, 256]"),
     ):
         changed = config.copy_and_resolve_references()
         override(changed, f"model.preprocessing.{name}", value)
