@@ -9,3 +9,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+class RaisingParser(argparse.ArgumentParser):
+    """One that raises ValueError, where argparse prints the usage and ends the program."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)

@@ -23,6 +23,7 @@ from clip_jax.models.presets import (
     MAX_RESIZE,
     RESIZE_MODES,
     RESNET_REDUCTION,
+    SMALLEST_STD,
     CLIPPreset,
     ResNetPreset,
     get_preset,
@@ -253,7 +254,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         for name in ("mean", "std"):
             numbers = len(given[name]) == 3 and all(isinstance(one, int | float) for one in given[name])
             check(numbers, f"{prefix}.{name}={given[name]} must be three numbers, of red, green and blue")
-            least = 1e-6 if name == "std" else -math.inf
+            least = SMALLEST_STD if name == "std" else -math.inf
             check(not numbers or min(given[name]) >= least, f"{prefix}.{name}={given[name]} must be at least {least:g}")
         for name, choices in (("resize_mode", RESIZE_MODES), ("interpolation", INTERPOLATIONS)):
             check(given[name] in choices, f"{prefix}.{name}={given[name]!r} must be one of {', '.join(choices)}")

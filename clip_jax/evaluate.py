@@ -15,23 +15,18 @@ import logging
 import os
 import sys
 import time
-from typing import NoReturn
 
 from etils import epath
 
+from clip_jax.command_line import RaisingParser
 from clip_jax.evaluation.results import MissingTask
 from clip_jax.models.presets import ACTIVATIONS, CLIPPreset
 from clip_jax.standard_output import run
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Raises ValueError if the flags do not go together; one line."""
-    parser = Parser(prog="python -m clip_jax.evaluate", description="Scores a model on tasks.")
+    parser = RaisingParser(prog="python -m clip_jax.evaluate", description="Scores a model on tasks.")
     parser.add_argument(
         "--model", type=os.path.expanduser, help="a run, or weights of OpenAI, open_clip or Hugging Face"
     )

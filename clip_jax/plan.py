@@ -9,10 +9,10 @@ what was asked for (one line).
 import argparse
 import json
 import sys
-from typing import NoReturn
 
 import ml_collections
 
+from clip_jax.command_line import RaisingParser
 from clip_jax.config import load_config_file, override, validate
 from clip_jax.planning.compiling import PlanError, compile_facts
 from clip_jax.planning.figures import seconds
@@ -22,20 +22,13 @@ from clip_jax.planning.topologies import Topology, parse_topology
 from clip_jax.standard_output import run
 
 
-class Parser(argparse.ArgumentParser):
-    """One that says in a line what is wrong, where argparse prints the usage and ends the program."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ml_collections.ConfigDict]:
     """Returns the flags, and the config with its overrides.
 
     Raises:
       ValueError, FileNotFoundError: a flag is unknown or its value wrong, or the config is missing.
     """
-    parser = Parser(
+    parser = RaisingParser(
         prog="python -m clip_jax.plan",
         description="Compiles the training step of a config for a TPU slice, without a TPU, and tells whether it fits, "
         "what it costs and how long it is predicted to take. Values of the config are set with --config.NAME=VALUE.",

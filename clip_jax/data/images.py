@@ -253,8 +253,7 @@ def evaluation_transform(
     if min(size) < image_size:
         image = _padded(image, image_size, left, top, preprocessing.fill_color)
         left, top = max(0, left), max(0, top)
-    square = image.crop((left, top, left + image_size, top + image_size)).convert("RGB")
-    return np.array(square)
+    return np.array(image.crop((left, top, left + image_size, top + image_size)).convert("RGB"))
 
 
 def _padded(image: Image.Image, side: int, left: int, top: int, fill_color: int) -> Image.Image:
@@ -312,7 +311,7 @@ def training_transform(
     along its long side, the position of the crop is random. With ``augmentation.crop_scale`` the crop is a random part
     of the whole image instead, whatever ``resize_mode`` is, as in open_clip's training.
 
-    Only the crop is resized, bicubic with antialiasing. On photographs that differs from Pillow's resizing by at most
+    Only the crop is resized, with antialiasing. On photographs, bicubic, that differs from Pillow's resizing by at most
     0.3 levels in the mean, and in single pixels at hard edges by up to 15. A crop that needs no resizing keeps its
     pixels.
 

@@ -21,8 +21,8 @@ import regex
 VOCAB_SIZE = 49_408
 START_OF_TEXT = 49_406
 END_OF_TEXT = 49_407
+SPECIAL_TOKENS = {"<|startoftext|>": START_OF_TEXT, "<|endoftext|>": END_OF_TEXT}
 
-_SPECIAL = {"<|startoftext|>": START_OF_TEXT, "<|endoftext|>": END_OF_TEXT}
 _FIRST_MERGE = 512  # after the 256 bytes and the same 256 at the end of a word
 _GONE = -1
 # Ids follow this order of the 256 bytes: those that print in Latin-1 first, the others after them. The file
@@ -170,13 +170,13 @@ def published_vocabulary() -> tuple[dict[str, int], list[str]]:
         The id of each symbol, and the merges in the order of their rank, each as ``"left right"``.
     """
     packed = (resources.files("clip_jax.data") / "vocabulary" / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
-    lines = gzip.decompress(packed).decode("utf-8").split("\n")[1 : VOCAB_SIZE - _FIRST_MERGE - len(_SPECIAL) + 1]
+    lines = gzip.decompress(packed).decode("utf-8").split("\n")[1 : VOCAB_SIZE - _FIRST_MERGE - len(SPECIAL_TOKENS) + 1]
     letters = [chr(byte) for byte in _PRINTING] + [chr(256 + place) for place in range(256 - len(_PRINTING))]
     symbols = [
         *letters,
         *(letter + "</w>" for letter in letters),
         *(line.replace(" ", "") for line in lines),
-        *_SPECIAL,
+        *SPECIAL_TOKENS,
     ]
     return {symbol: token for token, symbol in enumerate(symbols)}, lines
 
@@ -192,7 +192,9 @@ def _vocabulary() -> _Vocabulary:
         spelling.append(spelling[ids[left]] + spelling[ids[right]])
     # Bytes that are not UTF-8 alone become lone surrogates here, and so match no word.
     whole = {text[:-1].decode(errors="surrogateescape"): i for i, text in enumerate(spelling) if text.endswith(b" ")}
-    return _Vocabulary(merges, whole | _SPECIAL, spelling + [special.encode() + b" " for special in _SPECIAL])
+    return _Vocabulary(
+        merges, whole | SPECIAL_TOKENS, spelling + [special.encode() + b" " for special in SPECIAL_TOKENS]
+    )
 
 
 def _shortened(text: str) -> str:

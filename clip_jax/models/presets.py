@@ -13,6 +13,7 @@ RESNET_REDUCTION = 32  # an image's side over that of the last stage's output; a
 # Mean and standard deviation of CLIP's training images, RGB in [0, 1], as published with its weights.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+SMALLEST_STD = 1e-6  # a deviation near 0 is a mistake, and would make pixels infinite in float32
 MAX_RESIZE = 8  # times the image size: a larger size before the crop is a mistake that takes all memory
 RESIZE_MODES = ("shortest", "longest", "squash")
 INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "hamming", "box", "nearest")  # Pillow's

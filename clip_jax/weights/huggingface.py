@@ -6,7 +6,7 @@ import re
 
 from safetensors.numpy import save_file
 
-from clip_jax.data.tokenizer import END_OF_TEXT, START_OF_TEXT, published_vocabulary
+from clip_jax.data.tokenizer import END_OF_TEXT, SPECIAL_TOKENS, published_vocabulary
 from clip_jax.models.presets import (
     ACTIVATIONS,
     CLIPPreset,
@@ -265,7 +265,7 @@ def write_folder(folder: pathlib.Path, variables: dict, preset: CLIPPreset) -> N
             "added_tokens_decoder": {
                 str(token): {"content": content, "lstrip": False, "normalized": True, "rstrip": False}
                 | {"single_word": False, "special": True}
-                for token, content in ((START_OF_TEXT, "<|startoftext|>"), (END_OF_TEXT, "<|endoftext|>"))
+                for content, token in SPECIAL_TOKENS.items()
             },
         },
     }

@@ -9,7 +9,7 @@ transformers 4 and 5, and the configs that OpenAI's published folders have.
 
 from collections.abc import Collection, Mapping
 
-from clip_jax.models.presets import IMAGE_MEAN, IMAGE_STD, MAX_RESIZE, Preprocessing
+from clip_jax.models.presets import IMAGE_MEAN, IMAGE_STD, MAX_RESIZE, SMALLEST_STD, Preprocessing
 from clip_jax.weights.mapping import WeightsError
 
 # Files of before 2023 repeat these in each tower. They steer generation, training, logging and output, not CLIP's
@@ -81,10 +81,10 @@ PROCESSOR_NUMBERS = {
 PROCESSOR_FIELDS = _PROCESSOR_NO_EFFECT.union(
     PROCESSOR_SWITCHES,
     PROCESSOR_TYPE_FIELDS,
-    ("do_pad", "image_mean", "image_std", "rescale_factor", "resample", "size", "crop_size", "default_to_square"),
+    PROCESSOR_NUMBERS,
+    ("do_pad", "default_to_square"),
 )
 LARGEST_SIDE = 65_536
-SMALLEST_STD = 1e-6  # a deviation near 0 is a mistake, and would make pixels infinite in float32
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # Pillow's numbers
 
 
@@ -215,13 +215,10 @@ def _resizing(file: str, size: object, default_to_square: object) -> tuple[str, 
         if type(size["shortest_edge"]) is not int:
             raise WeightsError(f"{file}: size.shortest_edge={size['shortest_edge']!r} is not a size in pixels")
         return "shortest", side_of(f"{file}: size.shortest_edge", size["shortest_edge"])
-    if isinstance(size, list) or (isinstance(size, Mapping) and set(size) == {"height", "width"}):
-        return "squash", side_of(f"{file}: size", size)
-    if default_to_square and not isinstance(size, Mapping):
-        return "squash", side_of(f"{file}: size", size)
-    if isinstance(size, Mapping):
+    if isinstance(size, Mapping) and set(size) != {"height", "width"}:
         raise WeightsError(f"{file}: size={dict(size)} is not built here, only shortest_edge, or height and width")
-    return "shortest", side_of(f"{file}: size", size)
+    squash = default_to_square or isinstance(size, Mapping | list)
+    return "squash" if squash else "shortest", side_of(f"{file}: size", size)
 
 
 def preprocessing_config(preprocessing: Preprocessing, image_size: int) -> dict:

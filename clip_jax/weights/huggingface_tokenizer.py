@@ -9,7 +9,7 @@ Source: ``CLIPTokenizer`` and ``CLIPTokenizerFast`` of transformers 4 and 5.
 import pathlib
 from collections.abc import Mapping
 
-from clip_jax.data.tokenizer import END_OF_TEXT, START_OF_TEXT, VOCAB_SIZE, published_vocabulary
+from clip_jax.data.tokenizer import SPECIAL_TOKENS, VOCAB_SIZE, published_vocabulary
 from clip_jax.weights.huggingface_fields import mapping, refuse_unknown
 from clip_jax.weights.mapping import WeightsError
 from clip_jax.weights.tensor_files import read_json
@@ -23,7 +23,6 @@ FILES = (
     "added_tokens.json",
 )
 _MARKERS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
-_SPECIAL = {"<|startoftext|>": START_OF_TEXT, "<|endoftext|>": END_OF_TEXT}
 # Of tokenizer.json: what the steps of CLIP's tokenizer consist of, and the settings of its byte pairs.
 _STEPS = {
     "normalizer": {"NFC", "Replace", "Lowercase"},
@@ -114,9 +113,9 @@ def _check_fast(content: Mapping, symbols: Mapping[str, int], merges: list[str],
         kinds = _kinds(content.get(name))
         if not kinds or kinds - good:
             wrong.append(f"{name} of {', '.join(sorted(kinds)) or 'nothing'}")
-    for name, side in (("truncation", "direction"), ("padding", "direction")):
+    for name in ("truncation", "padding"):
         given = mapping(f"tokenizer.json: {name}", content.get(name))
-        if str(given.get(side, "right")).lower() != "right" or given.get("max_length", 77) < context_length:
+        if str(given.get("direction", "right")).lower() != "right" or given.get("max_length", 77) < context_length:
             wrong.append(f"{name}={dict(given)}")
     if wrong:
         raise WeightsError(f"tokenizer.json is not CLIP's tokenizer: {'; '.join(wrong)}")
@@ -139,7 +138,7 @@ def _kinds(step: object) -> set[str]:
 
 
 def _check_added(where: str, added: Mapping) -> None:
-    other = {token: number for token, number in added.items() if _SPECIAL.get(token) != number}
+    other = {token: number for token, number in added.items() if SPECIAL_TOKENS.get(token) != number}
     if other:
         raise WeightsError(f"{where} adds tokens that CLIP's tokenizer does not have: {other}")
 
@@ -151,13 +150,13 @@ def _check_markers(where: str, content: Mapping) -> list[str]:
         token = _content(content.get(name))
         if name == "pad_token" and token == "!":  # of several published folders
             notes.append(f"{where}: with pad_token='!' transformers gives '!' in a text another token than CLIP does")
-        elif token is not None and token not in ([_MARKERS[name]] if name in _MARKERS else list(_SPECIAL)):
+        elif token is not None and token not in ([_MARKERS[name]] if name in _MARKERS else list(SPECIAL_TOKENS)):
             wanted = _MARKERS.get(name, "one of its two markers")
             raise WeightsError(f"{where}: {name}={token!r} is not CLIP's: {wanted}")
     for name in _MORE_SPECIAL:
         more = content.get(name) or []
         tokens = [_content(token) for token in (more.values() if isinstance(more, Mapping) else more)]
-        if other := [token for token in tokens if token not in list(_SPECIAL)]:
+        if other := [token for token in tokens if token not in list(SPECIAL_TOKENS)]:
             raise WeightsError(f"{where}: {name}={other} are not CLIP's")
     return notes
 

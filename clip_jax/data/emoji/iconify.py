@@ -33,7 +33,7 @@ class Names:
         self._joined = [{name.replace("-", ""): key for name, key in table.items()} for table in self._tables]
 
     def find(self, name: str, joined: bool) -> str | None:
-        """The key of the concept with this name; None if there is none or more than one."""
+        """Returns the key of the concept that has this name, or None if no concept or several concepts have it."""
         tables = self._joined if joined else self._tables
         return next((table[name] for table in tables if name in table), None)
 
