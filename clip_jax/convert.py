@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 
     import jax
 
-    from clip_jax.training.checkpoint import CheckpointError
+    from clip_jax.run_folder import CheckpointError
     from clip_jax.weights import preset_name, read_weights, write_weights
 
     try:

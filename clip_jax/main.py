@@ -126,8 +126,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(config: ml_collections.ConfigDict, workdir: str, arguments: list[str]) -> int:
     _log_to_console()
+    from clip_jax.run_folder import CheckpointError
     from clip_jax.training import loop
-    from clip_jax.training.checkpoint import CheckpointError
 
     try:
         run = loop.prepare(config, workdir, arguments)
