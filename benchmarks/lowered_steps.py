@@ -25,9 +25,10 @@ import numpy as np
 from clip_jax.config import default_config, load_config_file
 from clip_jax.planning.compiled import slice_devices
 from clip_jax.planning.topologies import parse_topology
+from clip_jax.sharding import batch_sharding, make_mesh
 from clip_jax.training.optimizer import make_optimizer
-from clip_jax.training.sharding import batch_sharding, make_mesh
-from clip_jax.training.step import abstract_state, make_model, make_train_step
+from clip_jax.training.state import abstract_state, make_model
+from clip_jax.training.step import make_train_step
 
 MESHES = ((1, 1), (2, 4))
 PAIRS_PER_DEVICE = 32
