@@ -39,8 +39,9 @@ from benchmarks.accelerator_report import (
     tables,
     with_shares,
 )
-from clip_jax.config import DTYPES, LOSS_FORMS, REMAT_POLICIES, default_config
+from clip_jax.config import LOSS_FORMS, REMAT_POLICIES, default_config
 from clip_jax.models.presets import PRESETS, model_preset
+from clip_jax.settings import DTYPES
 
 MODELS = ("ViT-L/14", "ViT-B/32", "ViT-B/16", "RN50")  # the most important first
 FIRST_BATCH = {"ViT-L/14": 128, "ViT-B/16": 256, "ViT-B/32": 512, "RN50": 256}
@@ -327,7 +328,7 @@ class Bench:
 
 def open_clip_model(name: str) -> dict:
     """open_clip's config of a preset, and the pixels' mean and standard deviation: its process need not import JAX."""
-    from clip_jax.models.presets import IMAGE_MEAN, IMAGE_STD
+    from clip_jax.models.preprocessing import IMAGE_MEAN, IMAGE_STD
     from clip_jax.weights.open_clip import config_of
 
     config = config_of(model_preset(default_config(name)))["model_cfg"]

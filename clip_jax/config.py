@@ -14,49 +14,85 @@ from collections.abc import Iterator
 
 import ml_collections
 
-from clip_jax.data.images import Augmentation
+from clip_jax.data.settings import DataSettings
 from clip_jax.data.tokenizer import VOCAB_SIZE
-from clip_jax.models.presets import (
-    ACTIVATIONS,
-    BATCH_NORMS,
-    INTERPOLATIONS,
-    MAX_RESIZE,
-    RESIZE_MODES,
-    RESNET_REDUCTION,
-    SMALLEST_STD,
-    ResNetPreset,
-    get_preset,
+from clip_jax.evaluation.settings import EvaluationSettings
+from clip_jax.models.preprocessing import Preprocessing
+from clip_jax.models.presets import ACTIVATIONS, BATCH_NORMS, RESNET_REDUCTION, ResNetPreset, get_preset
+from clip_jax.settings import (
+    DTYPES,
+    changeable,
+    may_change,
+    must_be,
+    must_be_positive,
+    must_not_be_negative,
+    read_section,
 )
+from clip_jax.sharding import MeshSettings
+from clip_jax.training.optimizer import OptimizerSettings
 
-DTYPES = ("float32", "bfloat16")
 LOSS_KINDS = ("softmax", "sigmoid")
 LOSS_FORMS = ("auto", "gather", "blockwise")
 REMAT_POLICIES = ("none", "lite", "attention", "full")
 
-# What may change between a run and its resumption without making it another run; "evaluation." may, too.
-NOT_PART_OF_A_RUN = (
-    "log_every",
-    "eval_every",
-    "checkpoint_every",
-    "checkpoints_to_keep",
-    "data.num_workers",
-    "data.num_threads",
-    "data.cache_mebibytes",
-    "data.max_bad_share",
-    "data.bucket_timeout",
-    "data.bucket_retries",
-    "data.bucket_connections",
-    "data.weights",  # part of the fingerprint, too
-    "accumulation_steps",
-    "mesh.fsdp",
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+    """Defaults of the keys that belong to no section; of the paper's training (tables 18 to 20)."""
+
+    seed: int = 0
+    # A run or weights to start from instead of from scratch; another image size is resized to. A run with a checkpoint
+    # of its own does not read it.
+    init_from: str = may_change("")
+    global_batch_size: int = 32_768  # pairs in a step, over all devices
+    accumulation_steps: int = may_change(1)  # parts of a batch with activations in memory; the gradient is the same
+    epochs: float = 32.0  # over the source
+    steps: int = 0  # if not 0, the training ends here whatever epochs says; the schedule spans it
+    log_every: int = may_change(10)  # steps
+    eval_every: int = may_change(0)  # steps; 0: only at the end
+    checkpoint_every: int = may_change(1_000)  # steps; the last step is always saved
+    checkpoints_to_keep: int = may_change(3)
+
+    def problems(self) -> list[str]:
+        """One line for each value that cannot be used."""
+        return [
+            *must_be(self.steps > 0 or self.epochs > 0, "config.steps or config.epochs must be positive"),
+            *must_be(0 <= self.steps < 2**31, f"config.steps={self.steps} must be in [0, 2**31)"),
+            *must_be(
+                self.global_batch_size > 1, f"config.global_batch_size={self.global_batch_size} must be at least 2"
+            ),
+            *must_be(0 <= self.seed < 2**32, f"config.seed={self.seed} must be in [0, 2**32)"),
+            *must_be_positive(
+                self, ("accumulation_steps", "log_every", "checkpoint_every", "checkpoints_to_keep"), "config"
+            ),
+            *must_not_be_negative(self, ("eval_every",), "config"),
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgressiveResolutionSettings:
+    """Defaults of ``config.progressive_resolution``: the model's own image size from the start."""
+
+    image_size: int = 0  # px, of the first steps' images
+    steps: int = 0  # how many steps those are
+
+
+SECTIONS = {
+    "optimizer": OptimizerSettings,
+    "mesh": MeshSettings,
+    "progressive_resolution": ProgressiveResolutionSettings,
+    "data": DataSettings,
+    "evaluation": EvaluationSettings,
+}
+MAY_CHANGE = {
+    *changeable(RunSettings),
+    *(f"{section}.{name}" for section, settings in SECTIONS.items() for name in changeable(settings)),
     "loss.form",
     "loss.block_size",
     "model.remat",
     "model.scan_unroll",
     "model.fused_attention",
-    "init_from",  # read by a run that has no checkpoint of its own
-    "data.source",  # the fingerprint of what it holds is compared instead, so data may be moved
-)
+}
 
 
 def default_config(preset: str) -> ml_collections.ConfigDict:
@@ -65,18 +101,7 @@ def default_config(preset: str) -> ml_collections.ConfigDict:
     Raises:
       ValueError: the preset is unknown.
     """
-    config = ml_collections.ConfigDict()
-    config.seed = 0
-    config.init_from = ""  # a run or weights to start from instead of from scratch; another image size is resized to
-    config.global_batch_size = 32_768  # pairs a step, over all devices
-    config.accumulation_steps = 1  # parts of a batch whose activations are held at a time; the gradient is the same
-    config.epochs = 32.0  # over the source
-    config.steps = 0  # if not 0, ends the training here whatever epochs says; the schedule spans it
-    config.log_every = 10  # steps
-    config.eval_every = 0  # steps; 0: only at the end
-    config.checkpoint_every = 1_000  # steps; the last step is always saved
-    config.checkpoints_to_keep = 3
-
+    config = ml_collections.ConfigDict(dataclasses.asdict(RunSettings()))
     config.model = ml_collections.ConfigDict(dataclasses.asdict(get_preset(preset)))
     config.model.name = preset
     config.model.remat = "none"  # or "lite", "attention", "full": how much of a layer the backward pass recomputes
@@ -85,48 +110,16 @@ def default_config(preset: str) -> ml_collections.ConfigDict:
     config.model.scan_unroll = 0  # layers in one step of the scan over layers; 0: by the kind of device
     config.model.fused_attention = True  # by cuDNN where that can be: on a GPU, in bfloat16; the same function
 
-    config.optimizer = ml_collections.ConfigDict()
-    config.optimizer.learning_rate = 5e-4
-    config.optimizer.warmup_steps = 2_000
-    config.optimizer.beta1 = 0.9
-    resnet = isinstance(get_preset(preset).vision, ResNetPreset)
-    config.optimizer.beta2 = 0.999 if resnet else 0.98
-    config.optimizer.epsilon = 1e-8 if resnet else 1e-6
-    config.optimizer.weight_decay = 0.2
-    config.optimizer.first_moment_dtype = "float32"  # or "bfloat16": of Adam's mean of the gradients
-    config.optimizer.gradient_clip_norm = 0.0  # global norm; 0: no clipping
-
     config.loss = ml_collections.ConfigDict()
     config.loss.kind = "softmax"  # the paper's; or "sigmoid", SigLIP's
     # Of the softmax loss: "gather", or "blockwise" for batches whose similarities do not fit; auto: by their size.
     config.loss.form = "auto"
     config.loss.block_size = 0  # of the blockwise form, and of the sigmoid loss; 0: by the kind of device
 
-    config.mesh = ml_collections.ConfigDict()
-    config.mesh.fsdp = 0  # devices that share one copy of the parameters; 0: by the model and a device's memory
-
-    config.progressive_resolution = ml_collections.ConfigDict()
-    config.progressive_resolution.image_size = 0  # px of the first steps' images; 0: the model's from the start
-    config.progressive_resolution.steps = 0  # how many those are
-
-    config.data = ml_collections.ConfigDict()
-    config.data.source = ""  # see clip_jax.data.sources; several are joined by " + "
-    config.data.weights = ""  # how much is drawn of each of several sources, as 3:1; empty: each pair alike
-    config.data.min_image_side = 1  # px; smaller pictures are replaced, as all bad samples are
-    config.data.max_aspect_ratio = 100.0  # so are longer and thinner ones
-    config.data.max_bad_share = 0.1  # of the samples; more bad ones end the run
-    config.data.num_workers = 4  # processes that decode; 0: threads of this process
-    config.data.num_threads = 1  # in each; more where pictures come from afar, one by one
-    config.data.cache_mebibytes = 0  # of decoded images that each worker keeps, for small data sets seen many times
-    config.data.bucket_timeout = 15.0  # seconds for an answer of up to 8 MiB from gs://, s3:// or a web server
-    config.data.bucket_retries = 2  # after the first try; then a record is bad, and a source cannot be opened
-    config.data.bucket_connections = 32  # at most, of each process
-    config.data.augmentation = ml_collections.ConfigDict(dataclasses.asdict(Augmentation()))
-
-    config.evaluation = ml_collections.ConfigDict()
-    config.evaluation.tasks = ""  # as --tasks of python -m clip_jax.evaluate; empty: none
-    config.evaluation.data = "~/data"  # the folder of the tasks' data
-    config.evaluation.batch_size = 256  # over all devices
+    for name, section in SECTIONS.items():
+        config[name] = ml_collections.ConfigDict(dataclasses.asdict(section()))
+    if isinstance(get_preset(preset).vision, ResNetPreset):
+        config.optimizer.update(beta2=0.999, epsilon=1e-8)
     config.lock()
     return config
 
@@ -242,19 +235,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"{prefix}.batch_norm={vision.batch_norm!r} must be one of {', '.join(BATCH_NORMS)}",
         )
 
-    def check_preprocessing(given: ml_collections.ConfigDict) -> None:
-        prefix = "config.model.preprocessing"
-        for name in ("mean", "std"):
-            numbers = len(given[name]) == 3 and all(isinstance(one, int | float) for one in given[name])
-            check(numbers, f"{prefix}.{name}={given[name]} must be three numbers, of red, green and blue")
-            least = SMALLEST_STD if name == "std" else -math.inf
-            check(not numbers or min(given[name]) >= least, f"{prefix}.{name}={given[name]} must be at least {least:g}")
-        for name, choices in (("resize_mode", RESIZE_MODES), ("interpolation", INTERPOLATIONS)):
-            check(given[name] in choices, f"{prefix}.{name}={given[name]!r} must be one of {', '.join(choices)}")
-        largest = MAX_RESIZE * config.model.vision.image_size
-        check(0 <= given.resize_size <= largest, f"{prefix}.resize_size={given.resize_size} must be in [0, {largest}]")
-        check(0 <= given.fill_color <= 255, f"{prefix}.fill_color={given.fill_color} must be in [0, 255]")
-
     def check_progressive_resolution(resnet: bool) -> None:
         first, whole = config.progressive_resolution, config.model.vision.image_size
         name = "config.progressive_resolution"
@@ -269,7 +249,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"{name}.image_size={first.image_size} must be a multiple of {unit} below the model's {whole}",
         )
 
-    model, optimizer, data = config.model, config.optimizer, config.data
+    model, data = config.model, config.data
     infinite = [
         name
         for name, value in flatten(config).items()
@@ -279,31 +259,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
     ]
     if infinite:
         raise ValueError("\n".join(f"config.{name} must be a finite number" for name in infinite))
-    check(
-        bool(data.source),
-        "no data: name some with --config.data.source=folder:/pictures, csv:/pairs.csv or wds:/data/{00000..00099}.tar",
-    )
-    check(config.steps > 0 or config.epochs > 0, "config.steps or config.epochs must be positive")
-    check(config.steps >= 0, f"config.steps={config.steps} must not be negative")
-    check(config.global_batch_size > 1, f"config.global_batch_size={config.global_batch_size} must be at least 2")
-    check(0 <= config.seed < 2**32, f"config.seed={config.seed} must be in [0, 2**32)")
-    for key in (
-        "accumulation_steps",
-        "log_every",
-        "checkpoint_every",
-        "checkpoints_to_keep",
-        "evaluation.batch_size",
-    ):
-        check(flatten(config)[key] > 0, f"config.{key} must be positive")
-    for key in ("mesh.fsdp", "eval_every", "model.scan_unroll", "loss.block_size"):
+    problems += [
+        *read_section(RunSettings, config).problems(),
+        *read_section(DataSettings, data).problems(),
+        *read_section(OptimizerSettings, config.optimizer).problems(),
+        *read_section(MeshSettings, config.mesh).problems(),
+        *read_section(EvaluationSettings, config.evaluation).problems(),
+    ]
+    for key in ("model.scan_unroll", "loss.block_size"):
         check(flatten(config)[key] >= 0, f"config.{key} must not be negative")
-    check(data.min_image_side > 0, f"config.data.min_image_side={data.min_image_side} must be positive")
-    check(data.max_aspect_ratio >= 1, f"config.data.max_aspect_ratio={data.max_aspect_ratio} must be at least 1")
-    check(0 <= data.max_bad_share <= 1, f"config.data.max_bad_share={data.max_bad_share} must be in [0, 1]")
-    for key in ("num_threads", "bucket_timeout", "bucket_connections"):
-        check(data[key] > 0, f"config.data.{key} must be positive")
-    for key in ("num_workers", "cache_mebibytes", "bucket_retries"):
-        check(data[key] >= 0, f"config.data.{key} must not be negative")
     check(model.dtype in DTYPES, f"config.model.dtype={model.dtype!r} must be one of {', '.join(DTYPES)}")
     check(
         model.remat in REMAT_POLICIES, f"config.model.remat={model.remat!r} must be one of {', '.join(REMAT_POLICIES)}"
@@ -314,7 +278,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     check(
         config.loss.form in LOSS_FORMS, f"config.loss.form={config.loss.form!r} must be one of {', '.join(LOSS_FORMS)}"
     )
-    check_preprocessing(model.preprocessing)
+    problems += read_section(Preprocessing, model.preprocessing).problems(model.vision.image_size)
     may_be_zero = ("scan_unroll", "preprocessing.resize_size", "preprocessing.fill_color")
     sizes = {name: value for name, value in flatten(model).items() if type(value) is int and name not in may_be_zero}
     too_small = [f"config.model.{name}={value} must be positive" for name, value in sizes.items() if value <= 0]
@@ -341,20 +305,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
             check_transformer("vision", vision)
         check_transformer("text", text)
         check_progressive_resolution("stage_sizes" in vision)
-    check(optimizer.learning_rate > 0, "config.optimizer.learning_rate must be positive")
-    for key in ("warmup_steps", "weight_decay", "gradient_clip_norm"):
-        check(optimizer[key] >= 0, f"config.optimizer.{key} must not be negative")
-    check(
-        optimizer.first_moment_dtype in DTYPES,
-        f"config.optimizer.first_moment_dtype={optimizer.first_moment_dtype!r} must be one of {', '.join(DTYPES)}",
-    )
-    check(optimizer.epsilon > 0, "config.optimizer.epsilon must be positive")
-    check(config.steps < 2**31, "config.steps must be below 2**31")
-    for name, strength in data.augmentation.items():
-        most = 180 if name in ("rotation", "hue") else 16 if name == "blur" else 1
-        check(0 <= strength <= most, f"config.data.augmentation.{name}={strength} must be in [0, {most}]")
-    for key in ("beta1", "beta2"):
-        check(0 <= optimizer[key] < 1, f"config.optimizer.{key}={optimizer[key]} must be in [0, 1)")
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -376,13 +326,13 @@ def check_same_run(config: ml_collections.ConfigDict, saved: dict, where: str) -
         )
     now = flatten(ml_collections.ConfigDict(json.loads(to_json(config))))  # JSON knows no tuples
     before = flatten(ml_collections.ConfigDict(saved))
-    # What an older version of the program did not know yet was as the defaults are; what only it knew is no sign.
+    # Keys missing from an older config take their defaults. Keys that no longer exist are ignored.
     defaults = flatten(ml_collections.ConfigDict(json.loads(to_json(default_config(config.model.name)))))
     before |= {name: defaults[name] for name in now.keys() & defaults.keys() if name not in before}
     different = [
         f"{name} was {before[name]!r} and is {now[name]!r}"
         for name in sorted(now.keys() & before.keys())
-        if now[name] != before[name] and name not in NOT_PART_OF_A_RUN and not name.startswith("evaluation.")
+        if now[name] != before[name] and name not in MAY_CHANGE
     ]
     if different:
         raise ValueError(f"{where} holds a run of another config ({'; '.join(different)}); choose another --workdir")

@@ -13,15 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from clip_jax.config import DTYPES
-from clip_jax.data.images import (
-    MAX_ASPECT_RATIO,
-    MAX_PIXELS,
-    ImageError,
-    decode_image,
-    evaluation_transform,
-    to_rgb,
-)
+from clip_jax.data.images import MAX_ASPECT_RATIO, MAX_PIXELS, ImageError, decode_image, evaluation_transform, to_rgb
 from clip_jax.data.tokenizer import VOCAB_SIZE, tokenize
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.zero_shot import classifier_weights
@@ -29,6 +21,7 @@ from clip_jax.models.backends import backend_of
 from clip_jax.models.clip import CLIP
 from clip_jax.models.presets import CLIPPreset, ResNetPreset
 from clip_jax.models.transformer import unstack_layers
+from clip_jax.settings import DTYPES
 from clip_jax.sharding import batch_sharding, make_mesh
 from clip_jax.training.state import place_variables
 from clip_jax.weights import Weights, digest_of, preset_name, read_weights

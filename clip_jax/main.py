@@ -127,14 +127,15 @@ def main(argv: list[str] | None = None) -> int:
 def _train(config: ml_collections.ConfigDict, workdir: str, arguments: list[str]) -> int:
     _log_to_console()
     from clip_jax.run_folder import CheckpointError
-    from clip_jax.training import loop
+    from clip_jax.training.loop import train
+    from clip_jax.training.preparation import prepare
 
     try:
-        run = loop.prepare(config, workdir, arguments)
+        run = prepare(config, workdir, arguments)
     except (ValueError, OSError) as error:
         return _mistake(error)
     try:
-        return 0 if loop.train(run) else 3
+        return 0 if train(run) else 3
     except (FloatingPointError, InputError, TooManyBadSamplesError, CheckpointError, OSError) as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1

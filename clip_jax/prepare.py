@@ -19,10 +19,10 @@ import time
 from clip_jax.data import inspection, openclipart
 from clip_jax.data.bad_samples import TooManyBadSamplesError
 from clip_jax.data.decoded_cache import DecodedCache
-from clip_jax.data.pipeline import Batches, InputError, LoadPair
+from clip_jax.data.pipeline import Batches, InputError, LoadPair, transform_of
 from clip_jax.data.records import Settings, WriteError, write_records
 from clip_jax.data.sources import ShardError, Source, open_mixture, open_source
-from clip_jax.data.sources.buckets import use_access
+from clip_jax.data.sources.buckets import access_of, use_access
 from clip_jax.standard_output import run
 
 BATCH_SIZE = 64  # of the measured pipeline: the rate hardly depends on it, and a pod's batch would take minutes
@@ -230,16 +230,16 @@ def _bench(arguments: argparse.Namespace, rest: list[str]) -> None:
     # Only here: the workers that read import this module anew, and need neither optimizer nor checkpoints.
     from clip_jax import main as training
     from clip_jax.config import validate
-    from clip_jax.training.loop import data_access, data_transform
+    from clip_jax.models.presets import model_preset
 
     config, _, _ = training.parse_arguments([f"--config={arguments.config}", *rest])
     config.data.source = arguments.source
     validate(config)
     data = config.data
-    use_access(data_access(config))
+    use_access(access_of(data))
     mixture = open_mixture(data.source, data.weights)
     cache = DecodedCache(config.data.cache_mebibytes)
-    load_pair = LoadPair(mixture, data_transform(config, config.model.vision.image_size), cache)
+    load_pair = LoadPair(mixture, transform_of(data, model_preset(config), config.model.vision.image_size), cache)
     batches = Batches(load_pair, BATCH_SIZE, config.seed, num_workers=data.num_workers, num_threads=data.num_threads)
     try:
         feed = inspection.measure_feed(batches)

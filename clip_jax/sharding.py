@@ -1,5 +1,6 @@
 """Where arrays live: the device mesh, and one table from the model's logical axes to the mesh's."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -7,6 +8,8 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from clip_jax.settings import may_change, must_not_be_negative
 
 BATCH_AXES = ("data", "fsdp")
 STATE_SHARE = 1 / 4  # of a device's memory, for what does not grow with the batch
@@ -26,6 +29,17 @@ LOGICAL_AXIS_RULES = (
     ("output", None),
     ("layers", None),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+    """Defaults of ``config.mesh``."""
+
+    fsdp: int = may_change(0)  # devices that share one copy of the parameters; 0: by the model and a device's memory
+
+    def problems(self) -> list[str]:
+        """One line for each value that cannot be used."""
+        return must_not_be_negative(self, ("fsdp",), "config.mesh")
 
 
 def make_mesh(fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -16,9 +16,11 @@ from clip_jax.convert import main as convert
 from clip_jax.convert import use_of
 from clip_jax.main import main as train
 from clip_jax.main import parse_arguments
-from clip_jax.models.presets import Preprocessing, model_preset
+from clip_jax.models.preprocessing import Preprocessing
+from clip_jax.models.presets import model_preset
 from clip_jax.predict import main as predict
-from clip_jax.training.loop import make_batches, prepare, read_initial_variables
+from clip_jax.training.feed import Feed
+from clip_jax.training.preparation import prepare, read_initial_variables
 from clip_jax.weights import Weights, read_weights
 from clip_jax.weights.resizing import at_image_size
 
@@ -172,9 +174,9 @@ def started(converted, tmp_path_factory):
 def test_a_training_at_another_image_size_starts_with_the_loss_of_the_model_that_it_starts_from(started):
     arguments, source = started
     config, workdir, _ = parse_arguments(arguments)
-    batches = make_batches(prepare(config, workdir), 0, config.model.vision.image_size)
-    batch = next(batches)
-    batches.close()
+    feed = Feed(prepare(config, workdir), 0, 0)
+    batch = feed.next(0).inputs
+    feed.close()
     preset = model_preset(config)
     assert (source.preset.vision.image_size, preset.vision.image_size) == (16, 32)
     variables = at_image_size(source.variables, source.preset, preset)

@@ -10,7 +10,7 @@ from PIL import Image
 from clip_jax.config import check_same_run, load_config_file, to_json, validate
 from clip_jax.main import main, parse_arguments
 from clip_jax.models.presets import get_preset, model_preset
-from clip_jax.training.loop import prepare
+from clip_jax.training.preparation import prepare
 
 QUICKSTART = "--config=configs/quickstart.py"
 

@@ -12,7 +12,7 @@ from clip_jax.evaluate import main as evaluate
 from clip_jax.main import main as train
 from clip_jax.main import parse_arguments
 from clip_jax.predict import main as predict
-from clip_jax.training.loop import check_workdir, read_initial_variables
+from clip_jax.training.preparation import check_workdir, read_initial_variables
 from clip_jax.weights import read_weights
 
 PATHS = ["{name}", "./{name}", "{name}/", "../home/{name}", "link/{name}", "link/../home/{name}", "~/{name}"]

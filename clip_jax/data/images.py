@@ -19,7 +19,7 @@ import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from clip_jax.data.augmentation import WHITE, Augmentation, augment
-from clip_jax.models.presets import Preprocessing
+from clip_jax.models.preprocessing import OPENAI_PREPROCESSING, Preprocessing
 
 try:
     import cykooz_resizer
@@ -44,7 +44,6 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }  # by EXIF orientation: what makes a picture upright
 IDENTIFIED_ONLY = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows these formats and decodes none of them
-DEFAULT_PREPROCESSING = Preprocessing()
 FAST_FILTERS = {"bicubic": "catmull_rom", "bilinear": "bilinear"}  # of cykooz.resizer, which calls them otherwise
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # sizes are checked here, against a lower limit
@@ -233,7 +232,7 @@ def _check_size(width: int, height: int, min_side: int, max_aspect_ratio: float,
 
 
 def evaluation_transform(
-    image: Image.Image, image_size: int, preprocessing: Preprocessing = DEFAULT_PREPROCESSING
+    image: Image.Image, image_size: int, preprocessing: Preprocessing = OPENAI_PREPROCESSING
 ) -> np.ndarray:
     """Resizes, and crops or pads the center: sizes and places are rounded as torchvision and open_clip do.
 
@@ -273,7 +272,7 @@ def decode_for_training(
     augmentation: Augmentation,
     min_side: int = 1,
     max_aspect_ratio: float = MAX_ASPECT_RATIO,
-    preprocessing: Preprocessing = DEFAULT_PREPROCESSING,
+    preprocessing: Preprocessing = OPENAI_PREPROCESSING,
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """What :func:`training_transform` needs of an encoded picture, at less cost than whole for a large JPEG.
 
@@ -303,7 +302,7 @@ def training_transform(
     rng: np.random.Generator,
     augmentation: Augmentation,
     size: tuple[int, int] | None = None,
-    preprocessing: Preprocessing = DEFAULT_PREPROCESSING,
+    preprocessing: Preprocessing = OPENAI_PREPROCESSING,
 ) -> np.ndarray:
     """The paper's random square crop of the resized image, then what ``augmentation`` adds.
 

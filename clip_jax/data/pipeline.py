@@ -9,25 +9,23 @@ import multiprocessing
 import signal
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import grain
+import ml_collections
 import numpy as np
 
 from clip_jax.data.bad_samples import REASONS
 from clip_jax.data.decoded_cache import DecodedCache
-from clip_jax.data.images import (
-    DEFAULT_PREPROCESSING,
-    Augmentation,
-    ImageError,
-    decode_for_training,
-    decode_pixels,
-    training_transform,
-)
+from clip_jax.data.images import Augmentation, ImageError, decode_for_training, decode_pixels, training_transform
 from clip_jax.data.sources import Mixture, Pair, PairError, ShardError
 from clip_jax.data.sources.buckets import current_access, use_access
 from clip_jax.data.tokenizer import tokenize
 from clip_jax.data.workers import end_with_parent
-from clip_jax.models.presets import Preprocessing
+from clip_jax.models.preprocessing import OPENAI_PREPROCESSING, Preprocessing
+
+if TYPE_CHECKING:  # the workers that decode images need no model
+    from clip_jax.models.presets import CLIPPreset
 
 # Raise this whenever the same pictures would come out as other pixels or tokens: a run then refuses to resume.
 TRANSFORM_VERSION = 3
@@ -50,7 +48,7 @@ class Transform:
     augmentation: Augmentation
     min_side: int = 1
     max_aspect_ratio: float = 100.0
-    preprocessing: Preprocessing = DEFAULT_PREPROCESSING
+    preprocessing: Preprocessing = OPENAI_PREPROCESSING
 
     def decode(self, pair: Pair) -> tuple[np.ndarray, tuple[int, int]]:
         """The image's pixels, uint8 ``[H, W, 3]``, and its own width and height, which may be larger.
@@ -72,6 +70,18 @@ class Transform:
     def check(self, pair: Pair) -> None:
         """Raises ImageError if the picture cannot be used."""
         decode_pixels(pair.image, self.min_side, self.max_aspect_ratio)
+
+
+def transform_of(data: ml_collections.ConfigDict, preset: "CLIPPreset", image_size: int) -> Transform:
+    """The transform that ``config.data`` and the model ask for, to images of ``image_size`` pixels."""
+    return Transform(
+        image_size,
+        preset.text.context_length,
+        Augmentation(**data.augmentation),
+        data.min_image_side,
+        data.max_aspect_ratio,
+        preset.preprocessing.at_image_size(preset.vision.image_size, image_size),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from clip_jax.data.images import DEFAULT_PREPROCESSING, ImageError, decode_image, evaluation_transform
+from clip_jax.data.images import ImageError, decode_image, evaluation_transform
 from clip_jax.data.sources import MissingPackageError, Pair, PairError, Source, open_source
-from clip_jax.models.presets import Preprocessing
+from clip_jax.models.preprocessing import OPENAI_PREPROCESSING, Preprocessing
 
 KEPT_BYTES = 2**29  # of decoded pictures, so that an evaluation during training decodes a small set once
 
@@ -37,9 +37,7 @@ class Pictures(Sequence):
     line that names it, or OSError where what holds it is lost.
     """
 
-    def __init__(
-        self, name: str, source: Source, image_size: int, preprocessing: Preprocessing = DEFAULT_PREPROCESSING
-    ):
+    def __init__(self, name: str, source: Source, image_size: int, preprocessing: Preprocessing = OPENAI_PREPROCESSING):
         self._name, self._source, self._image_size, self._preprocessing = name, source, image_size, preprocessing
         self._rows: Sequence[int] = range(len(source))
         self._change: Callable[[np.ndarray, int], np.ndarray] | None = None

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Sequence
 
-from clip_jax.data.images import DEFAULT_PREPROCESSING
 from clip_jax.evaluation.classification import ClassificationTask
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.measuring import NO_EXTRAS, Extras
@@ -11,7 +10,7 @@ from clip_jax.evaluation.registry import Task
 from clip_jax.evaluation.remembered import Classifier
 from clip_jax.evaluation.results import MissingTask, Results
 from clip_jax.evaluation.retrieval_task import RetrievalTask
-from clip_jax.models.presets import Preprocessing
+from clip_jax.models.preprocessing import OPENAI_PREPROCESSING, Preprocessing
 
 
 class Evaluations:
@@ -25,7 +24,7 @@ class Evaluations:
     """
 
     def __init__(
-        self, tasks: Sequence[Task], image_size: int, data: str, preprocessing: Preprocessing = DEFAULT_PREPROCESSING
+        self, tasks: Sequence[Task], image_size: int, data: str, preprocessing: Preprocessing = OPENAI_PREPROCESSING
     ):
         kinds = {"zero_shot": ClassificationTask, "retrieval": RetrievalTask}
         self.tasks: list[ClassificationTask | RetrievalTask] = []

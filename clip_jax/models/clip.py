@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from clip_jax.models.presets import CLIPPreset, Preprocessing, ResNetPreset
+from clip_jax.models.preprocessing import Preprocessing
+from clip_jax.models.presets import CLIPPreset, ResNetPreset
 from clip_jax.models.resnet import ResNet
 from clip_jax.models.text_transformer import TextTransformer
 from clip_jax.models.vision_transformer import VisionTransformer

@@ -8,41 +8,11 @@ import dataclasses
 
 import ml_collections
 
+from clip_jax.models.preprocessing import OPENAI_PREPROCESSING, Preprocessing
+
 ACTIVATIONS = ("quick_gelu", "gelu")  # OpenAI's, and PyTorch's default, which most of open_clip's own models have
 BATCH_NORMS = ("global", "per_device")
 RESNET_REDUCTION = 32  # an image's side over that of the last stage's output; also its channels over the width
-
-# Mean and standard deviation of CLIP's training images, RGB in [0, 1], as published with its weights.
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-SMALLEST_STD = 1e-6  # a deviation near 0 is a mistake, and would make pixels infinite in float32
-MAX_RESIZE = 8  # times the image size: a larger size before the crop is a mistake that takes all memory
-RESIZE_MODES = ("shortest", "longest", "squash")
-INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "hamming", "box", "nearest")  # Pillow's
-
-
-@dataclasses.dataclass(frozen=True)
-class Preprocessing:
-    """How an image of any size becomes the square that the image tower sees. The default is OpenAI's.
-
-    The image is resized to ``resize_size`` pixels (0: the tower's image size), with Pillow's ``interpolation``. By
-    ``resize_mode`` that is the length of its short side ("shortest"), its long side ("longest") or both, whatever
-    its aspect ratio ("squash"). Then its center is cropped, or padded with the gray level ``fill_color`` (0 to 255),
-    to the tower's image size. ``mean`` and ``std``, of RGB in [0, 1], are subtracted and divided by.
-
-    Source: open_clip's ``PreprocessCfg`` and the image processors of Hugging Face's CLIP.
-    """
-
-    mean: tuple[float, float, float] = IMAGE_MEAN
-    std: tuple[float, float, float] = IMAGE_STD
-    resize_mode: str = "shortest"
-    interpolation: str = "bicubic"
-    resize_size: int = 0
-    fill_color: int = 0
-
-    def at_image_size(self, image_size: int, wanted: int) -> "Preprocessing":
-        """The same for images of ``wanted`` pixels, where this one is for ``image_size``: the same part is cropped."""
-        return dataclasses.replace(self, resize_size=round(self.resize_size * wanted / image_size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +66,7 @@ class CLIPPreset:
     embed_dim: int
     vision: VisionTransformerPreset | ResNetPreset
     text: TextTransformerPreset
-    preprocessing: Preprocessing = Preprocessing()
+    preprocessing: Preprocessing = OPENAI_PREPROCESSING
 
 
 _TEXT_512 = TextTransformerPreset(width=512, num_layers=12, num_heads=8)

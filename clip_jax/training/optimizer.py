@@ -1,11 +1,42 @@
 """AdamW as the paper trains (section 2.5, table 18): warm-up, cosine, and weight decay by name."""
 
+import dataclasses
+
 import jax
 import ml_collections
 import optax
 
+from clip_jax.settings import DTYPES, must_be, must_be_one_of, must_be_positive, must_not_be_negative
+
 # Gains and biases, as the paper says, and what is added to tokens rather than multiplied with them.
 WITHOUT_DECAY = ("bias", "scale", "class_embedding", "positional_embedding", "logit_scale", "logit_bias")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """Defaults of ``config.optimizer``, of the paper's Vision Transformers (table 18)."""
+
+    learning_rate: float = 5e-4
+    warmup_steps: int = 2_000
+    beta1: float = 0.9
+    beta2: float = 0.98
+    epsilon: float = 1e-6
+    weight_decay: float = 0.2
+    first_moment_dtype: str = "float32"  # or "bfloat16": of Adam's mean of the gradients
+    gradient_clip_norm: float = 0.0  # global norm; 0: no clipping
+
+    def problems(self) -> list[str]:
+        """One line for each value that cannot be used."""
+        prefix = "config.optimizer"
+        problems = [
+            *must_be_positive(self, ("learning_rate", "epsilon"), prefix),
+            *must_not_be_negative(self, ("warmup_steps", "weight_decay", "gradient_clip_norm"), prefix),
+            *must_be_one_of(self, "first_moment_dtype", DTYPES, prefix),
+        ]
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            problems += must_be(0 <= value < 1, f"{prefix}.{name}={value} must be in [0, 1)")
+        return problems
 
 
 def decay_mask(params) -> dict:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from clip_jax.models.presets import PRESETS, CLIPPreset, Preprocessing, preset_from_dict
+from clip_jax.models.preprocessing import Preprocessing
+from clip_jax.models.presets import PRESETS, CLIPPreset, preset_from_dict
 from clip_jax.weights import huggingface, huggingface_tokenizer, open_clip, openai
 from clip_jax.weights.huggingface_tokenizer import check_tokenizer
 from clip_jax.weights.mapping import Tensors, WeightsError, preset_from_shapes, to_variables

@@ -7,13 +7,8 @@ import re
 from safetensors.numpy import save_file
 
 from clip_jax.data.tokenizer import END_OF_TEXT, SPECIAL_TOKENS, published_vocabulary
-from clip_jax.models.presets import (
-    ACTIVATIONS,
-    CLIPPreset,
-    Preprocessing,
-    TextTransformerPreset,
-    VisionTransformerPreset,
-)
+from clip_jax.models.preprocessing import Preprocessing
+from clip_jax.models.presets import ACTIVATIONS, CLIPPreset, TextTransformerPreset, VisionTransformerPreset
 from clip_jax.weights import huggingface_fields
 from clip_jax.weights.huggingface_fields import (
     MODEL_FIELDS,

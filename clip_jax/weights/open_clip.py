@@ -12,13 +12,10 @@ from collections.abc import Mapping
 from safetensors.numpy import save_file
 
 from clip_jax.models.clip import SIGMOID_INITIAL_LOGIT_BIAS
+from clip_jax.models.preprocessing import IMAGE_MEAN, IMAGE_STD, RESIZE_MODES, Preprocessing
 from clip_jax.models.presets import (
-    IMAGE_MEAN,
-    IMAGE_STD,
-    RESIZE_MODES,
     RESNET_REDUCTION,
     CLIPPreset,
-    Preprocessing,
     ResNetPreset,
     TextTransformerPreset,
     VisionTransformerPreset,

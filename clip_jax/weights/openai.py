@@ -7,7 +7,8 @@ import dataclasses
 import pathlib
 import re
 
-from clip_jax.models.presets import RESNET_REDUCTION, CLIPPreset, Preprocessing, ResNetPreset
+from clip_jax.models.preprocessing import Preprocessing
+from clip_jax.models.presets import RESNET_REDUCTION, CLIPPreset, ResNetPreset
 from clip_jax.weights.mapping import (
     CONVOLUTION,
     HEAD_WIDTH,

@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 
 from clip_jax.models.clip import CLIP, normalize_images, unit_length
+from clip_jax.models.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing
 from clip_jax.models.presets import (
-    IMAGE_MEAN,
-    IMAGE_STD,
     PRESETS,
     RESNET_REDUCTION,
     CLIPPreset,
-    Preprocessing,
     ResNetPreset,
     TextTransformerPreset,
     VisionTransformerPreset,

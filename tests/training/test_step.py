@@ -16,7 +16,7 @@ from trees import adam_state, assert_trees_close
 from clip_jax.models import layers
 from clip_jax.models.backends import Backend
 from clip_jax.models.clip import normalize_images
-from clip_jax.models.presets import Preprocessing
+from clip_jax.models.preprocessing import Preprocessing
 from clip_jax.sharding import batch_sharding, to_global_batch
 from clip_jax.training.accumulation import join_parts, split_into_parts
 from clip_jax.training.optimizer import make_optimizer

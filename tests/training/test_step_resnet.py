@@ -14,7 +14,7 @@ from trees import adam_state, assert_trees_close
 
 from clip_jax.config import default_config
 from clip_jax.models.clip import normalize_images
-from clip_jax.models.presets import Preprocessing
+from clip_jax.models.preprocessing import Preprocessing
 from clip_jax.run_folder import restore_variables
 from clip_jax.sharding import to_global_batch
 from clip_jax.training.checkpoint import Checkpointer

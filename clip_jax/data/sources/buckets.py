@@ -11,6 +11,7 @@ import time
 from typing import NamedTuple
 
 import fsspec
+import ml_collections
 from fsspec.asyn import sync
 from fsspec.exceptions import FSTimeoutError
 
@@ -41,6 +42,11 @@ class Access(NamedTuple):
     timeout: float = 15.0
     retries: int = 2
     connections: int = 32
+
+
+def access_of(data: ml_collections.ConfigDict) -> Access:
+    """What ``config.data`` says about buckets."""
+    return Access(data.bucket_timeout, data.bucket_retries, data.bucket_connections)
 
 
 class BucketError(OSError):

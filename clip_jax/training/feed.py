@@ -1,0 +1,124 @@
+"""This host's batches for the training loop: what the step takes, and the bad samples that were replaced in it."""
+
+import logging
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from clip_jax.data.bad_samples import REASONS, BadSample, BadSamples
+from clip_jax.data.decoded_cache import DecodedCache
+from clip_jax.data.pipeline import Batches, LoadPair, transform_of
+from clip_jax.models.presets import model_preset
+from clip_jax.training.preparation import Run
+
+logger = logging.getLogger("clip_jax")
+
+
+class Batch(NamedTuple):
+    """This host's part of one global batch.
+
+    ``inputs`` are what the step takes, arrays ``[B / hosts, ...]`` by name. ``bad`` int64 ``[B / hosts]`` are the
+    indices of samples that were replaced, and ``bad_reasons`` int8 their indices in ``REASONS``; both are -1 elsewhere.
+    """
+
+    inputs: dict[str, np.ndarray]
+    bad: np.ndarray
+    bad_reasons: np.ndarray
+
+
+class Feed:
+    """The batches from a data position on, and the bad samples among them.
+
+    With ``config.progressive_resolution`` the images of the first steps are smaller.
+    """
+
+    def __init__(self, run: Run, step: int, position: int):
+        self._run = run
+        host = jax.process_index()
+        self._bad_samples = BadSamples(run.workdir / f"bad_samples{f'-{host}' if host else ''}.jsonl")
+        self._image_size = self._image_size_at(step)
+        self._batches = self._open(position)
+
+    @property
+    def position(self) -> int:
+        """How many examples all hosts have drawn so far."""
+        return self._batches.position
+
+    def next(self, step: int) -> Batch:
+        """The batch that is trained on after ``step`` steps; its bad samples are counted and listed.
+
+        Raises:
+          InputError: the data cannot be used or read.
+        """
+        if (size := self._image_size_at(step)) != self._image_size:
+            self._image_size, position = size, self.position
+            self._batches.close()
+            self._batches = self._open(position)
+        inputs = dict(next(self._batches))
+        batch = Batch(inputs, inputs.pop("bad"), inputs.pop("bad_reason"))
+        if not self._run.config.model.patch_dropout:
+            inputs.pop("seed")  # the step draws nothing
+        if len(self._run.mixture.sources) == 1:
+            inputs.pop("source")  # the loss of the only source is the loss
+        self._bad_samples.count(batch.bad_reasons)
+        self._list_bad_samples(batch)
+        return batch
+
+    def scalars(self) -> dict[str, float]:
+        """For the metrics: bad samples of all hosts since the start by reason, and epochs by source.
+
+        Raises:
+          TooManyBadSamplesError: on all hosts, at the same step.
+        """
+        local = np.append(self._bad_samples.counts, self._bad_samples.seen)
+        halves = np.stack(np.divmod(local, 2**30)).astype(np.int32)  # JAX would cut off what is above 32 bits
+        high, low = multihost_utils.process_allgather(halves).reshape(-1, *halves.shape).astype(np.int64).sum(axis=0)
+        *counts, seen = (high * 2**30 + low).tolist()
+        self._bad_samples.check(counts, seen, self._run.config.data.max_bad_share)
+        scalars = {"bad_samples": sum(counts)}
+        scalars |= {f"bad_samples/{reason}": count for reason, count in zip(REASONS, counts, strict=True) if count}
+        epochs = self._run.mixture.epochs(self.position)
+        return scalars | {f"epochs/{name}" if len(epochs) > 1 else "epochs": value for name, value in epochs.items()}
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        self._batches.close()
+
+    def _image_size_at(self, step: int) -> int:
+        first, full = self._run.config.progressive_resolution, self._run.config.model.vision.image_size
+        return first.image_size if step < first.steps else full
+
+    def _open(self, position: int) -> Batches:
+        config = self._run.config
+        transform = transform_of(config.data, model_preset(config), self._image_size)
+        return Batches(
+            LoadPair(self._run.mixture, transform, DecodedCache(config.data.cache_mebibytes)),
+            config.global_batch_size,
+            config.seed,
+            jax.process_index(),
+            jax.process_count(),
+            config.data.num_workers,
+            config.data.num_threads,
+            position,
+        )
+
+    def _list_bad_samples(self, batch: Batch) -> None:
+        config, found = self._run.config, []
+        transform = transform_of(config.data, model_preset(config), config.model.vision.image_size)
+        is_bad = batch.bad >= 0
+        for index, reason in zip(batch.bad[is_bad].tolist(), batch.bad_reasons[is_bad].tolist(), strict=True):
+            if not self._bad_samples.is_new(index):
+                continue
+            name, message = f"record {index}", "it could be read at the second attempt"
+            try:
+                pair = self._run.mixture[index]
+                name = pair.key
+                transform.check(pair)
+            except Exception as error:  # as many kinds as made the pipeline replace it
+                message = " ".join(str(error).split()) or type(error).__name__
+            found.append(BadSample(index, REASONS[reason], name, message))
+            logger.warning("replaced a bad sample by the next one: %s: %s", name, message)
+        if found:
+            self._bad_samples.add_to_list(found)

@@ -1,0 +1,157 @@
+"""Checks everything that a training needs before anything is written: the folder, the data, the devices, the hosts."""
+
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import ml_collections
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from clip_jax.config import check_same_run, to_json
+from clip_jax.data.images import ImageError
+from clip_jax.data.pipeline import TRANSFORM_VERSION, Transform, transform_of
+from clip_jax.data.sources import Mixture, PairError, open_mixture
+from clip_jax.data.sources.buckets import access_of, use_access
+from clip_jax.evaluation.registry import find_tasks
+from clip_jax.evaluation.tasks import Evaluations
+from clip_jax.models.clip import INITIAL_LOGIT_SCALE, SIGMOID_INITIAL_LOGIT_BIAS, SIGMOID_INITIAL_LOGIT_SCALE
+from clip_jax.models.presets import model_preset
+from clip_jax.run_folder import CheckpointError, absolute, read_config, saved_fingerprint
+from clip_jax.sharding import check_batch_divides
+from clip_jax.training.state import configured_mesh
+from clip_jax.weights import digest_of, read_weights
+from clip_jax.weights.resizing import at_image_size
+
+
+class Run(NamedTuple):
+    """A run that has passed every check and has written nothing yet."""
+
+    config: ml_collections.ConfigDict
+    workdir: epath.Path
+    mixture: Mixture
+    evaluations: Evaluations
+    mesh: Mesh
+    steps: int
+    data_fingerprint: str
+    arguments: tuple[str, ...]
+
+
+def prepare(config: ml_collections.ConfigDict, workdir: str, arguments: Sequence[str] = ()) -> Run:
+    """Checks the folder, the data and whether the devices can share the batch; writes nothing.
+
+    ``config`` has passed :func:`clip_jax.config.validate`; ``arguments`` of the command are for the report.
+
+    Raises:
+      ValueError, OSError: a mistake of the user's; the message says what, where and the mend.
+    """
+    folder = check_workdir(workdir)
+    saved = read_config(folder)
+    if saved is not None:
+        check_same_run(config, saved, workdir)
+    mesh = configured_mesh(config)
+    check_batch_divides(config.global_batch_size, mesh, config.accumulation_steps)
+    use_access(access_of(config.data))
+    mixture = open_mixture(config.data.source, config.data.weights)
+    check_first_pairs(mixture, transform_of(config.data, model_preset(config), config.model.vision.image_size))
+    steps = config.steps or math.ceil(config.epochs * len(mixture) / config.global_batch_size)
+    if (smaller := config.progressive_resolution.steps) >= steps:
+        raise ValueError(
+            f"config.progressive_resolution.steps={smaller} must be below the run's {steps} steps, or it never sees "
+            "pictures of the model's size"
+        )
+    fingerprint = f"{mixture.fingerprint()}-{len(mixture)}-seed{config.seed}-transform{TRANSFORM_VERSION}"
+    before = saved_fingerprint(folder)
+    if before is not None and saved is None:
+        raise ValueError(f"{workdir} holds checkpoints but no config.json; restore it, or choose another --workdir")
+    if before not in (None, fingerprint):
+        raise ValueError(f"{workdir} was trained on other data than config.data.source={config.data.source} now holds")
+    evaluations = open_evaluations(config)
+    start = digest_of(read_initial_variables(config)) if config.init_from and before is None else ""
+    check_hosts_agree(f"{fingerprint} {steps} {start} {dict(mesh.shape)} {to_json(config)}")
+    return Run(config, folder, mixture, evaluations, mesh, steps, fingerprint, tuple(arguments))
+
+
+def open_evaluations(config: ml_collections.ConfigDict) -> Evaluations:
+    """The tasks of ``config.evaluation``.
+
+    Raises:
+      ValueError, OSError: there is no such task, or its data is not there or broken.
+    """
+    names, preset = config.evaluation.tasks, model_preset(config)
+    evaluations = Evaluations(
+        find_tasks(names) if names else [], preset.vision.image_size, config.evaluation.data, preset.preprocessing
+    )
+    for task in (*evaluations.missing, *evaluations.broken):
+        how = f"; get it: {task.how_to_get}" if task.how_to_get else ""
+        raise ValueError(f"config.evaluation.tasks={names}: {task.name}: {task.reason}{how}")
+    return evaluations
+
+
+def read_initial_variables(config: ml_collections.ConfigDict) -> dict:
+    """What ``config.init_from`` holds, as ``params`` and ``batch_stats`` for the model of the config.
+
+    Where it was trained with another loss than ``config.loss.kind``, temperature and bias start anew.
+
+    Raises:
+      FileNotFoundError, ValueError: there is no model, or one that differs in more than the image size.
+    """
+    try:
+        here = model_preset(config)
+        weights = read_weights(
+            config.init_from, assumed_activation=here.text.activation, assumed_preprocessing=here.preprocessing
+        )
+        variables = at_image_size(weights.variables, weights.preset, here)
+    except (ValueError, OSError, CheckpointError) as error:
+        raise ValueError(f"config.init_from={config.init_from}: {error}") from None
+    params = dict(variables["params"])
+    # A temperature that another loss has learnt is none to start from.
+    if config.loss.kind == "softmax" and params.pop("logit_bias", None) is not None:
+        params["logit_scale"] = np.float32(INITIAL_LOGIT_SCALE)
+    if config.loss.kind == "sigmoid" and "logit_bias" not in params:
+        params["logit_scale"] = np.float32(SIGMOID_INITIAL_LOGIT_SCALE)
+        params["logit_bias"] = np.float32(SIGMOID_INITIAL_LOGIT_BIAS)
+    return variables | {"params": params}
+
+
+def check_workdir(workdir: str) -> epath.Path:
+    """Raises ValueError unless the folder is there, or can be made, and can be written to."""
+    if not workdir or "://" in workdir:
+        raise ValueError(f"--workdir={workdir} must be a folder on a disk that all hosts share; mount a bucket first")
+    folder = absolute(workdir)
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--workdir={workdir}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"--workdir={workdir}: {existing} cannot be written to")
+    return folder
+
+
+def check_first_pairs(mixture: Mixture, transform: Transform) -> None:
+    """Raises ValueError if a source's first pair cannot be used: the source is not what it seemed to be."""
+    for name, source in zip(mixture.names, mixture.sources, strict=True):
+        try:
+            pair = source[0]
+        except PairError as error:
+            raise ValueError(f"config.data.source={name}: {error}") from None
+        try:
+            transform.check(pair)
+        except ImageError as error:
+            raise ValueError(f"config.data.source={name}: its first picture, {pair.key}: {error}") from None
+
+
+def check_hosts_agree(what: str) -> None:
+    """Raises ValueError if hosts were started with different configs or see different data.
+
+    All hosts meet here, so none begins to write while another still looks at what the folder holds.
+    """
+    digest = np.frombuffer(hashlib.sha256(what.encode()).digest(), np.uint8)
+    if not np.all(multihost_utils.process_allgather(digest).reshape(-1, len(digest)) == digest):
+        raise ValueError(
+            "the hosts differ in config, data, the weights to start from or a device's memory; all need the same flags "
+            "and the same files, and with unlike devices --config.mesh.fsdp"
+        )
