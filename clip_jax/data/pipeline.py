@@ -27,6 +27,7 @@ from clip_jax.data.sources import Mixture, Pair, PairError, ShardError
 from clip_jax.data.sources.buckets import current_access, use_access
 from clip_jax.data.tokenizer import tokenize
 from clip_jax.data.workers import end_with_parent
+from clip_jax.errors import FailedError, one_line
 from clip_jax.models.presets import Preprocessing
 
 # Raise this whenever the same pictures would come out as other pixels or tokens: a run then refuses to resume.
@@ -37,7 +38,7 @@ LARGEST_PART = 256  # examples
 UNSHUFFLED = {4**power for power in range(8, 32)}
 
 
-class InputError(ValueError):
+class InputError(FailedError):
     """The input cannot go on: a shard is lost, a worker has died, or too many samples in a row are bad."""
 
 
@@ -196,7 +197,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         except InputError:
             raise
         except Exception as error:  # of a worker that was killed, or has failed: grain's own kinds
-            reason = " ".join(str(error).split())[:500]
+            reason = one_line(error, longest=500)
             kind = "" if isinstance(error, ShardError) else f"{type(error).__name__}: "
             raise InputError(kind + reason) from error
         return (

@@ -17,12 +17,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from clip_jax.errors import FailedError, first_line, one_line
+from clip_jax.files import write_whole
 from clip_jax.training.step import TrainState
 
 logger = logging.getLogger("clip_jax")
 
 
-class CheckpointError(Exception):
+class CheckpointError(FailedError):
     """A run has checkpoints, and none of them can be read; or one cannot be written."""
 
 
@@ -71,7 +73,7 @@ class Checkpointer:
             try:
                 restored = self._restore(step, template)
             except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
-                logger.warning("checkpoint %d cannot be read and is skipped: %s", step, str(error).partition("\n")[0])
+                logger.warning("checkpoint %d cannot be read and is skipped: %s", step, first_line(error))
             if np.all(multihost_utils.process_allgather(np.array(restored is not None))):
                 for damaged in steps[:number]:
                     self._set_aside(damaged)
@@ -111,7 +113,7 @@ class Checkpointer:
         try:
             yield
         except Exception as error:  # orbax and tensorstore raise many kinds for a full disk or a lost permission
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, longest=300)
             raise CheckpointError(f"a checkpoint cannot be written to {self._manager.directory}: {reason}") from error
 
     def close(self) -> None:
@@ -171,7 +173,7 @@ def restore_variables(workdir: epath.Path) -> dict:
         try:
             return _restore_as_numpy(directory / str(step) / "state")
         except Exception as error:
-            logger.warning("checkpoint %d cannot be read and is skipped: %s", step, str(error).partition("\n")[0])
+            logger.warning("checkpoint %d cannot be read and is skipped: %s", step, first_line(error))
     if steps:
         raise CheckpointError(f"none of the checkpoints in {directory} can be read: {steps}")
     raise FileNotFoundError(f"{workdir} has no checkpoint")
@@ -199,9 +201,7 @@ def write_config(workdir: epath.Path, text: str) -> None:
     """Writes ``config.json`` from the first process, whole or not at all."""
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        temporary = workdir / "config.json.tmp"
-        temporary.write_text(text)
-        temporary.replace(workdir / "config.json")
+        write_whole(workdir / "config.json", text)
 
 
 def read_config(workdir: epath.Path) -> dict | None:

@@ -32,6 +32,7 @@ from clip_jax.data.images import Augmentation, ImageError
 from clip_jax.data.pipeline import TRANSFORM_VERSION, Batches, InputError, LoadPair, Transform
 from clip_jax.data.sources import Mixture, PairError, open_mixture
 from clip_jax.data.sources.buckets import Access, use_access
+from clip_jax.errors import one_line
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.measuring import Extras
 from clip_jax.evaluation.provenance import provenance
@@ -442,7 +443,7 @@ def list_bad_samples(run: Run, bad_samples: BadSamples, bad: np.ndarray, reasons
             name = pair.key
             transform.check(pair)
         except Exception as error:  # as many kinds as made the pipeline replace it
-            message = " ".join(str(error).split()) or type(error).__name__
+            message = one_line(error)
         found.append(BadSample(index, REASONS[reason], name, message))
         logger.warning("replaced a bad sample by the next one: %s: %s", name, message)
     if found:
