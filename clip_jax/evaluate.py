@@ -4,29 +4,37 @@
     python -m clip_jax.evaluate --list
     python -m clip_jax.evaluate --compare evaluations/one evaluations/other --output=evaluations/both
 
-On a pod, run the same command on every host. Exit codes: 0 done, 2 a mistake in what was asked for or nothing that
-could be scored (one line each), 3 interrupted.
+On a pod, run the same command on every host. Exit codes: 0 done, 1 failed, 2 a mistake in what was asked for or a task
+that could not be scored (one line each), 3 interrupted.
 """
 
 import argparse
 import dataclasses
 import json
-import logging
 import os
-import sys
 import time
 
 from etils import epath
 
-from clip_jax.command_line import RaisingParser
+from clip_jax.command_line import (
+    DONE,
+    MISTAKE,
+    Parser,
+    command,
+    report,
+    run,
+    set_up_logging,
+    start_distributed,
+)
 from clip_jax.evaluation.results import MissingTask
 from clip_jax.models.presets import ACTIVATIONS, CLIPPreset
-from clip_jax.standard_output import run
+
+PROGRAM = "python -m clip_jax.evaluate"
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
+def parse_arguments(argv: list[str], program: str = PROGRAM) -> argparse.Namespace:
     """Raises ValueError if the flags do not go together; one line."""
-    parser = RaisingParser(prog="python -m clip_jax.evaluate", description="Scores a model on tasks.")
+    parser = Parser(prog=program, description="Scores a model on tasks.")
     parser.add_argument(
         "--model", type=os.path.expanduser, help="a run, or weights of OpenAI, open_clip or Hugging Face"
     )
@@ -42,8 +50,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64, help="images or texts at once, on all devices")
     parser.add_argument("--dtype", default="float32", help="of the computation: float32 or bfloat16")
     parser.add_argument("--activation", choices=ACTIVATIONS, help="of a file that cannot tell; else quick_gelu")
-    parser.add_argument("--distributed", action="store_true", help="join the other hosts of a pod (Cloud TPU VMs only)")
-    arguments = parser.parse_args(argv)
+    parser.add_distributed()
+    arguments = parser.read(argv)
     arguments.given = argv
     wanted = [name for name in ("list", "compare", "model") if getattr(arguments, name)]
     if len(wanted) != 1:
@@ -53,17 +61,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-        run = _list if arguments.list else _compare if arguments.compare else _evaluate
-        return run(arguments)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 3
+@command(PROGRAM)
+def main(argv: list[str], program: str) -> int:
+    arguments = parse_arguments(argv, program)
+    if arguments.list:
+        return _list(arguments)
+    return _compare(arguments) if arguments.compare else _evaluate(arguments)
 
 
 def _path(text: str) -> epath.Path:
@@ -85,7 +88,7 @@ def _list(arguments: argparse.Namespace) -> int:
         except ValueError as error:
             state = f"broken: {error}"
         print(f"{task.name:25} {task.kind:10} {task.metric:24} {','.join(task.groups)}\n{'':26}{state}")
-    return 0
+    return DONE
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -96,15 +99,13 @@ def _compare(arguments: argparse.Namespace) -> int:
     if arguments.output:
         write_comparison(arguments.output, comparison)
         print(f"\nin {arguments.output}/comparison.html")
-    return 0
+    return DONE
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from clip_jax.evaluation.registry import find_tasks
 
     tasks = find_tasks(arguments.tasks)
-    from clip_jax.main import start_distributed
-
     start_distributed(arguments.distributed)
     import jax
 
@@ -119,7 +120,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from clip_jax.loading import load
     from clip_jax.training.checkpoint import CheckpointError
 
-    logging.getLogger("clip_jax").setLevel(logging.WARNING)
+    set_up_logging()
     first_host = jax.process_index() == 0
     output = _writable(arguments.output) if arguments.output and first_host else None
     try:
@@ -130,12 +131,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     evaluations = Evaluations(tasks, preset.vision.image_size, arguments.data, preset.preprocessing)
     if first_host:
         for task in evaluations.missing:
-            print(f"missing: {_line(task)}", file=sys.stderr)
+            report("missing", _line(task))
         for task in evaluations.broken:
-            print(f"error: {_line(task)}", file=sys.stderr)
+            report("error", _line(task))
     if not evaluations:
         if evaluations.broken:
-            return 2
+            return MISTAKE
         raise ValueError("none of these tasks has its data here")
 
     embedder = model.embedder
@@ -150,7 +151,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             return
         if len(results.missing) > told:
             told += 1
-            print(f"error: {_line(results.missing[-1])}", file=sys.stderr, flush=True)
+            report("error", _line(results.missing[-1]))
             return
         task = results.tasks[-1]
         print(f"{main_metric(task):68} after {time.monotonic() - started:,.0f} s", flush=True)
@@ -167,7 +168,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             write_results(output, results)
             write_report(output, results, history, provenance=provenance("clip_jax.evaluate", arguments.given, **facts))
             print(f"\nin {output}: report.html (open it in a browser), results.json")
-    return 2 if len(results.missing) > len(evaluations.missing) else 0
+    return MISTAKE if len(results.missing) > len(evaluations.missing) else DONE
 
 
 def _facts(model: str, preset: CLIPPreset) -> tuple[list[dict[str, float]], dict[str, str]]:

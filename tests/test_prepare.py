@@ -111,7 +111,7 @@ def test_ctrl_c_ends_it_at_once_and_in_one_line(tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the workers as well
     _, errors = process.communicate(timeout=trial.DEADLINE)
     assert process.returncode == 3
-    assert without_progress(errors) == "\ninterrupted: the same command goes on from here\n"
+    assert without_progress(errors) == "interrupted; the same command goes on from here\n"
     assert not list((tmp_path / "out/parts").glob(".unfinished-*-pairs-*"))
 
 
