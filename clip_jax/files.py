@@ -19,7 +19,8 @@ def whole(path: str | os.PathLike, folder: str | os.PathLike | None = None) -> I
 
     Args:
       path: what to write. A file of that name is replaced; a folder is only if it is empty.
-      folder: where to write it until then, on the same file system; next to ``path`` if not given. It must exist.
+      folder: where to write it until then, on the same file system; next to ``path`` if not given. The block
+        may make it.
 
     Yields:
       A path that does not exist, which ends like ``path`` and is in ``folder``.
@@ -43,8 +44,8 @@ def whole(path: str | os.PathLike, folder: str | os.PathLike | None = None) -> I
     finally:
         if unfinished.is_dir():
             shutil.rmtree(unfinished, ignore_errors=True)
-        else:
-            unfinished.unlink(missing_ok=True)
+        elif os.path.lexists(unfinished):
+            unfinished.unlink()
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes, folder: str | os.PathLike | None = None) -> None:

@@ -67,9 +67,8 @@ def open_or_build(kind: str, name: str, content: str, folder: str, build: Callab
         pass  # not there, or damaged
     meta, arrays = build(_newest(parent, f"{kind}-{name}-"))
     try:
-        parent.mkdir(parents=True, exist_ok=True)
         with whole(place) as unfinished:
-            unfinished.mkdir()
+            unfinished.mkdir(parents=True)
             for key, array in arrays.items():
                 np.save(unfinished / f"{key}.npy", array)
             (unfinished / "meta.json").write_text(json.dumps(meta | {"arrays": list(arrays)}), encoding="utf-8")
