@@ -51,6 +51,7 @@ test-cuda: $(CUDA_VENV)/.cuda  ## what XLA's compiler makes for GPUs; none is ne
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports --no-logo
 
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff check --fix .

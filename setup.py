@@ -69,7 +69,11 @@ setup(
             "scipy",  # an optimum found in another way
             "playwright",  # opens the report in a Chromium, where there is one
         ],
-        "dev": ["ruff", "resvg_py"],  # resvg_py renders the drawings in SVG when the shipped pairs are built
+        "dev": [
+            "ruff",
+            "resvg_py",  # renders the drawings in SVG when the shipped pairs are built
+            "import-linter",  # imports point one way
+        ],
         # What tests and benchmarks compare with. setuptools: clip-anytorch imports pkg_resources.
         "peers": [
             "torch==2.13.0",

@@ -39,8 +39,8 @@ from benchmarks.accelerator_report import (
     tables,
     with_shares,
 )
-from clip_jax.config import DTYPES, LOSS_FORMS, REMAT_POLICIES, default_config, model_preset
-from clip_jax.models.presets import PRESETS
+from clip_jax.config import DTYPES, LOSS_FORMS, REMAT_POLICIES, default_config
+from clip_jax.models.presets import PRESETS, model_preset
 
 MODELS = ("ViT-L/14", "ViT-B/32", "ViT-B/16", "RN50")  # the most important first
 FIRST_BATCH = {"ViT-L/14": 128, "ViT-B/16": 256, "ViT-B/32": 512, "RN50": 256}

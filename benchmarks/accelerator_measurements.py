@@ -26,7 +26,8 @@ import numpy as np
 import optax
 
 from benchmarks.random_data import random_batch
-from clip_jax.config import default_config, model_preset
+from clip_jax.config import default_config
+from clip_jax.models.presets import model_preset
 
 STEPS_OF_SCHEDULE = 1_000
 WARM_UP = 3  # runs, of which the first compiles; two where they take long
@@ -228,9 +229,10 @@ def our_trainer(spec: dict) -> Trainer:
     """As ``clip_jax.main`` trains from a config, on the first device alone."""
     import jax
 
+    from clip_jax.sharding import to_global_batch
     from clip_jax.training.optimizer import make_optimizer
-    from clip_jax.training.sharding import to_global_batch
-    from clip_jax.training.step import configured_mesh, create_state, make_model, make_train_step
+    from clip_jax.training.state import configured_mesh, create_state, make_model
+    from clip_jax.training.step import make_train_step
 
     config = config_of(spec["case"], spec["setting"])
     mesh = configured_mesh(config, jax.devices()[:1])
@@ -391,8 +393,8 @@ def our_loss(spec: dict) -> dict:
     import jax.numpy as jnp
 
     from benchmarks.loss import embeddings
+    from clip_jax.sharding import make_mesh
     from clip_jax.training.loss import contrastive_loss
-    from clip_jax.training.sharding import make_mesh
 
     mesh = make_mesh(1, jax.devices()[:1])
     form, block_size = spec["setting"]["loss"], spec["setting"].get("block_size", 0)

@@ -31,10 +31,11 @@ from clip_jax.models import attention, layers
 from clip_jax.planning.hlo import Computation, Instruction, parse_module
 from clip_jax.planning.model_flops import step_flops
 from clip_jax.planning.program import FREE, Walk
+from clip_jax.sharding import batch_sharding, make_mesh, replicated
 from clip_jax.training.loss import contrastive_loss
 from clip_jax.training.optimizer import make_optimizer
-from clip_jax.training.sharding import batch_sharding, make_mesh, replicated
-from clip_jax.training.step import abstract_state, make_model, make_train_step
+from clip_jax.training.state import abstract_state, make_model
+from clip_jax.training.step import make_train_step
 
 GIB = 2**30
 # As NVIDIA sells the H200 SXM; products in bfloat16 without sparsity.

@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.missing import has_peer
 from clip_jax.evaluation.linear_probe import Split, fit, linear_probe
-from clip_jax.training.sharding import make_mesh
+from clip_jax.sharding import make_mesh
 
 NUM_CLASSES = 100
 TEST_COUNT = 5_000

@@ -40,8 +40,8 @@ def our_loss(arguments: argparse.Namespace) -> Callable[[], float]:
     import jax
     import jax.numpy as jnp
 
+    from clip_jax.sharding import make_mesh
     from clip_jax.training.loss import contrastive_loss
-    from clip_jax.training.sharding import make_mesh
 
     mesh = make_mesh(fsdp=1)
 

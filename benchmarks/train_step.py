@@ -18,10 +18,12 @@ import jax
 
 from benchmarks.missing import has_peer
 from benchmarks.random_data import random_batch
-from clip_jax.config import load_config_file, model_preset, override
+from clip_jax.config import load_config_file, override
+from clip_jax.models.presets import model_preset
+from clip_jax.sharding import to_global_batch
 from clip_jax.training.optimizer import make_optimizer
-from clip_jax.training.sharding import to_global_batch
-from clip_jax.training.step import configured_mesh, create_state, make_model, make_train_step
+from clip_jax.training.state import configured_mesh, create_state, make_model
+from clip_jax.training.step import make_train_step
 
 STEPS_OF_SCHEDULE = 1_000
 

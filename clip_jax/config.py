@@ -25,10 +25,8 @@ from clip_jax.models.presets import (
     RESIZE_MODES,
     RESNET_REDUCTION,
     SMALLEST_STD,
-    CLIPPreset,
     ResNetPreset,
     get_preset,
-    preset_from_dict,
 )
 
 DTYPES = ("float32", "bfloat16")
@@ -132,11 +130,6 @@ def default_config(preset: str) -> ml_collections.ConfigDict:
     config.evaluation.batch_size = 256  # over all devices
     config.lock()
     return config
-
-
-def model_preset(config: ml_collections.ConfigDict) -> CLIPPreset:
-    """The model that ``config.model`` describes: its preset with whatever was overridden."""
-    return preset_from_dict(config.model.to_dict())
 
 
 def load_config_file(path: str) -> ml_collections.ConfigDict:

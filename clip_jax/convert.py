@@ -79,7 +79,7 @@ def main(argv: list[str], program: str) -> int:
     arguments = parse_arguments(argv, program)
     import jax
 
-    from clip_jax.training.checkpoint import CheckpointError
+    from clip_jax.run_folder import CheckpointError
     from clip_jax.weights import preset_name, read_weights, write_weights
 
     set_up_logging()

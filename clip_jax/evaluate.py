@@ -118,7 +118,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from clip_jax.evaluation.tasks import Evaluations
     from clip_jax.evaluation.zero_shot import classifier_of
     from clip_jax.loading import load
-    from clip_jax.training.checkpoint import CheckpointError
+    from clip_jax.run_folder import CheckpointError
 
     set_up_logging()
     first_host = jax.process_index() == 0
@@ -173,7 +173,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _facts(model: str, preset: CLIPPreset) -> tuple[list[dict[str, float]], dict[str, str]]:
     """A run's metrics, steps, training time and config; of other weights no metrics, and the model's description."""
-    from clip_jax.training.checkpoint import read_config
+    from clip_jax.run_folder import read_config
     from clip_jax.training.metrics import format_duration, read_metrics, training_seconds
 
     run = epath.Path(model)

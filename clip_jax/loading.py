@@ -30,8 +30,8 @@ from clip_jax.models.backends import backend_of
 from clip_jax.models.clip import CLIP
 from clip_jax.models.presets import CLIPPreset, ResNetPreset
 from clip_jax.models.transformer import unstack_layers
-from clip_jax.training.sharding import batch_sharding, make_mesh
-from clip_jax.training.step import place_variables
+from clip_jax.sharding import batch_sharding, make_mesh
+from clip_jax.training.state import place_variables
 from clip_jax.weights import Weights, digest_of, preset_name, read_weights
 
 
@@ -405,7 +405,7 @@ def load(
       FileNotFoundError: there is no model.
       ValueError: ``dtype``, ``batch_size`` or ``preprocessing`` is not one of the choices.
       clip_jax.weights.WeightsError: it is damaged, unsafe, or not one of the models that are built here.
-      clip_jax.training.checkpoint.CheckpointError: none of a run's checkpoints can be read.
+      clip_jax.run_folder.CheckpointError: none of a run's checkpoints can be read.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")

@@ -110,7 +110,7 @@ def main(argv: list[str], program: str) -> int:
     from PIL import Image
 
     from clip_jax.loading import load
-    from clip_jax.training.checkpoint import CheckpointError
+    from clip_jax.run_folder import CheckpointError
 
     # Pillow itself refuses images of more than twice this.
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, arguments.max_pixels)

@@ -12,12 +12,11 @@ from PIL import Image
 from safetensors.numpy import load_file
 from trial import SMALL, losses, run
 
-from clip_jax.config import model_preset
 from clip_jax.convert import main as convert
 from clip_jax.convert import use_of
 from clip_jax.main import main as train
 from clip_jax.main import parse_arguments
-from clip_jax.models.presets import Preprocessing
+from clip_jax.models.presets import Preprocessing, model_preset
 from clip_jax.predict import main as predict
 from clip_jax.training.loop import make_batches, prepare, read_initial_variables
 from clip_jax.weights import Weights, read_weights

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_jax.config import check_same_run, load_config_file, model_preset, to_json, validate
+from clip_jax.config import check_same_run, load_config_file, to_json, validate
 from clip_jax.main import main, parse_arguments
-from clip_jax.models.presets import get_preset
+from clip_jax.models.presets import get_preset, model_preset
 from clip_jax.training.loop import prepare
 
 QUICKSTART = "--config=configs/quickstart.py"

@@ -36,7 +36,7 @@ from clip_jax.planning.program import direction_of, label_of, part_of, read_prog
 from clip_jax.planning.report import format_report, make_report
 from clip_jax.planning.topologies import GENERATIONS, GIB, parse_topology
 from clip_jax.training.optimizer import make_optimizer
-from clip_jax.training.step import abstract_state, configured_mesh, make_model
+from clip_jax.training.state import abstract_state, configured_mesh, make_model
 
 RECORDED = pathlib.Path(__file__).parent / "planning"
 

@@ -6,9 +6,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clip_jax.config import default_config
+from clip_jax.sharding import replicated, to_global_batch
 from clip_jax.training.optimizer import make_optimizer
-from clip_jax.training.sharding import replicated, to_global_batch
-from clip_jax.training.step import create_state, make_model, make_train_step
+from clip_jax.training.state import create_state, make_model
+from clip_jax.training.step import make_train_step
 
 BATCH_SIZE = 16
 

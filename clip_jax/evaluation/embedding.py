@@ -13,7 +13,7 @@ from clip_jax.data.tokenizer import tokenize
 from clip_jax.evaluation.pictures import all_gather_objects, raise_first
 from clip_jax.models.clip import CLIP, normalize_images
 from clip_jax.models.presets import ResNetPreset
-from clip_jax.training.sharding import batch_sharding, replicated
+from clip_jax.sharding import batch_sharding, replicated
 
 TOKENS_UNIT = 8  # texts are padded to a multiple of it, so that few lengths have to be compiled
 BATCH_FACTOR = 8  # between the sizes of batches that are compiled

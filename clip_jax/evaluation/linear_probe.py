@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 
 from clip_jax.evaluation.zero_shot import label_ranks, rank_metrics, top_k_accuracy
-from clip_jax.training.sharding import batch_sharding, replicated
+from clip_jax.sharding import batch_sharding, replicated
 
 MAX_ITERATIONS = 1000
 # A fit ends where the gradient's largest entry is a hundredth of the penalty's alone, which is what the examples'

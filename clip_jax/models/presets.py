@@ -6,6 +6,8 @@ Heads are 64 wide throughout, as in all of the paper's transformers, unless a pr
 
 import dataclasses
 
+import ml_collections
+
 ACTIVATIONS = ("quick_gelu", "gelu")  # OpenAI's, and PyTorch's default, which most of open_clip's own models have
 BATCH_NORMS = ("global", "per_device")
 RESNET_REDUCTION = 32  # an image's side over that of the last stage's output; also its channels over the width
@@ -136,6 +138,11 @@ def preset_from_dict(model: dict) -> CLIPPreset:
         preprocessing["resize_size"] = 0  # the same, by its usual name
     text = TextTransformerPreset(**model["text"])
     return CLIPPreset(model["embed_dim"], tower(**vision), text, Preprocessing(**preprocessing))
+
+
+def model_preset(config: ml_collections.ConfigDict) -> CLIPPreset:
+    """The model that ``config.model`` describes: its preset with whatever was overridden."""
+    return preset_from_dict(config.model.to_dict())
 
 
 def get_preset(name: str) -> CLIPPreset:

@@ -128,7 +128,7 @@ def kept_bytes(config, mesh, state, batch: dict) -> dict[str, int]:
 
     from clip_jax.config import REMAT_POLICIES
     from clip_jax.models.clip import normalize_images
-    from clip_jax.training.step import make_model
+    from clip_jax.training.state import make_model
 
     def kept(remat: str) -> int:
         candidate = config.copy_and_resolve_references()
@@ -170,9 +170,10 @@ def compile_step(config_dict: dict, topology: Topology) -> dict:
     import ml_collections
     import numpy as np
 
+    from clip_jax.sharding import batch_sharding, check_batch_divides
     from clip_jax.training.optimizer import make_optimizer
-    from clip_jax.training.sharding import batch_sharding, check_batch_divides
-    from clip_jax.training.step import abstract_state, configured_mesh, make_model, make_train_step
+    from clip_jax.training.state import abstract_state, configured_mesh, make_model
+    from clip_jax.training.step import make_train_step
 
     config = ml_collections.ConfigDict(config_dict)
     mesh = configured_mesh(config, slice_devices(topology), topology.generation.hbm_bytes)

@@ -5,7 +5,7 @@ import math
 
 import ml_collections
 
-from clip_jax.config import model_preset
+from clip_jax.models.presets import model_preset
 from clip_jax.planning.advice import advice
 from clip_jax.planning.figures import flops as in_flops
 from clip_jax.planning.figures import num_bytes, number, share, span

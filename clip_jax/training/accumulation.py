@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from clip_jax.training.sharding import BATCH_AXES, batch_sharding
+from clip_jax.sharding import BATCH_AXES, batch_sharding
 
 LOGIT_PARAMETERS = ("logit_scale", "logit_bias")  # those that the loss takes beside the embeddings
 

@@ -25,7 +25,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from clip_jax.config import check_same_run, model_preset, to_json
+from clip_jax.config import check_same_run, to_json
 from clip_jax.data.bad_samples import REASONS, BadSample, BadSamples, TooManyBadSamplesError
 from clip_jax.data.decoded_cache import DecodedCache
 from clip_jax.data.images import Augmentation, ImageError
@@ -42,27 +42,21 @@ from clip_jax.evaluation.results import Results, write_results
 from clip_jax.evaluation.tasks import Evaluations
 from clip_jax.evaluation.zero_shot import classifier_of
 from clip_jax.models.clip import INITIAL_LOGIT_SCALE, SIGMOID_INITIAL_LOGIT_BIAS, SIGMOID_INITIAL_LOGIT_SCALE
-from clip_jax.training.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    absolute,
-    read_config,
-    saved_fingerprint,
-    write_config,
-)
+from clip_jax.models.presets import model_preset
+from clip_jax.run_folder import CheckpointError, absolute, read_config, saved_fingerprint, write_config
+from clip_jax.sharding import check_batch_divides, to_global_batch
+from clip_jax.training.checkpoint import Checkpointer
 from clip_jax.training.metrics import MetricWriter, StepLog, format_duration, read_metrics, training_seconds
 from clip_jax.training.optimizer import make_optimizer
-from clip_jax.training.sharding import check_batch_divides, to_global_batch
-from clip_jax.training.step import (
+from clip_jax.training.state import (
     TrainState,
-    TrainStep,
     abstract_state,
     configured_mesh,
     create_state,
     make_model,
-    make_train_step,
     state_from_variables,
 )
+from clip_jax.training.step import TrainStep, make_train_step
 from clip_jax.weights import digest_of, read_weights
 from clip_jax.weights.resizing import at_image_size
 

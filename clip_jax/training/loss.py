@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from clip_jax.models.backends import backend_of
-from clip_jax.training.sharding import BATCH_AXES
+from clip_jax.sharding import BATCH_AXES
 
 LOSS_FORMS = ("gather", "blockwise")
 GATHERED_LOGITS_BYTES = 64 * 2**20

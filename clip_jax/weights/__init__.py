@@ -155,7 +155,7 @@ def _read_run(folder: pathlib.Path, config: dict) -> Weights:
     # Imported late: orbax takes a second, and only runs need it.
     from etils import epath
 
-    from clip_jax.training.checkpoint import restore_variables
+    from clip_jax.run_folder import restore_variables
 
     return Weights(preset_from_dict(config["model"]), restore_variables(epath.Path(folder)), "clip_jax")
 
@@ -267,7 +267,7 @@ def write_weights(weights: Weights, destination: str | os.PathLike, format: str)
 def _write_clip_jax(folder: pathlib.Path, weights: Weights) -> None:
     from etils import epath
 
-    from clip_jax.training.checkpoint import save_variables, write_config
+    from clip_jax.run_folder import save_variables, write_config
 
     model = dataclasses.asdict(weights.preset) | {"name": preset_name(weights.preset)}
     write_config(epath.Path(folder), json.dumps({"converted_from": weights.format, "model": model}, indent=2) + "\n")

@@ -13,7 +13,7 @@ from clip_jax.models.backends import backend_of
 from clip_jax.models.layers import row_major
 from clip_jax.models.presets import PRESETS, get_preset
 from clip_jax.training.loss import _products_on
-from clip_jax.training.step import make_model
+from clip_jax.training.state import make_model
 
 CPU, TPU = SimpleNamespace(platform="cpu"), SimpleNamespace(platform="tpu")
 H200, V100, MI300X = (

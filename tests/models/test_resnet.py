@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from clip_jax.models.resnet import AttentionPool, BatchNorm, Bottleneck, Convolution, ResNet, average_pool
-from clip_jax.training.sharding import batch_sharding, replicated
+from clip_jax.sharding import batch_sharding, replicated
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 MESHES = [(8, 1), (4, 2), (2, 4)]

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clip_jax.sharding import batch_sharding
 from clip_jax.training import loss as loss_module
 from clip_jax.training.loss import LOSS_FORMS, choose_form, contrastive_loss, sigmoid_loss
-from clip_jax.training.sharding import batch_sharding
 
 MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (8, 1), (4, 2), (2, 4), (1, 8)]
 COUNT, BLOCK_SIZE = 40, 3  # 40, 20, 10 or 5 pairs a device, none a multiple of the block

@@ -17,10 +17,11 @@ from clip_jax.models import layers
 from clip_jax.models.backends import Backend
 from clip_jax.models.clip import normalize_images
 from clip_jax.models.presets import Preprocessing
+from clip_jax.sharding import batch_sharding, to_global_batch
 from clip_jax.training.accumulation import join_parts, split_into_parts
 from clip_jax.training.optimizer import make_optimizer
-from clip_jax.training.sharding import batch_sharding, to_global_batch
-from clip_jax.training.step import abstract_state, configured_mesh, create_state, make_model, make_train_step
+from clip_jax.training.state import abstract_state, configured_mesh, create_state, make_model
+from clip_jax.training.step import make_train_step
 
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
 STEPS = 8

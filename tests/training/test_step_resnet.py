@@ -15,16 +15,12 @@ from trees import adam_state, assert_trees_close
 from clip_jax.config import default_config
 from clip_jax.models.clip import normalize_images
 from clip_jax.models.presets import Preprocessing
-from clip_jax.training.checkpoint import Checkpointer, restore_variables
+from clip_jax.run_folder import restore_variables
+from clip_jax.sharding import to_global_batch
+from clip_jax.training.checkpoint import Checkpointer
 from clip_jax.training.optimizer import decay_mask, make_optimizer
-from clip_jax.training.sharding import to_global_batch
-from clip_jax.training.step import (
-    abstract_state,
-    abstract_variables,
-    make_model,
-    make_train_step,
-    state_from_variables,
-)
+from clip_jax.training.state import abstract_state, abstract_variables, make_model, state_from_variables
+from clip_jax.training.step import make_train_step
 
 MESHES = [(8, 1), (2, 4)]
 BATCH = 56  # and 28 and 7 in a part of it: sizes that nothing but the batch has

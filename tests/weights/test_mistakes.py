@@ -395,7 +395,7 @@ def test_an_unknown_format(goldens, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("format", "destination", "writer"),
     [
-        ("clip_jax", "folder", "training.checkpoint.save_variables"),
+        ("clip_jax", "folder", "run_folder.save_variables"),
         ("open_clip", "folder", "weights.open_clip.save_file"),
         ("open_clip", "file.safetensors", "weights.open_clip.save_file"),
         ("huggingface", "folder", "weights.huggingface.save_file"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from clip_jax.training.sharding import (
+from clip_jax.sharding import (
     batch_sharding,
     check_batch_divides,
     choose_fsdp,
