@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import time
+from typing import TYPE_CHECKING
 
 from etils import epath
 
@@ -26,8 +27,11 @@ from clip_jax.command_line import (
     set_up_logging,
     start_distributed,
 )
-from clip_jax.evaluation.results import MissingTask
+from clip_jax.evaluation.results import MissingTask, Results, main_metric, write_results
 from clip_jax.models.presets import ACTIVATIONS, CLIPPreset
+
+if TYPE_CHECKING:
+    from clip_jax.loading import LoadedModel
 
 PROGRAM = "python -m clip_jax.evaluate"
 
@@ -114,19 +118,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from clip_jax.evaluation.provenance import provenance
     from clip_jax.evaluation.remembered import remembering
     from clip_jax.evaluation.report import write_report
-    from clip_jax.evaluation.results import Results, main_metric, write_results
     from clip_jax.evaluation.tasks import Evaluations
     from clip_jax.evaluation.zero_shot import classifier_of
-    from clip_jax.loading import load
-    from clip_jax.run_folder import CheckpointError
 
     set_up_logging()
     first_host = jax.process_index() == 0
     output = _writable(arguments.output) if arguments.output and first_host else None
-    try:
-        model = load(arguments.model, arguments.batch_size, arguments.dtype, arguments.activation)
-    except CheckpointError as error:
-        raise ValueError(str(error)) from None
+    model = _load(arguments)
     preset = model.preset
     evaluations = Evaluations(tasks, preset.vision.image_size, arguments.data, preset.preprocessing)
     if first_host:
@@ -143,32 +141,50 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     classifier = remembering(
         classifier_of(embedder), f"{model.digest} {model.preset} {arguments.dtype}", cache_folder("classifiers")
     )
-    started, told = time.monotonic(), len(evaluations.missing) + len(evaluations.broken)
-
-    def tell(results: Results) -> None:
-        nonlocal told
-        if not first_host:
-            return
-        if len(results.missing) > told:
-            told += 1
-            report("error", _line(results.missing[-1]))
-            return
-        task = results.tasks[-1]
-        print(f"{main_metric(task):68} after {time.monotonic() - started:,.0f} s", flush=True)
-        if output:  # after each: what comes next may take hours
-            write_results(output, results)
-
+    progress = _Progress(first_host, output, len(evaluations.missing) + len(evaluations.broken))
     extras = Extras(True, arguments.synthetic_shift, arguments.linear_probe)
-    results = evaluations.score(embedder, classifier, str(arguments.model), model.name, extras, tell, again=False)
+    results = evaluations.score(embedder, classifier, str(arguments.model), model.name, extras, progress, again=False)
     if first_host and results.tasks:
         print(f"\n{results.table()}")
         if output:
             history, facts = _facts(arguments.model, model.preset)
-            facts["evaluation_time"] = f"{time.monotonic() - started:,.1f}s"
+            facts["evaluation_time"] = f"{progress.seconds():,.1f}s"
             write_results(output, results)
             write_report(output, results, history, provenance=provenance("clip_jax.evaluate", arguments.given, **facts))
             print(f"\nin {output}: report.html (open it in a browser), results.json")
     return MISTAKE if len(results.missing) > len(evaluations.missing) else DONE
+
+
+def _load(arguments: argparse.Namespace) -> "LoadedModel":
+    from clip_jax.loading import load
+    from clip_jax.run_folder import CheckpointError
+
+    try:
+        return load(arguments.model, arguments.batch_size, arguments.dtype, arguments.activation)
+    except CheckpointError as error:
+        raise ValueError(str(error)) from None
+
+
+class _Progress:
+    """Prints each task when it is scored, or why it is not, and writes the results so far; on the first host only."""
+
+    def __init__(self, first_host: bool, output: epath.Path | None, reported: int):
+        self._first_host, self._output, self._reported = first_host, output, reported
+        self._started = time.monotonic()
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def __call__(self, results: Results) -> None:
+        if not self._first_host:
+            return
+        if len(results.missing) > self._reported:
+            self._reported += 1
+            report("error", _line(results.missing[-1]))
+            return
+        print(f"{main_metric(results.tasks[-1]):68} after {self.seconds():,.0f} s", flush=True)
+        if self._output:  # after each task: the next one may take hours
+            write_results(self._output, results)
 
 
 def _facts(model: str, preset: CLIPPreset) -> tuple[list[dict[str, float]], dict[str, str]]:

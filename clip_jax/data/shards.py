@@ -159,8 +159,7 @@ def write_shard(job: Job, shard: int, plan: Plan, tick: Callable[[], None]) -> N
                     pair = merge([pair, *(_again(job.source, other) for other in takes[record])])
                     packed = pack(pair)
                 writer.write(packed)
-                captions += len(pair.captions)
-                image_bytes += len(pair.image)
+                captions, image_bytes = captions + len(pair.captions), image_bytes + len(pair.image)
             except (PairError, ImageError) as error:
                 bad.append({"record": record, "key": key, "reason": error.reason, "message": _message(error)})
             tick()
