@@ -23,6 +23,7 @@ setup(
         "clip_jax.data": ["emoji/*.array_record", "emoji/*.json", "emoji/*.md", "emoji/LICENSE*", "vocabulary/*"],
         "clip_jax.evaluation": ["prompts/*.json", "published.json"],
     },
+    entry_points={"console_scripts": ["clip-jax = clip_jax.__main__:start"]},
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12",  # linen: the towers

@@ -13,7 +13,7 @@ import pathlib
 import re
 import sys
 
-from clip_jax.command_line import Parser
+from clip_jax.command_line import Parser, command
 from clip_jax.config import load_config_file
 from clip_jax.planning import figures
 from clip_jax.planning.advice import MOST_PARTS
@@ -105,21 +105,18 @@ def chosen(flag: str, words: str, known: tuple[str, ...]) -> list[str]:
     return words.split(",")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m benchmarks.pod_plan", description=__doc__.partition("\n")[0])
+@command("python -m benchmarks.pod_plan")
+def main(argv: list[str], program: str) -> int:
+    parser = Parser(prog=program, description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--models", default=",".join(MODELS), help="names of configs; the others' rows are kept if known"
     )
     parser.add_argument("--topologies", default=",".join(TOPOLOGIES), help="v5e:16x16, or Google's name of it")
     parser.add_argument("--known", action="store_true", help="compile nothing, write what is known")
-    arguments = parser.parse_args(argv)
-    try:
-        models = chosen("--models", arguments.models, MODELS)
-        named = ",".join(parse_topology(one, "--topologies").name for one in arguments.topologies.split(","))
-        topologies = chosen("--topologies", named, TOPOLOGIES)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    arguments = parser.read(argv)
+    models = chosen("--models", arguments.models, MODELS)
+    named = ",".join(parse_topology(one, "--topologies").name for one in arguments.topologies.split(","))
+    topologies = chosen("--topologies", named, TOPOLOGIES)
     pairs = [(model, topology) for topology in TOPOLOGIES for model in MODELS]
     rows = {pair: row(*pair, known_only=True) for pair in pairs}
     write_table(rows)

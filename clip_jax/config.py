@@ -16,6 +16,7 @@ import ml_collections
 
 from clip_jax.data.settings import DataSettings
 from clip_jax.data.tokenizer import VOCAB_SIZE
+from clip_jax.errors import one_line
 from clip_jax.evaluation.settings import EvaluationSettings
 from clip_jax.models.preprocessing import Preprocessing
 from clip_jax.models.presets import ACTIVATIONS, BATCH_NORMS, RESNET_REDUCTION, ResNetPreset, get_preset
@@ -146,7 +147,7 @@ def load_config_file(path: str) -> ml_collections.ConfigDict:
         spec.loader.exec_module(module)
         config = module.get_config()
     except Exception as error:  # whatever the file's own code provokes
-        raise ValueError(f"config file {file}: {type(error).__name__}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"config file {file}: {type(error).__name__}: {one_line(error)}") from None
     if not isinstance(config, ml_collections.ConfigDict):
         raise ValueError(f"config file {file}: get_config() must return what clip_jax.config.default_config() returns")
     return config

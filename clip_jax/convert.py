@@ -3,20 +3,20 @@
     python -m clip_jax.convert runs/vit_l14 vit_l14_hf --to=huggingface
     python -m clip_jax.convert ViT-B-32.pt vit_b32
 
-Exit codes: 0 written, 2 a mistake in what was asked for (one line).
+Exit codes: 0 written, 1 failed, 2 a mistake in what was asked for (one line each), 3 interrupted.
 """
 
+import argparse
 import dataclasses
 import json
 import os
 import shlex
-import sys
 
-from clip_jax.command_line import Parser
+from clip_jax.command_line import DONE, Parser, command, report, run, set_up_logging
 from clip_jax.models.preprocessing import Preprocessing
 from clip_jax.models.presets import ACTIVATIONS
-from clip_jax.standard_output import run
 
+PROGRAM = "python -m clip_jax.convert"
 USES = {
     "clip_jax": 'clip_jax.load("{path}")',
     "open_clip": 'open_clip.create_model_and_transforms("local-dir:{path}")',
@@ -59,9 +59,9 @@ def use_of(name: str, with_logit_bias: bool, preprocessing: Preprocessing, desti
     return f'open_clip.create_model_and_transforms({arguments}, pretrained="{path}")'
 
 
-def main(argv: list[str] | None = None) -> int:
-    formats = ("clip_jax", "open_clip", "huggingface", "openai")
-    parser = Parser(prog="python -m clip_jax.convert", description="Converts weights.", allow_abbrev=False)
+def parse_arguments(argv: list[str], program: str = PROGRAM) -> argparse.Namespace:
+    """Raises ValueError if a flag is missing or unknown, or its value is wrong; one line."""
+    parser = Parser(prog=program, description="Converts weights.")
     parser.add_argument(
         "source", type=os.path.expanduser, help="a run, a file of weights, or a folder of weights and their config"
     )
@@ -70,29 +70,33 @@ def main(argv: list[str] | None = None) -> int:
         type=os.path.expanduser,
         help="a new folder; a new .safetensors file for open_clip, .pt for openai",
     )
-    parser.add_argument("--to", choices=formats, default="clip_jax", help="the program to write for (clip_jax)")
+    parser.add_argument("--to", choices=USES, default="clip_jax", help="the program to write for (clip_jax)")
     parser.add_argument("--activation", choices=ACTIVATIONS, help="for a source that cannot tell; else quick_gelu")
-    arguments = parser.parse_args(argv)
+    return parser.read(argv)
 
+
+@command(PROGRAM)
+def main(argv: list[str], program: str) -> int:
+    arguments = parse_arguments(argv, program)
     import jax
 
     from clip_jax.run_folder import CheckpointError
     from clip_jax.weights import preset_name, read_weights, write_weights
 
+    set_up_logging()
     try:
         weights = read_weights(arguments.source, arguments.activation)
-        if weights.note:
-            print(f"note: {weights.note}", file=sys.stderr)
-        write_weights(weights, arguments.destination, arguments.to)
-    except (ValueError, OSError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except CheckpointError as error:
+        raise ValueError(str(error)) from None
+    if weights.note:
+        report("note", weights.note)
+    write_weights(weights, arguments.destination, arguments.to)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(weights.variables["params"]))
     name, with_logit_bias = preset_name(weights.preset), "logit_bias" in weights.variables["params"]
     use = use_of(name, with_logit_bias, weights.preset.preprocessing, arguments.destination, arguments.to)
     print(f"{name}, {parameters:,} parameters, from {weights.format} to {arguments.destination}")
     print(f"Use it:  {use}")
-    return 0
+    return DONE
 
 
 if __name__ == "__main__":

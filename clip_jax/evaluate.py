@@ -4,29 +4,41 @@
     python -m clip_jax.evaluate --list
     python -m clip_jax.evaluate --compare evaluations/one evaluations/other --output=evaluations/both
 
-On a pod, run the same command on every host. Exit codes: 0 done, 2 a mistake in what was asked for or nothing that
-could be scored (one line each), 3 interrupted.
+On a pod, run the same command on every host. Exit codes: 0 done, 1 failed, 2 a mistake in what was asked for or a task
+that could not be scored (one line each), 3 interrupted.
 """
 
 import argparse
 import dataclasses
 import json
-import logging
 import os
-import sys
 import time
+from typing import TYPE_CHECKING
 
 from etils import epath
 
-from clip_jax.command_line import RaisingParser
-from clip_jax.evaluation.results import MissingTask
+from clip_jax.command_line import (
+    DONE,
+    MISTAKE,
+    Parser,
+    command,
+    report,
+    run,
+    set_up_logging,
+    start_distributed,
+)
+from clip_jax.evaluation.results import MissingTask, Results, main_metric, write_results
 from clip_jax.models.presets import ACTIVATIONS, CLIPPreset
-from clip_jax.standard_output import run
+
+if TYPE_CHECKING:
+    from clip_jax.loading import LoadedModel
+
+PROGRAM = "python -m clip_jax.evaluate"
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
+def parse_arguments(argv: list[str], program: str = PROGRAM) -> argparse.Namespace:
     """Raises ValueError if the flags do not go together; one line."""
-    parser = RaisingParser(prog="python -m clip_jax.evaluate", description="Scores a model on tasks.")
+    parser = Parser(prog=program, description="Scores a model on tasks.")
     parser.add_argument(
         "--model", type=os.path.expanduser, help="a run, or weights of OpenAI, open_clip or Hugging Face"
     )
@@ -42,8 +54,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64, help="images or texts at once, on all devices")
     parser.add_argument("--dtype", default="float32", help="of the computation: float32 or bfloat16")
     parser.add_argument("--activation", choices=ACTIVATIONS, help="of a file that cannot tell; else quick_gelu")
-    parser.add_argument("--distributed", action="store_true", help="join the other hosts of a pod (Cloud TPU VMs only)")
-    arguments = parser.parse_args(argv)
+    parser.add_distributed()
+    arguments = parser.read(argv)
     arguments.given = argv
     wanted = [name for name in ("list", "compare", "model") if getattr(arguments, name)]
     if len(wanted) != 1:
@@ -53,17 +65,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-        run = _list if arguments.list else _compare if arguments.compare else _evaluate
-        return run(arguments)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 3
+@command(PROGRAM)
+def main(argv: list[str], program: str) -> int:
+    arguments = parse_arguments(argv, program)
+    if arguments.list:
+        return _list(arguments)
+    return _compare(arguments) if arguments.compare else _evaluate(arguments)
 
 
 def _path(text: str) -> epath.Path:
@@ -85,7 +92,7 @@ def _list(arguments: argparse.Namespace) -> int:
         except ValueError as error:
             state = f"broken: {error}"
         print(f"{task.name:25} {task.kind:10} {task.metric:24} {','.join(task.groups)}\n{'':26}{state}")
-    return 0
+    return DONE
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -96,15 +103,13 @@ def _compare(arguments: argparse.Namespace) -> int:
     if arguments.output:
         write_comparison(arguments.output, comparison)
         print(f"\nin {arguments.output}/comparison.html")
-    return 0
+    return DONE
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from clip_jax.evaluation.registry import find_tasks
 
     tasks = find_tasks(arguments.tasks)
-    from clip_jax.main import start_distributed
-
     start_distributed(arguments.distributed)
     import jax
 
@@ -113,61 +118,73 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from clip_jax.evaluation.provenance import provenance
     from clip_jax.evaluation.remembered import remembering
     from clip_jax.evaluation.report import write_report
-    from clip_jax.evaluation.results import Results, main_metric, write_results
     from clip_jax.evaluation.tasks import Evaluations
     from clip_jax.evaluation.zero_shot import classifier_of
-    from clip_jax.loading import load
-    from clip_jax.run_folder import CheckpointError
 
-    logging.getLogger("clip_jax").setLevel(logging.WARNING)
+    set_up_logging()
     first_host = jax.process_index() == 0
     output = _writable(arguments.output) if arguments.output and first_host else None
-    try:
-        model = load(arguments.model, arguments.batch_size, arguments.dtype, arguments.activation)
-    except CheckpointError as error:
-        raise ValueError(str(error)) from None
+    model = _load(arguments)
     preset = model.preset
     evaluations = Evaluations(tasks, preset.vision.image_size, arguments.data, preset.preprocessing)
     if first_host:
         for task in evaluations.missing:
-            print(f"missing: {_line(task)}", file=sys.stderr)
+            report("missing", _line(task))
         for task in evaluations.broken:
-            print(f"error: {_line(task)}", file=sys.stderr)
+            report("error", _line(task))
     if not evaluations:
         if evaluations.broken:
-            return 2
+            return MISTAKE
         raise ValueError("none of these tasks has its data here")
 
     embedder = model.embedder
     classifier = remembering(
         classifier_of(embedder), f"{model.digest} {model.preset} {arguments.dtype}", cache_folder("classifiers")
     )
-    started, told = time.monotonic(), len(evaluations.missing) + len(evaluations.broken)
-
-    def tell(results: Results) -> None:
-        nonlocal told
-        if not first_host:
-            return
-        if len(results.missing) > told:
-            told += 1
-            print(f"error: {_line(results.missing[-1])}", file=sys.stderr, flush=True)
-            return
-        task = results.tasks[-1]
-        print(f"{main_metric(task):68} after {time.monotonic() - started:,.0f} s", flush=True)
-        if output:  # after each: what comes next may take hours
-            write_results(output, results)
-
+    progress = _Progress(first_host, output, len(evaluations.missing) + len(evaluations.broken))
     extras = Extras(True, arguments.synthetic_shift, arguments.linear_probe)
-    results = evaluations.score(embedder, classifier, str(arguments.model), model.name, extras, tell, again=False)
+    results = evaluations.score(embedder, classifier, str(arguments.model), model.name, extras, progress, again=False)
     if first_host and results.tasks:
         print(f"\n{results.table()}")
         if output:
             history, facts = _facts(arguments.model, model.preset)
-            facts["evaluation_time"] = f"{time.monotonic() - started:,.1f}s"
+            facts["evaluation_time"] = f"{progress.seconds():,.1f}s"
             write_results(output, results)
             write_report(output, results, history, provenance=provenance("clip_jax.evaluate", arguments.given, **facts))
             print(f"\nin {output}: report.html (open it in a browser), results.json")
-    return 2 if len(results.missing) > len(evaluations.missing) else 0
+    return MISTAKE if len(results.missing) > len(evaluations.missing) else DONE
+
+
+def _load(arguments: argparse.Namespace) -> "LoadedModel":
+    from clip_jax.loading import load
+    from clip_jax.run_folder import CheckpointError
+
+    try:
+        return load(arguments.model, arguments.batch_size, arguments.dtype, arguments.activation)
+    except CheckpointError as error:
+        raise ValueError(str(error)) from None
+
+
+class _Progress:
+    """Prints each task when it is scored, or why it is not, and writes the results so far; on the first host only."""
+
+    def __init__(self, first_host: bool, output: epath.Path | None, reported: int):
+        self._first_host, self._output, self._reported = first_host, output, reported
+        self._started = time.monotonic()
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def __call__(self, results: Results) -> None:
+        if not self._first_host:
+            return
+        if len(results.missing) > self._reported:
+            self._reported += 1
+            report("error", _line(results.missing[-1]))
+            return
+        print(f"{main_metric(results.tasks[-1]):68} after {self.seconds():,.0f} s", flush=True)
+        if self._output:  # after each task: the next one may take hours
+            write_results(self._output, results)
 
 
 def _facts(model: str, preset: CLIPPreset) -> tuple[list[dict[str, float]], dict[str, str]]:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from clip_jax.data.images import MAX_ASPECT_RATIO, MAX_PIXELS, ImageError, decode_image, evaluation_transform, to_rgb
 from clip_jax.data.tokenizer import VOCAB_SIZE, tokenize
+from clip_jax.errors import one_line
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.zero_shot import classifier_weights
 from clip_jax.models.backends import backend_of
@@ -333,7 +334,7 @@ def _open(picture: Picture, max_pixels: int, max_aspect_ratio: float, as_stored:
         except ImageError as error:
             raise ImageError(f"{name}: {error}", error.reason) from None
         except Exception as error:  # damaged: Pillow's decoders raise errors of many types
-            raise ImageError(f"{name}: {' '.join(str(error).split()) or type(error).__name__}") from None
+            raise ImageError(f"{name}: {one_line(error)}") from None
     if isinstance(picture, str | bytes | os.PathLike):
         path = os.fsdecode(picture)
         try:

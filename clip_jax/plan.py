@@ -3,38 +3,40 @@
     python -m clip_jax.plan --config=configs/vit_l14.py --topology=v5p-512 [--config.mesh.fsdp=4 ...]
 
 Needs no TPU, but the compiler: pip install "clip-jax-tpu[tpu]". Exit codes: 0 it fits, 1 it does not, 2 a mistake in
-what was asked for (one line).
+what was asked for (one line), 3 interrupted.
 """
 
 import argparse
 import json
 import sys
+from typing import TYPE_CHECKING
 
-import ml_collections
+from clip_jax.command_line import DONE, Parser, command, read_config, run, set_up_logging
 
-from clip_jax.command_line import RaisingParser
-from clip_jax.config import load_config_file, override, validate
-from clip_jax.planning.compiling import PlanError, compile_facts
-from clip_jax.planning.figures import seconds
-from clip_jax.planning.report import PAPER_PAIRS, format_report, make_report
-from clip_jax.planning.searching import largest_batch, meshes_and_remats
-from clip_jax.planning.topologies import Topology, parse_topology
-from clip_jax.standard_output import run
+if TYPE_CHECKING:
+    import ml_collections
+
+    from clip_jax.planning.topologies import Topology
+
+PROGRAM = "python -m clip_jax.plan"
+DOES_NOT_FIT = 1  # exit code
 
 
-def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ml_collections.ConfigDict]:
+def parse_arguments(argv: list[str], program: str = PROGRAM) -> tuple[argparse.Namespace, "ml_collections.ConfigDict"]:
     """Returns the flags, and the config with its overrides.
 
     Raises:
       ValueError, FileNotFoundError: a flag is unknown or its value wrong, or the config is missing.
     """
-    parser = RaisingParser(
-        prog="python -m clip_jax.plan",
+    from clip_jax.config import validate
+    from clip_jax.planning.report import PAPER_PAIRS
+
+    parser = Parser(
+        prog=program,
         description="Compiles the training step of a config for a TPU slice, without a TPU, and tells whether it fits, "
-        "what it costs and how long it is predicted to take. Values of the config are set with --config.NAME=VALUE.",
-        allow_abbrev=False,
+        "what it costs and how long it is predicted to take.",
     )
-    parser.add_argument("--config", required=True, help="a config file, such as configs/vit_l14.py")
+    parser.add_config("configs/vit_l14.py")
     parser.add_argument(
         "--topology", required=True, help="the slice: v5e:16x16, v5p:8x8x4, or as Google names it: v5litepod-256"
     )
@@ -48,53 +50,50 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ml_collections
         choices=("batch", "mesh"),
         help="look for the largest batch that fits, or for the mesh and remat with the shortest predicted step",
     )
-    known, rest = parser.parse_known_args(argv)
+    known = parser.read(argv)
     if known.pairs < 1:
         raise ValueError(f"--pairs={known.pairs} must be positive")
     if known.chip_hour_price is not None and not 0 <= known.chip_hour_price < float("inf"):
         raise ValueError(f"--chip-hour-price={known.chip_hour_price} must be a price")
-    config = load_config_file(known.config)
-    for word in rest:
-        name, equals, value = word.partition("=")
-        if not name.startswith("--config.") or not equals:
-            raise ValueError(f"unknown argument {word}; the config's values are set with --config.NAME=VALUE")
-        override(config, name.removeprefix("--config."), value)
+    config = read_config(known)
     if not config.data.source:
         config.data.source = "none"  # a plan needs no data, and the check below asks for some
     validate(config)
     return known, config
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        arguments, config = parse_arguments(sys.argv[1:] if argv is None else argv)
-        topology = parse_topology(arguments.topology)
-        if arguments.search:
-            config = _search(arguments.search, config, topology)
-        facts = compile_facts(config, topology)
-    except (ValueError, OSError) as error:
-        for line in (str(error) or type(error).__name__).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 2
+@command(PROGRAM)
+def main(argv: list[str], program: str) -> int:
+    arguments, config = parse_arguments(argv, program)
+    from clip_jax.planning.compiling import compile_facts
+    from clip_jax.planning.report import format_report, make_report
+    from clip_jax.planning.topologies import parse_topology
+
+    set_up_logging()
+    topology = parse_topology(arguments.topology)
+    if arguments.search:
+        config = _search(arguments.search, config, topology)
+    facts = compile_facts(config, topology)
     report = make_report(config, topology, facts, arguments.pairs, arguments.chip_hour_price)
     if arguments.json:
         print(json.dumps(report, indent=2))
     else:
         print("\n".join(format_report(report)))
-    return 0 if report["fits"] else 1
+    return DONE if report["fits"] else DOES_NOT_FIT
 
 
-def _search(what: str, config: ml_collections.ConfigDict, topology: Topology) -> ml_collections.ConfigDict:
-    """The config that the search ends with; each try is told on standard error.
+def _search(what: str, config: "ml_collections.ConfigDict", topology: "Topology") -> "ml_collections.ConfigDict":
+    """Returns the config that the search ends with, and prints each try on standard error.
 
     Raises:
       PlanError: nothing fits.
     """
+    from clip_jax.planning.compiling import PlanError, compile_facts
+    from clip_jax.planning.figures import seconds
+    from clip_jax.planning.report import make_report
+    from clip_jax.planning.searching import largest_batch, meshes_and_remats
 
-    def compile_one(candidate: ml_collections.ConfigDict) -> dict:
+    def compile_one(candidate: "ml_collections.ConfigDict") -> dict:
         name = f"batch {candidate.global_batch_size}, fsdp {candidate.mesh.fsdp}, remat {candidate.model.remat}"
         facts = compile_facts(candidate, topology, name)
         report = make_report(candidate, topology, facts)

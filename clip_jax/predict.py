@@ -3,33 +3,31 @@
     python -m clip_jax.predict --model=ViT-B-32.pt --labels="a cat,a dog" photo.jpg
     python -m clip_jax.predict --model=ViT-B-32.pt --labels=@labels.txt photos/ "more/**/*.png" --json
 
-Exit codes: 0 every image is labeled; 1 some images cannot be used: each is
-reported on stderr, and the others are labeled; 2 none can be used, or a flag is wrong; 3 interrupted.
+Exit codes: 0 every image is labeled; 1 some images cannot be used: each is reported on stderr, and the others are
+labeled; 1 as well for a failure, such as a full disk; 2 no image can be used, or a flag is wrong; 3 interrupted.
 """
 
 import argparse
 import collections
-import errno
 import json
-import os
 import pathlib
-import sys
 
 import numpy as np
 
-from clip_jax.command_line import Parser
+from clip_jax.command_line import DONE, FAILED, MISTAKE, Parser, command, report, run, set_up_logging
 from clip_jax.data.image_files import find_image_files
 from clip_jax.data.images import MAX_ASPECT_RATIO, MAX_PIXELS
+from clip_jax.errors import printable, reason
 from clip_jax.models.presets import ACTIVATIONS
-from clip_jax.standard_output import run
 
+PROGRAM = "python -m clip_jax.predict"
 SHOWN = 3  # of the names that are listed in a line
 HINTS = {"too_large": "--max-pixels", "extreme_aspect_ratio": "--max-aspect-ratio"}
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Exits with code 2 if a flag is missing or unknown. Raises ValueError if a value is wrong."""
-    parser = Parser(prog="python -m clip_jax.predict", description="Labels images.", allow_abbrev=False)
+def parse_arguments(argv: list[str], program: str = PROGRAM) -> argparse.Namespace:
+    """Raises ValueError if a flag is missing or unknown, or its value is wrong; one line."""
+    parser = Parser(prog=program, description="Labels images.")
     parser.add_argument("--model", required=True, help="a run, or weights of OpenAI, open_clip or Hugging Face")
     parser.add_argument("--activation", choices=ACTIVATIONS, help="of a file that cannot tell; else quick_gelu")
     parser.add_argument(
@@ -58,7 +56,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="IMAGE",
         help="a file; a folder, with the folders in it; or a quoted pattern, where ** is any number of folders",
     )
-    arguments = parser.parse_args(argv)
+    arguments = parser.read(argv)
     for name, least in (("top", 1), ("max_pixels", 1), ("max_aspect_ratio", 1.0)):
         value = getattr(arguments, name)
         if not value >= least:  # refuses nan too
@@ -92,32 +90,23 @@ def read_labels(text: str) -> tuple[list[str], list[str]]:
     return labels, [label for label in labels if counts[label] > 1]
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        return _predict(parse_arguments(argv))
-    except KeyboardInterrupt:
-        _report("interrupted")
-        return 3
-    except (ValueError, OSError, FloatingPointError) as error:
-        _report(f"error: {_reason(error)}")
-        failed = isinstance(error, FloatingPointError) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EIO)
-        return 1 if failed else 2
-
-
-def _predict(arguments: argparse.Namespace) -> int:
+@command(PROGRAM)
+def main(argv: list[str], program: str) -> int:
+    arguments = parse_arguments(argv, program)
+    set_up_logging()
     labels, repeated = read_labels(arguments.labels)
     if repeated:
-        _report(f"note: --labels repeats {_listed(repeated)}; each counts once")
+        report("note", f"--labels repeats {_listed(repeated)}; each counts once")
     found = find_image_files(arguments.images)
     for problem in found.problems:
-        _report(f"error: {problem}")
+        report("error", printable(problem))
     if not found.paths:
         if not found.problems:
             raise ValueError(f"there are no images among {_listed(found.passed_over)}")
-        return 2
+        return MISTAKE
     if found.passed_over:
         kind = "file that is not an image" if len(found.passed_over) == 1 else "files that are not images"
-        _report(f"note: passed over {len(found.passed_over):,} {kind}: {_listed(found.passed_over)}")
+        report("note", f"passed over {len(found.passed_over):,} {kind}: {_listed(found.passed_over)}")
     from PIL import Image
 
     from clip_jax.loading import load
@@ -132,19 +121,19 @@ def _predict(arguments: argparse.Namespace) -> int:
     model.max_pixels, model.max_aspect_ratio = arguments.max_pixels, arguments.max_aspect_ratio
     length = model.preset.text.context_length
     if too_long := _too_long(labels, arguments.template, length):
-        _report(f"note: labels longer than the model's {length} tokens are cut: {_listed(too_long)}")
+        report("note", f"labels longer than the model's {length} tokens are cut: {_listed(too_long)}")
     good, failed = 0, len(found.problems)
     write = _JsonWriter(labels) if arguments.json else _TableWriter(labels, arguments.top, found.paths)
     answers = model.classify_each(found.paths, labels, [arguments.template])
     for path, answer in zip(found.paths, answers, strict=True):
         if isinstance(answer, Exception):
-            _report(f"error: {_reason(answer)}")
+            report("error", printable(_reason(answer)))
             failed += 1
         else:
             write.answer(path, answer)
             good += 1
     write.end()
-    return 2 if not good else 1 if failed else 0
+    return MISTAKE if not good else FAILED if failed else DONE
 
 
 def _too_long(labels: list[str], template: str, context_length: int) -> list[str]:
@@ -165,12 +154,12 @@ class _TableWriter:
 
     def __init__(self, labels: list[str], top: int, paths: list[str]):
         self._labels, self._top = labels, top
-        self._width = max(len(_line(path)) for path in paths)
+        self._width = max(len(printable(path)) for path in paths)
 
     def answer(self, path: str, row: np.ndarray) -> None:
         best = (-row).argsort(kind="stable")[: self._top]
         answers = "  ".join(f"{self._labels[index]} {row[index]:.1%}" for index in best)
-        print(f"{_line(path):{self._width}}  {_line(answers)}", flush=True)
+        print(f"{printable(path):{self._width}}  {printable(answers)}", flush=True)
 
     def end(self) -> None:
         pass
@@ -196,25 +185,14 @@ class _JsonWriter:
 
 
 def _reason(error: Exception) -> str:
-    """Returns one line that begins with the file's name and says why it cannot be used."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    """Returns why an image cannot be used, beginning with the file's name, and the flag that would allow it."""
     hint = HINTS.get(getattr(error, "reason", ""))
-    return f"{str(error).rstrip('.')}; {hint} allows more" if hint else str(error)
+    return f"{reason(error).rstrip('.')}; {hint} allows more" if hint else reason(error)
 
 
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
     return ", ".join(map(repr, names[:SHOWN])) + more
-
-
-def _line(text: str) -> str:
-    """Escapes line breaks and other characters that cannot be printed."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
-
-
-def _report(line: str) -> None:
-    print(_line(line), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

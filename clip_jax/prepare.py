@@ -10,71 +10,39 @@ Exit codes: 0 done, 1 failed, 2 a mistake in what was asked for (one line each),
 
 import argparse
 import datetime
-import errno
 import math
 import pathlib
 import sys
 import time
+from typing import TYPE_CHECKING
 
-from clip_jax.data import inspection, openclipart
-from clip_jax.data.bad_samples import TooManyBadSamplesError
-from clip_jax.data.decoded_cache import DecodedCache
-from clip_jax.data.pipeline import Batches, InputError, LoadPair, transform_of
-from clip_jax.data.records import Settings, WriteError, write_records
-from clip_jax.data.sources import ShardError, Source, open_mixture, open_source
-from clip_jax.data.sources.buckets import access_of, use_access
-from clip_jax.standard_output import run
+from clip_jax.command_line import DONE, Parser, command, is_mistake, read_config, run, set_up_logging
+from clip_jax.errors import FailedError, reason
 
+if TYPE_CHECKING:
+    from clip_jax.data.sources import Source
+
+PROGRAM = "python -m clip_jax.prepare"
+GOES_ON = "the same command goes on from here"
 BATCH_SIZE = 64  # of the measured pipeline: the rate hardly depends on it, and a pod's batch would take minutes
 LINE_EVERY = 10.0  # seconds between two lines of progress where there is no terminal
-MISTAKES = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 
-class ParserError(ValueError):
-    """Flags that cannot be read."""
+def parse_arguments(argv: list[str], program: str = PROGRAM) -> argparse.Namespace:
+    """Raises ValueError if a flag is missing or unknown, or its value is wrong; one line."""
+    from clip_jax.data.openclipart import PARTS
 
-
-class Parser(argparse.ArgumentParser):
-    """One that says what is wrong in one line."""
-
-    def error(self, message: str):
-        raise ParserError(f"{message}; see {self.prog} --help")
-
-
-def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Returns the flags, and those that ``bench`` hands on to the config.
-
-    Raises:
-      ValueError: a flag is missing or unknown, or its value is wrong.
-    """
-    parser = Parser(prog="python -m clip_jax.prepare", description="Prepares pairs for training.", allow_abbrev=False)
+    parser = Parser(prog=program, description="Prepares pairs for training.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, run, purpose: str) -> Parser:
-        command = commands.add_parser(name, help=purpose, description=purpose, allow_abbrev=False)
-        command.set_defaults(run=run)
-        return command
-
-    def add_source(command: Parser) -> None:
-        command.add_argument("source", metavar="SOURCE", help="such as folder:/pictures or csv:/pairs.csv")
-
-    def add_output(command: Parser) -> None:
-        command.add_argument("output", type=pathlib.Path, metavar="OUTPUT", help="a folder: new, or to go on with")
-        command.add_argument(
-            "--image-size",
-            type=_positive,
-            metavar="N",
-            help="scale larger pictures to this short side, as JPEG; without it pictures stay as they are",
-        )
-        command.add_argument("--quality", type=_quality, default=Settings.quality, help="of these JPEGs (92)")
-        command.add_argument(
-            "--pairs-per-shard", type=_positive, default=Settings.pairs_per_shard, metavar="N", help="(10,000)"
-        )
-        command.add_argument("--workers", type=_positive, metavar="N", help="processes (as many as there are cores)")
+        subcommand = commands.add_parser(name, help=purpose, description=purpose)
+        subcommand.set_defaults(run=run)
+        return subcommand
 
     convert = add("convert", _convert, "Writes any source as ArrayRecord shards that training reads.")
-    add_source(convert)
-    add_output(convert)
+    _add_source(convert)
+    _add_output(convert)
     convert.add_argument("--licence", default="", metavar="TEXT", help="of the pairs, for the manifest")
 
     clipart = add(
@@ -83,27 +51,45 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     clipart.add_argument("png", type=pathlib.Path, metavar="PNG_FOLDER", help="such as /usr/share/openclipart/png")
     clipart.add_argument("svg", type=pathlib.Path, metavar="SVG_FOLDER", help="such as /usr/share/openclipart/svg")
     clipart.add_argument(
-        "--part", choices=openclipart.PARTS, default="all", help="held_out: a tenth of the names, train: the others"
+        "--part", choices=PARTS, default="all", help="held_out: a tenth of the names, train: the others"
     )
-    add_output(clipart)
+    _add_output(clipart)
 
     inspect = add("inspect", _inspect, "Tells what a source holds, and how much of it is bad.")
-    add_source(inspect)
+    _add_source(inspect)
     inspect.add_argument("--samples", type=_positive, default=2_000, metavar="N", help="records to look at (2,000)")
     inspect.add_argument(
         "--max-bad-share", type=_share, default=0.1, metavar="X", help="with more bad ones it fails, exit code 1 (0.1)"
     )
     inspect.add_argument("--sheet", type=pathlib.Path, metavar="FILE.html", help="a page of pictures and captions")
 
-    bench = add("bench", _bench, "Measures how fast this host feeds a training; takes --config.NAME=VALUE as well.")
-    add_source(bench)
-    bench.add_argument("--config", required=True, metavar="FILE", help="such as configs/vit_l14.py")
+    bench = add("bench", _bench, "Measures how fast this host feeds a training.")
+    _add_source(bench)
+    bench.add_config("configs/vit_l14.py")
     bench.add_argument("--pairs-per-second", type=_rate, metavar="X", help="that the whole pod trains on")
 
-    arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.run is not _bench:
-        raise ParserError(f"unknown argument {rest[0]}; see python -m clip_jax.prepare --help")
-    return arguments, rest
+    return parser.read(argv)
+
+
+def _add_source(subcommand: Parser) -> None:
+    subcommand.add_argument("source", metavar="SOURCE", help="such as folder:/pictures or csv:/pairs.csv")
+
+
+def _add_output(subcommand: Parser) -> None:
+    from clip_jax.data.records import Settings
+
+    subcommand.add_argument("output", type=pathlib.Path, metavar="OUTPUT", help="a folder: new, or to go on with")
+    subcommand.add_argument(
+        "--image-size",
+        type=_positive,
+        metavar="N",
+        help="scale larger pictures to this short side, as JPEG; without it pictures stay as they are",
+    )
+    subcommand.add_argument("--quality", type=_quality, default=Settings.quality, help="of these JPEGs (92)")
+    subcommand.add_argument(
+        "--pairs-per-shard", type=_positive, default=Settings.pairs_per_shard, metavar="N", help="(10,000)"
+    )
+    subcommand.add_argument("--workers", type=_positive, metavar="N", help="processes (as many as there are cores)")
 
 
 def _positive(text: str) -> int:
@@ -138,30 +124,12 @@ def _rate(text: str) -> float:
     return rate
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        arguments, rest = parse_arguments(sys.argv[1:] if argv is None else argv)
-        arguments.run(arguments, rest)
-    except (WriteError, InputError, ShardError, TooManyBadSamplesError) as error:
-        return _say("failed", str(error), 1)
-    except OSError as error:
-        line = str(error)
-        if error.strerror:
-            line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        if error.errno in MISTAKES or not error.strerror:
-            return _say("error", line, 2)
-        return _say("failed", f"{line}; the same command goes on from here", 1)
-    except ValueError as error:
-        return _say("error", str(error), 2)
-    except KeyboardInterrupt:
-        return _say("\ninterrupted", "the same command goes on from here", 3)
-    return 0
-
-
-def _say(kind: str, text: str, code: int) -> int:
-    for line in text.splitlines():
-        print(f"{kind}: {line}", file=sys.stderr)
-    return code
+@command(PROGRAM)
+def main(argv: list[str], program: str) -> int:
+    arguments = parse_arguments(argv, program)
+    set_up_logging()
+    arguments.run(arguments)
+    return DONE
 
 
 class ProgressLine:
@@ -186,19 +154,33 @@ class ProgressLine:
         print(f"{start}{line}", end=end, file=self._stream, flush=True)
 
 
-def _convert(arguments: argparse.Namespace, rest: list[str]) -> None:
+def _convert(arguments: argparse.Namespace) -> None:
+    from clip_jax.data.sources import open_source
+
     _write(open_source(arguments.source), arguments.source, arguments, arguments.licence)
 
 
-def _openclipart(arguments: argparse.Namespace, rest: list[str]) -> None:
+def _openclipart(arguments: argparse.Namespace) -> None:
+    from clip_jax.data import openclipart
+
     source = openclipart.OpenClipart(arguments.png, arguments.svg, arguments.part)
     _write(source, openclipart.SOURCE_NAME, arguments, openclipart.LICENCE)
 
 
-def _write(source: Source, name: str, arguments: argparse.Namespace, licence: str) -> None:
+def _write(source: "Source", name: str, arguments: argparse.Namespace, licence: str) -> None:
+    from clip_jax.data import inspection
+    from clip_jax.data.records import Settings, write_records
+
     settings = Settings(arguments.pairs_per_shard, arguments.image_size or 0, arguments.quality, licence)
     workers = arguments.workers or inspection.cores()
-    manifest = write_records(source, name, arguments.output, settings, workers, ProgressLine(sys.stderr))
+    try:
+        manifest = write_records(source, name, arguments.output, settings, workers, ProgressLine(sys.stderr))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(GOES_ON) from None
+    except OSError as error:
+        if isinstance(error, FailedError) or is_mistake(error):
+            raise
+        raise FailedError(f"{reason(error)}; {GOES_ON}") from None
     size = sum(shard["bytes"] for shard in manifest["shards"])
     print(
         f"{manifest['pairs']:,} pairs, {manifest['captions']:,} captions, {size / 1e6:,.1f} MB in "
@@ -212,7 +194,11 @@ def _write(source: Source, name: str, arguments: argparse.Namespace, licence: st
     print(f'Train on them:  --config.data.source="array_record:{arguments.output}/pairs-*"')
 
 
-def _inspect(arguments: argparse.Namespace, rest: list[str]) -> None:
+def _inspect(arguments: argparse.Namespace) -> None:
+    from clip_jax.data import inspection
+    from clip_jax.data.bad_samples import TooManyBadSamplesError
+    from clip_jax.data.sources import open_source
+
     facts = inspection.inspect_source(open_source(arguments.source), arguments.samples)
     if arguments.sheet:
         arguments.sheet.write_text(inspection.contact_sheet(arguments.source, facts), encoding="utf-8")
@@ -226,13 +212,16 @@ def _inspect(arguments: argparse.Namespace, rest: list[str]) -> None:
         )
 
 
-def _bench(arguments: argparse.Namespace, rest: list[str]) -> None:
-    # Only here: the workers that read import this module anew, and need neither optimizer nor checkpoints.
-    from clip_jax import main as training
+def _bench(arguments: argparse.Namespace) -> None:
     from clip_jax.config import validate
+    from clip_jax.data import inspection
+    from clip_jax.data.decoded_cache import DecodedCache
+    from clip_jax.data.pipeline import Batches, LoadPair, transform_of
+    from clip_jax.data.sources import open_mixture
+    from clip_jax.data.sources.buckets import access_of, use_access
     from clip_jax.models.presets import model_preset
 
-    config, _, _ = training.parse_arguments([f"--config={arguments.config}", *rest])
+    config = read_config(arguments)
     config.data.source = arguments.source
     validate(config)
     data = config.data

@@ -13,10 +13,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from clip_jax.errors import FailedError, first_line
+from clip_jax.files import write_whole
+
 logger = logging.getLogger("clip_jax")
 
 
-class CheckpointError(Exception):
+class CheckpointError(FailedError):
     """A run has checkpoints, and none of them can be read; or one cannot be written."""
 
 
@@ -67,7 +70,7 @@ def restore_variables(workdir: epath.Path) -> dict:
         try:
             return _restore_as_numpy(directory / str(step) / "state")
         except Exception as error:
-            logger.warning("checkpoint %d cannot be read and is skipped: %s", step, str(error).partition("\n")[0])
+            logger.warning("checkpoint %d cannot be read and is skipped: %s", step, first_line(error))
     if steps:
         raise CheckpointError(f"none of the checkpoints in {directory} can be read: {steps}")
     raise FileNotFoundError(f"{workdir} has no checkpoint")
@@ -95,9 +98,7 @@ def write_config(workdir: epath.Path, text: str) -> None:
     """Writes ``config.json`` from the first process, whole or not at all."""
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        temporary = workdir / "config.json.tmp"
-        temporary.write_text(text)
-        temporary.replace(workdir / "config.json")
+        write_whole(workdir / "config.json", text)
 
 
 def read_config(workdir: epath.Path) -> dict | None:

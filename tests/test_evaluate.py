@@ -158,7 +158,7 @@ def test_a_mistake_in_a_task_is_a_line(run, task_file, tmp_path, capsys, changes
         (["--compare", "/nowhere", "/elsewhere"], "/nowhere"),
         (["--compare", "/nowhere"], "at least two"),
         (["--compare"], "expected at least one argument"),
-        (["--modl=x"], "unrecognized arguments: --modl=x"),
+        (["--modl=x"], "unknown argument --modl=x; did you mean --model?"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_a_line(capsys, arguments, message):

@@ -111,8 +111,8 @@ def test_ctrl_c_ends_it_at_once_and_in_one_line(tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the workers as well
     _, errors = process.communicate(timeout=trial.DEADLINE)
     assert process.returncode == 3
-    assert without_progress(errors) == "\ninterrupted: the same command goes on from here\n"
-    assert not list((tmp_path / "out").glob("parts/0*.partial"))
+    assert without_progress(errors) == "interrupted; the same command goes on from here\n"
+    assert not list((tmp_path / "out/parts").glob(".unfinished-*-pairs-*"))
 
 
 def test_a_full_disk_is_told_in_one_line(tmp_path):
@@ -122,7 +122,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path):
     assert process.returncode == 1
     expected = f"failed: {tmp_path}/out: write() failed: File too large; the same command goes on from here\n"
     assert without_progress(errors) == expected
-    assert not list((tmp_path / "out/parts").glob("*.partial"))
+    assert not list((tmp_path / "out/parts").glob(".unfinished-*"))
 
 
 def test_convert_tells_what_it_wrote_and_how_to_use_it(tmp_path, capsys):

@@ -54,7 +54,7 @@ def train(variant: Variant):
 def main() -> None:
     import jax
 
-    from clip_jax.main import start_distributed
+    from clip_jax.command_line import start_distributed
 
     start_distributed(asked_for=False)
     jax.config.update("jax_disable_most_optimizations", True)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from clip_jax.errors import FailedError
 from clip_jax.json_lines import open_to_append
 
 # In this order, since an example carries a reason's place here. Append; a new order would be another transform.
@@ -27,7 +28,7 @@ MOST_LISTED = 10_000
 FEWEST_SAMPLES = 1_000  # to judge by
 
 
-class TooManyBadSamplesError(Exception):
+class TooManyBadSamplesError(FailedError):
     """A larger share of the samples is bad than the config allows; one line that says what and where."""
 
 

@@ -19,6 +19,7 @@ import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from clip_jax.data.augmentation import WHITE, Augmentation, augment
+from clip_jax.errors import one_line
 from clip_jax.models.preprocessing import OPENAI_PREPROCESSING, Preprocessing
 
 try:
@@ -123,7 +124,7 @@ def _as_image_error() -> Iterator[None]:
         raise
     except Exception as error:  # Pillow's decoders let whatever a broken file provokes escape
         reason = "too_large" if isinstance(error, Image.DecompressionBombError) else "undecodable"
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = one_line(error)
         if isinstance(error, UnidentifiedImageError):
             message = "no picture, or of a format that is not read"  # Pillow's names an object in memory
         raise ImageError(message, reason) from error

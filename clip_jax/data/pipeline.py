@@ -22,6 +22,7 @@ from clip_jax.data.sources import Mixture, Pair, PairError, ShardError
 from clip_jax.data.sources.buckets import current_access, use_access
 from clip_jax.data.tokenizer import tokenize
 from clip_jax.data.workers import end_with_parent
+from clip_jax.errors import FailedError, one_line
 from clip_jax.models.preprocessing import OPENAI_PREPROCESSING, Preprocessing
 
 if TYPE_CHECKING:  # the workers that decode images need no model
@@ -35,7 +36,7 @@ LARGEST_PART = 256  # examples
 UNSHUFFLED = {4**power for power in range(8, 32)}
 
 
-class InputError(ValueError):
+class InputError(FailedError):
     """The input cannot go on: a shard is lost, a worker has died, or too many samples in a row are bad."""
 
 
@@ -206,7 +207,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         except InputError:
             raise
         except Exception as error:  # of a worker that was killed, or has failed: grain's own kinds
-            reason = " ".join(str(error).split())[:500]
+            reason = one_line(error, longest=500)
             kind = "" if isinstance(error, ShardError) else f"{type(error).__name__}: "
             raise InputError(kind + reason) from error
         return (

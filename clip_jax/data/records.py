@@ -9,7 +9,6 @@ program leaves nothing that the next start would trust wrongly. ``manifest.json`
 import dataclasses
 import json
 import multiprocessing
-import os
 import pathlib
 import shutil
 import signal
@@ -20,10 +19,11 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
 from clip_jax.data.merging import Plan, plan_shards
-from clip_jax.data.shards import Job, Settings, WriteError, write_shard, write_whole
+from clip_jax.data.shards import Job, Settings, WriteError, write_shard
 from clip_jax.data.sources import Source
 from clip_jax.data.sources.buckets import Access, current_access, use_access
 from clip_jax.data.workers import end_with_parent
+from clip_jax.files import PREFIX, whole, write_whole
 
 FORMAT_VERSION = 2  # raise it when the same pairs would come out as other bytes: a conversion then starts anew
 NOTHING = Plan([], [], [])
@@ -84,7 +84,8 @@ def write_records(
     if not manifest["pairs"]:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in manifest["bad_samples"].items())
         raise WriteError(f"none of the {len(source):,} pairs of {source_name} can be used: {reasons}")
-    write_whole(job, folder / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")
+    content = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    write_whole(folder / "manifest.json", content, folder=job.parts)
     shutil.rmtree(job.parts)
     return manifest
 
@@ -103,14 +104,14 @@ def _open_folder(job: Job, conversion: dict) -> dict | None:
         return found
     if started.is_file():
         _check_same(job.folder, _read_json(started), conversion)
-        for partial in job.parts.glob("*.partial"):
-            partial.unlink(missing_ok=True)
+        for unfinished in job.parts.glob(f"{PREFIX}*"):
+            unfinished.unlink(missing_ok=True)
         return None
     if job.folder.is_dir() and any(path != job.parts for path in job.folder.iterdir()):
         raise ValueError(f"{job.folder} holds other files and no conversion to go on with; choose a new folder")
     job.folder.mkdir(parents=True, exist_ok=True)
     job.parts.mkdir(exist_ok=True)
-    write_whole(job, started, json.dumps(conversion).encode())
+    write_whole(started, json.dumps(conversion))
     return None
 
 
@@ -140,8 +141,10 @@ def _check_same(folder: pathlib.Path, before: dict, now: dict) -> None:
 def _summarize(job: Job) -> dict:
     """Writes ``bad_samples.jsonl`` and returns all of the manifest that the shards' notes know."""
     totals, reasons, shards = Counter(pairs=0, captions=0, image_bytes=0, merged=0), Counter(), []
-    temporary = job.parts / "bad_samples.partial"
-    with temporary.open("w", encoding="utf-8") as lines:
+    with (
+        whole(job.folder / "bad_samples.jsonl", folder=job.parts) as unfinished,
+        unfinished.open("w", encoding="utf-8") as lines,
+    ):
         for shard in range(job.shards):
             note = job.note(shard)
             totals.update({name: note[name] for name in totals})
@@ -152,7 +155,6 @@ def _summarize(job: Job) -> dict:
                 shards.append(
                     {"name": job.shard_path(shard).name} | {key: note[key] for key in ("pairs", "bytes", "sha256")}
                 )
-    os.replace(temporary, job.folder / "bad_samples.jsonl")
     return dict(totals) | {"bad_samples": dict(sorted(reasons.items())), "shards": shards}
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import io
-import os
 import pathlib
 import re
 from collections.abc import Callable
@@ -16,12 +15,14 @@ from PIL import Image
 from clip_jax.data.images import ImageError, decode_image
 from clip_jax.data.merging import DIGEST_BYTES, Plan, merge
 from clip_jax.data.sources import Pair, PairError, Source
+from clip_jax.errors import FailedError, one_line
+from clip_jax.files import whole, write_whole
 
 SHARD_OPTIONS = "group_size:1,uncompressed"  # random access to single records; pictures are compressed already
 BUFFER = re.compile(r" <_io\.BytesIO object at 0x[0-9a-fA-F]+>")
 
 
-class WriteError(RuntimeError):
+class WriteError(FailedError):
     """The shards cannot be written to the end; the message is one line."""
 
 
@@ -120,7 +121,7 @@ def _scaled(picture: Image.Image, settings: Settings) -> bytes:
 
 
 def write_shard(job: Job, shard: int, plan: Plan, tick: Callable[[], None]) -> None:
-    """Writes one shard and then its note, each under a temporary name that is changed when it is whole.
+    """Writes one shard and then its note, each whole or not at all.
 
     A shard of which nothing can be used becomes a note alone.
 
@@ -134,58 +135,51 @@ def write_shard(job: Job, shard: int, plan: Plan, tick: Callable[[], None]) -> N
       OSError: the shard or its note cannot be written.
       WriteError: a record that is to be merged can no longer be read.
     """
-    # Another process may still be ending that was writing the same shard, so no two share a temporary name.
-    temporary = job.parts / f"{shard:05}.{os.getpid()}.partial"
     bad, usable, captions, image_bytes = [], _Usable(), 0, 0
     duplicates, takes = set(plan.duplicates), {records[0]: records[1:] for records in plan.takes}
     known = _Usable.of_note(job.note(shard), set(plan.merged))
-    try:
-        with _Writer(temporary) as writer:
-            for record in job.records(shard):
-                if record in known:
-                    usable.add(record, *known[record])
-                    tick()
-                    continue
-                key = f"record {record}"
-                try:
-                    pair = _read(job.source, record)
-                    key = str(pair.key)
-                    image = pair.image  # as the source has it, which is what makes two pictures the same
-                    pair = checked(pair, job.settings)
-                    packed = pack(pair)
-                    usable.add(record, digest(key.encode()), digest(image))
-                    if record in duplicates:
-                        raise PairError(f"an earlier pair with another picture has the key {key}", "duplicate_key")
-                    if record in takes:
-                        pair = merge([pair, *(_again(job.source, other) for other in takes[record])])
-                        packed = pack(pair)
-                    writer.write(packed)
-                    captions += len(pair.captions)
-                    image_bytes += len(pair.image)
-                except (PairError, ImageError) as error:
-                    bad.append({"record": record, "key": key, "reason": error.reason, "message": _message(error)})
+    path = job.shard_path(shard)
+    with whole(path, folder=job.parts) as unfinished, _Writer(unfinished) as writer:
+        for record in job.records(shard):
+            if record in known:
+                usable.add(record, *known[record])
                 tick()
-        pairs = len(usable.records) - len(duplicates) - len(plan.merged)
-        note = {
-            "pairs": pairs,
-            "captions": captions,
-            "image_bytes": image_bytes,
-            "merged": len(plan.merged),
-            "bytes": temporary.stat().st_size if pairs else 0,
-            "sha256": _sha256(temporary) if pairs else "",
-            "bad": bad,
-            "plan": list(plan),
-            "records": np.array(usable.records, np.int64).tobytes(),
-            "keys": b"".join(usable.keys),
-            "images": b"".join(usable.images),
-        }
-        if pairs:
-            os.replace(temporary, job.shard_path(shard))
-        else:
-            job.shard_path(shard).unlink(missing_ok=True)
-        write_whole(job, job.note_path(shard), msgpack.packb(note, unicode_errors="backslashreplace"))
-    finally:
-        temporary.unlink(missing_ok=True)
+                continue
+            key = f"record {record}"
+            try:
+                pair = _read(job.source, record)
+                key = str(pair.key)
+                image = pair.image  # as the source has it, which is what makes two pictures the same
+                pair = checked(pair, job.settings)
+                packed = pack(pair)
+                usable.add(record, digest(key.encode()), digest(image))
+                if record in duplicates:
+                    raise PairError(f"an earlier pair with another picture has the key {key}", "duplicate_key")
+                if record in takes:
+                    pair = merge([pair, *(_again(job.source, other) for other in takes[record])])
+                    packed = pack(pair)
+                writer.write(packed)
+                captions, image_bytes = captions + len(pair.captions), image_bytes + len(pair.image)
+            except (PairError, ImageError) as error:
+                bad.append({"record": record, "key": key, "reason": error.reason, "message": _message(error)})
+            tick()
+    pairs = len(usable.records) - len(duplicates) - len(plan.merged)
+    if not pairs:
+        path.unlink()
+    note = {
+        "pairs": pairs,
+        "captions": captions,
+        "image_bytes": image_bytes,
+        "merged": len(plan.merged),
+        "bytes": path.stat().st_size if pairs else 0,
+        "sha256": _sha256(path) if pairs else "",
+        "bad": bad,
+        "plan": list(plan),
+        "records": np.array(usable.records, np.int64).tobytes(),
+        "keys": b"".join(usable.keys),
+        "images": b"".join(usable.images),
+    }
+    write_whole(job.note_path(shard), msgpack.packb(note, unicode_errors="backslashreplace"))
 
 
 class _Usable:
@@ -224,7 +218,7 @@ def _read(source: Source, record: int) -> Pair:
     except (PairError, OSError):
         raise
     except Exception as error:  # a source is whatever somebody has put on the web
-        raise PairError(f"record {record}: {type(error).__name__}: {' '.join(str(error).split())}") from None
+        raise PairError(f"record {record}: {type(error).__name__}: {one_line(error)}") from None
 
 
 def _again(source: Source, record: int) -> Pair:
@@ -240,7 +234,7 @@ def _message(error: Exception) -> str:
 
 
 class _Writer:
-    """An ArrayRecordWriter whose errors are OSErrors, and whose file is on the disk when the block ends."""
+    """An ArrayRecordWriter whose errors are OSErrors."""
 
     def __init__(self, path: pathlib.Path):
         self._path = path
@@ -255,8 +249,6 @@ class _Writer:
     def __exit__(self, kind, error, traceback) -> None:
         if error is None:
             self._checked(self._writer.close)
-            with self._path.open("rb") as file:
-                os.fsync(file.fileno())
 
     def _checked(self, call: Callable, *arguments: object):
         try:
@@ -268,12 +260,3 @@ class _Writer:
 def _sha256(path: pathlib.Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_whole(job: Job, path: pathlib.Path, data: bytes) -> None:
-    temporary = job.parts / f"{path.name}.{os.getpid()}.partial"
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -3,15 +3,14 @@
 import contextlib
 import hashlib
 import json
-import os
 import pathlib
-import tempfile
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
 from clip_jax.evaluation.pictures import all_gather_objects
+from clip_jax.files import whole
 
 VERSION = 1  # of how a classifier is made
 # Class names and templates to weights float32 [C, D], a unit vector a class.
@@ -37,9 +36,8 @@ def remembering(classifier: Classifier, what: str, folder: pathlib.Path) -> Clas
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):  # without a place to keep it, it is computed again
                 folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.NamedTemporaryFile(dir=folder, delete=False) as stream:
-                    np.save(stream, weights)
-                os.replace(stream.name, file)
+                with whole(file) as unfinished:
+                    np.save(unfinished, weights)
         return weights
 
     return remembered

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 
+from clip_jax.errors import one_line
 from clip_jax.evaluation.classification import ClassificationTask
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.measuring import NO_EXTRAS, Extras
@@ -74,4 +75,4 @@ class Evaluations:
 
 
 def _not_scored(task: Task, error: Exception, how_to_get: str = "") -> MissingTask:
-    return MissingTask(task.name, task.title or task.name, " ".join(str(error).split()), how_to_get)
+    return MissingTask(task.name, task.title or task.name, one_line(error), how_to_get)

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 
+from clip_jax.errors import one_line
 from clip_jax.planning.hlo import parse_shapes
 from clip_jax.planning.program import direction_of, part_of, read_program
 from clip_jax.planning.topologies import GIB, Topology, nearest_slices, parse_topology
@@ -46,7 +47,7 @@ def slice_devices(topology: Topology) -> list:
     try:
         description = topologies.get_topology_desc(topology.name, platform="tpu", **options)
     except jax.errors.JaxRuntimeError as error:
-        reason = " ".join(str(error).split()).removeprefix("INVALID_ARGUMENT: ")
+        reason = one_line(error).removeprefix("INVALID_ARGUMENT: ")
         raise ValueError(
             f"--topology={topology.name}: the compiler knows no such slice ({reason}); near it are "
             f"{nearest_slices(topology)}"
@@ -255,7 +256,7 @@ def main() -> int:
     try:
         result = {"facts": compile_step(request["config"], parse_topology(request["topology"]))}
     except ValueError as error:
-        result = {"error": " ".join(str(error).split())}
+        result = {"error": one_line(error)}
     json.dump(result, answer)
     answer.close()
     return 0

@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from clip_jax.errors import first_line, one_line
 from clip_jax.run_folder import CheckpointError, absolute
 from clip_jax.training.state import TrainState
 
@@ -65,7 +66,7 @@ class Checkpointer:
             try:
                 restored = self._restore(step, template)
             except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
-                logger.warning("checkpoint %d cannot be read and is skipped: %s", step, str(error).partition("\n")[0])
+                logger.warning("checkpoint %d cannot be read and is skipped: %s", step, first_line(error))
             if np.all(multihost_utils.process_allgather(np.array(restored is not None))):
                 for damaged in steps[:number]:
                     self._set_aside(damaged)
@@ -105,7 +106,7 @@ class Checkpointer:
         try:
             yield
         except Exception as error:  # orbax and tensorstore raise many kinds for a full disk or a lost permission
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, longest=300)
             raise CheckpointError(f"a checkpoint cannot be written to {self._manager.directory}: {reason}") from error
 
     def close(self) -> None:

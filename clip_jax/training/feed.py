@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from clip_jax.data.bad_samples import REASONS, BadSample, BadSamples
 from clip_jax.data.decoded_cache import DecodedCache
 from clip_jax.data.pipeline import Batches, LoadPair, transform_of
+from clip_jax.errors import one_line
 from clip_jax.models.presets import model_preset
 from clip_jax.training.preparation import Run
 
@@ -117,7 +118,7 @@ class Feed:
                 name = pair.key
                 transform.check(pair)
             except Exception as error:  # as many kinds as made the pipeline replace it
-                message = " ".join(str(error).split()) or type(error).__name__
+                message = one_line(error)
             found.append(BadSample(index, REASONS[reason], name, message))
             logger.warning("replaced a bad sample by the next one: %s: %s", name, message)
         if found:

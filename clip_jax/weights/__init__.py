@@ -5,14 +5,13 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from clip_jax.files import whole
 from clip_jax.models.preprocessing import Preprocessing
 from clip_jax.models.presets import PRESETS, CLIPPreset, preset_from_dict
 from clip_jax.weights import huggingface, huggingface_tokenizer, open_clip, openai
@@ -249,8 +248,7 @@ def write_weights(weights: Weights, destination: str | os.PathLike, format: str)
     if target.exists():
         raise FileExistsError(f"{target} is there already; choose another name")
     nearest = next(folder for folder in target.absolute().parents if folder.exists())
-    with tempfile.TemporaryDirectory(dir=nearest, prefix=f".{target.name}.") as temporary:
-        unfinished = pathlib.Path(temporary) / target.name
+    with whole(target, folder=nearest) as unfinished:
         if not single_file:
             unfinished.mkdir()
         variables, preset = weights.variables, weights.preset
@@ -265,7 +263,6 @@ def write_weights(weights: Weights, destination: str | os.PathLike, format: str)
         else:
             _write_clip_jax(unfinished, weights)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(unfinished, target)
 
 
 def _write_clip_jax(folder: pathlib.Path, weights: Weights) -> None:

@@ -18,6 +18,8 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from clip_jax.files import whole
+
 STORAGE_DTYPES = {
     "torch.DoubleStorage": np.dtype("<f8"),
     "torch.FloatStorage": np.dtype("<f4"),
@@ -271,22 +273,16 @@ def write_torch_file(path: str | os.PathLike, tensors: Mapping[str, np.ndarray])
     Raises:
       TypeError: a dtype is not among STORAGE_DTYPES.
     """
-    path = pathlib.Path(path)
     program = b"\x80\x02ccollections\nOrderedDict\n)R"
     for key, (name, tensor) in enumerate(tensors.items()):
         program += _pickled_entry(name, str(key), tensor)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with zipfile.ZipFile(temporary, "w") as archive:
-            archive.writestr(zipfile.ZipInfo("archive/data.pkl"), program + b".")
-            archive.writestr(zipfile.ZipInfo("archive/byteorder"), b"little")
-            for key, tensor in enumerate(tensors.values()):
-                flat = np.ascontiguousarray(tensor).reshape(-1)
-                archive.writestr(zipfile.ZipInfo(f"archive/data/{key}"), flat.view(np.uint8))
-            archive.writestr(zipfile.ZipInfo("archive/version"), b"3\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
+        archive.writestr(zipfile.ZipInfo("archive/data.pkl"), program + b".")
+        archive.writestr(zipfile.ZipInfo("archive/byteorder"), b"little")
+        for key, tensor in enumerate(tensors.values()):
+            flat = np.ascontiguousarray(tensor).reshape(-1)
+            archive.writestr(zipfile.ZipInfo(f"archive/data/{key}"), flat.view(np.uint8))
+        archive.writestr(zipfile.ZipInfo("archive/version"), b"3\n")
 
 
 def _pickled_entry(name: str, key: str, tensor: np.ndarray) -> bytes:

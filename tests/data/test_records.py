@@ -168,7 +168,7 @@ def test_an_end_before_or_after_any_rename_changes_nothing(tmp_path, monkeypatch
         finally:
             monkeypatch.setattr(os, "replace", replace)
         if (folder / "parts").is_dir():
-            (folder / "parts/00001.12345.partial").write_bytes(b"what a killed process leaves")
+            (folder / "parts/.unfinished-12345-0-pairs-00001.array_record").write_bytes(b"what a killed process leaves")
         write_records(ten_pairs(), "ten", folder, Settings(pairs_per_shard=3))
         assert contents(folder) == contents(undisturbed), moment
     # Before and after: the job; four shards and notes; one again for its duplicates; the list; the manifest.

@@ -14,6 +14,7 @@ from clip_jax.data.sources.buckets import is_remote
 from clip_jax.data.sources.digest import digest
 from clip_jax.data.sources.fields import Fields, column_of, name_some, nested, parse_fields, split_options
 from clip_jax.data.sources.files import ends_digest, expand
+from clip_jax.errors import first_line
 
 EMOJI_FOLDER = pathlib.Path(__file__).parent.parent / "emoji"
 EMOJI_STYLES = ("noto", "twemoji", "openmoji", "fluent_flat", "fluent_color", "emojione", "fxemoji", "noto_v1")
@@ -40,7 +41,7 @@ class ArrayRecordSource:
         try:
             self._records = ArrayRecordDataSource(self._paths)
         except RuntimeError as error:
-            reason = _first_line(error) or "damaged or cut short"
+            reason = first_line(error) or "damaged or cut short"
             raise ValueError(f"not ArrayRecord files: {', '.join(self._paths)}: {reason}") from None
 
     def __len__(self) -> int:
@@ -55,7 +56,7 @@ class ArrayRecordSource:
         except PairError:
             raise
         except Exception as error:  # msgpack and the reader raise many kinds for damaged bytes
-            raise PairError(f"record {index} is damaged: {type(error).__name__}: {_first_line(error)}") from None
+            raise PairError(f"record {index} is damaged: {type(error).__name__}: {first_line(error)}") from None
         name = key or f"record {index}"
         get = nested(record, name)
         image = next((value for field in self._fields.image if (value := get(field)) is not None), None)
@@ -91,10 +92,6 @@ def _are_weights(given: object, captions: int) -> bool:
     if not isinstance(given, list) or len(given) != captions:
         return False
     return all(isinstance(weight, int | float) and 0 < weight < 1e9 for weight in given)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 def open_array_record(where: str) -> ArrayRecordSource:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from clip_jax.errors import FailedError
+
 
 class Pair(NamedTuple):
     """An encoded picture, at least one caption of it, a name for it in messages, and its class if it has one.
@@ -33,7 +35,7 @@ class MissingPackageError(ValueError):
     """What reads a source is not installed; one line that says how to install it."""
 
 
-class ShardError(OSError):
+class ShardError(FailedError, OSError):
     """A file of many pairs is gone or has changed, which no replacement of samples can mend; one line."""
 
 

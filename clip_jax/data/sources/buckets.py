@@ -16,6 +16,7 @@ from fsspec.asyn import sync
 from fsspec.exceptions import FSTimeoutError
 
 from clip_jax.data.sources.base import ShardError
+from clip_jax.errors import one_line
 
 PIECE = 1 << 23  # bytes of one request, so that the time limit is one of silence and not of size
 FIRST_PAUSE = 0.25  # seconds before a request is repeated; each further pause is twice as long
@@ -151,7 +152,7 @@ def _status(error: Exception | None) -> int | None:
 
 
 def _explained(path: str, error: Exception) -> BucketError:
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = one_line(error)
     how = HOW_TO_LOG_IN.get(path.partition("://")[0], "see fsspec's documentation of this protocol")
     if type(error).__name__ in NO_CREDENTIALS:
         return BucketError(f"{path}: no credentials ({reason}): {how}")

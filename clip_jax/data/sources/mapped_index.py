@@ -8,13 +8,13 @@ import contextlib
 import json
 import pathlib
 import shutil
-import uuid
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from clip_jax.cache import cache_folder
+from clip_jax.files import whole
 
 
 class Tables(NamedTuple):
@@ -66,21 +66,21 @@ def open_or_build(kind: str, name: str, content: str, folder: str, build: Callab
     except ValueError:
         pass  # not there, or damaged
     meta, arrays = build(_newest(parent, f"{kind}-{name}-"))
-    unfinished = place.with_name(f"unfinished-{uuid.uuid4().hex}")
     try:
-        unfinished.mkdir(parents=True)
-        for key, array in arrays.items():
-            np.save(unfinished / f"{key}.npy", array)
-        (unfinished / "meta.json").write_text(json.dumps(meta | {"arrays": list(arrays)}), encoding="utf-8")
-        _put_in_place(unfinished, place)
-        return MappedIndex(place)
+        with whole(place) as unfinished:
+            unfinished.mkdir(parents=True)
+            for key, array in arrays.items():
+                np.save(unfinished / f"{key}.npy", array)
+            (unfinished / "meta.json").write_text(json.dumps(meta | {"arrays": list(arrays)}), encoding="utf-8")
+            _remove_damaged(place)
     except OSError as error:
+        with contextlib.suppress(ValueError):
+            return MappedIndex(place)  # another process was first, and its tables are the same
         raise ValueError(
             f"an index cannot be written to {parent}: {error.strerror or error}; name another folder with "
             "?index=FOLDER or XDG_CACHE_HOME"
         ) from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    return MappedIndex(place)
 
 
 def _newest(parent: pathlib.Path, prefix: str) -> MappedIndex | None:
@@ -90,15 +90,10 @@ def _newest(parent: pathlib.Path, prefix: str) -> MappedIndex | None:
     return None
 
 
-def _put_in_place(new: pathlib.Path, place: pathlib.Path) -> None:
-    """A folder cannot be renamed onto one that holds files: if another process was first, its tables are the same."""
-    try:
-        new.rename(place)
-    except OSError:
-        if not place.is_dir():
-            raise
+def _remove_damaged(place: pathlib.Path) -> None:
+    """Removes a folder that is no index and so of no use to anyone: a folder cannot be renamed onto one with files."""
+    if place.is_dir():
         try:
             MappedIndex(place)
-        except ValueError:  # damaged, so of no use to anyone
-            place.rename(place.with_name(f"unfinished-{uuid.uuid4().hex}"))
-            new.rename(place)
+        except ValueError:
+            shutil.rmtree(place)

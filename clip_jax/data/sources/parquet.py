@@ -23,6 +23,7 @@ from clip_jax.data.sources.fields import (
     split_options,
 )
 from clip_jax.data.sources.files import Stamp, check_unchanged, ends_digest, expand, open_file, stamp
+from clip_jax.errors import one_line
 
 DEFAULT_FIELDS = Fields(image=("image",), captions=(("caption", 1.0),))
 ROW_GROUPS_KEPT = 4  # in each process
@@ -73,7 +74,7 @@ class ParquetSource:
         except ShardError:
             raise
         except Exception as error:  # damaged pages raise kinds of pyarrow's own
-            raise PairError(f"{name}: {' '.join(str(error).split())}") from None
+            raise PairError(f"{name}: {one_line(error)}") from None
         get = with_names(nested(record, name), self._names, name)
         image = next((value for field in self._fields.image if (value := get(field)) is not None), None)
         elsewhere = ""
@@ -123,9 +124,9 @@ def _read_footer(path: str) -> tuple:
     except OSError as error:
         if error.filename or error.errno or is_remote(path):
             raise
-        raise ValueError(f"{path} is no Parquet file: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} is no Parquet file: {one_line(error)}") from None
     except Exception as error:  # pyarrow raises kinds of its own
-        raise ValueError(f"{path} is no Parquet file: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} is no Parquet file: {one_line(error)}") from None
 
 
 def _check_column(path: str, columns: list[str], field: str) -> None:

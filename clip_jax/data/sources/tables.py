@@ -32,6 +32,7 @@ from clip_jax.data.sources.fields import (
 from clip_jax.data.sources.files import expand, join, read_whole, stamp
 from clip_jax.data.sources.mapped_index import MappedIndex, Tables, open_or_build
 from clip_jax.data.sources.text_rows import CompressedDataError, TextRow, delimited_rows, json_rows, open_text
+from clip_jax.errors import one_line
 
 TABLE_VERSION = 2  # of what the index holds
 DEFAULT_FIELDS = Fields(image=("image",), captions=(("caption", 1.0),))
@@ -106,7 +107,7 @@ class TableSource:
         except ShardError:
             raise
         except Exception as error:  # a name may be anything
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+            reason = getattr(error, "strerror", None) or one_line(error)
             message = reason if reason.startswith(path) else f"{path}: {reason}"
             raise PairError(message, "unreadable_file") from None
         return Pair(image, row.captions, path, row.label, row.weights)

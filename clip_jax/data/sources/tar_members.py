@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from clip_jax.errors import one_line
+
 BLOCK = tarfile.BLOCKSIZE
 # Of a header (POSIX 1003.1-1988, and GNU's variant): name, size in octal digits, kind, magic, start of a long name.
 NAME, SIZE, KIND, MAGIC, PREFIX = slice(0, 100), slice(124, 136), 156, slice(257, 265), slice(345, 500)
@@ -91,7 +93,7 @@ def _archive_by_tarfile(data: np.ndarray, start: int, members: list[Member], pas
     except Exception as error:  # whatever a hostile header provokes
         if not start and (name := next((name for magic, name in COMPRESSED.items() if _begins(data, magic)), "")):
             return Damage(f"it is compressed by {name}: unpack it, since records are read in place", start)
-        return Damage(" ".join(str(error).split()) or type(error).__name__, end)
+        return Damage(one_line(error), end)
 
 
 def _begins(data: np.ndarray, magic: bytes) -> bool:

@@ -18,6 +18,7 @@ from typing import BinaryIO, NamedTuple
 
 from clip_jax.data.sources.base import MissingPackageError
 from clip_jax.data.sources.files import BUFFER, open_file
+from clip_jax.errors import one_line
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
@@ -94,7 +95,7 @@ class Unpacked(io.RawIOBase):
             try:
                 self._unpacked = self._unpacker.decompress(data)
             except Exception as error:  # each kind of compression raises its own
-                raise CompressedDataError(" ".join(str(error).split()) or type(error).__name__) from None
+                raise CompressedDataError(one_line(error)) from None
             self._packed = self._unpacker.unused_data if self._unpacker.eof else b""
         size = min(len(buffer), len(self._unpacked))
         buffer[:size], self._unpacked = self._unpacked[:size], self._unpacked[size:]

@@ -9,6 +9,7 @@ from clip_jax.data.sources.base import MissingPackageError, Pair, PairError
 from clip_jax.data.sources.class_names import with_names
 from clip_jax.data.sources.digest import digest
 from clip_jax.data.sources.fields import Fields, name_some, parse_fields, split_options
+from clip_jax.errors import first_line
 
 DEFAULT_FIELDS = Fields(image=("image",), captions=(("captions/text", 1.0),))
 
@@ -33,7 +34,7 @@ class TFDSSource:
             builder = tfds.builder(name, data_dir=data_dir)
             known = builder.info.splits
         except Exception as error:  # tfds raises kinds of its own, whose first line says it
-            raise FileNotFoundError(f"tfds:{name}: {_first_line(error)}") from None
+            raise FileNotFoundError(f"tfds:{name}: {first_line(error)}") from None
         if not known:
             raise FileNotFoundError(
                 f"tfds:{name} is not prepared in {builder.data_dir}: tfds build {name} --file_format=array_record"
@@ -51,7 +52,7 @@ class TFDSSource:
             decoders = {field: tfds.decode.SkipDecoding() for field in fields.image}
             self._records = builder.as_data_source(split, decoders=decoders)
         except Exception as error:
-            raise ValueError(f"tfds:{name}: {_first_line(error)}") from None
+            raise ValueError(f"tfds:{name}: {first_line(error)}") from None
 
     def __reduce__(self) -> tuple:
         return TFDSSource, (self._name, self._split, self._fields, self._data_dir)
@@ -64,7 +65,7 @@ class TFDSSource:
         try:
             record = self._records[index]
         except Exception as error:
-            raise PairError(f"{name} is damaged: {type(error).__name__}: {_first_line(error)}") from None
+            raise PairError(f"{name} is damaged: {type(error).__name__}: {first_line(error)}") from None
         image = next((value for field in self._fields.image if isinstance(value := _find(record, field), bytes)), None)
         if image is None:
             raise PairError(f"{name} has no picture's bytes in {', '.join(self._fields.image)}", "no_picture")
@@ -108,10 +109,6 @@ def _texts_of(record: dict) -> Callable[[str], object]:
         return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
     return lambda field: text(_find(record, field))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def open_tfds(where: str) -> TFDSSource:
