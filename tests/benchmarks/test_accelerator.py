@@ -11,7 +11,7 @@ import pytest
 from benchmarks import accelerator
 from benchmarks.accelerator import Bench, Duel, measure_all, next_batch, plan, refusal, run_alone
 from benchmarks.accelerator_measurements import NotThereError, config_of, status_of, timed
-from benchmarks.accelerator_report import best, label, left_out, number, ratio, summarise, tables, with_shares
+from benchmarks.accelerator_report import best, label, left_out, number, ratio, summarize, tables, with_shares
 from clip_jax.config import LOSS_FORMS, REMAT_POLICIES
 
 REPOSITORY = pathlib.Path(__file__).parent.parent.parent
@@ -58,7 +58,7 @@ def report() -> dict:
         "missing": [],
         "measurements": measurements,
         "left_out": [],
-        "summary": summarise(measurements),
+        "summary": summarize(measurements),
     }
 
 
