@@ -361,7 +361,7 @@ def our_check(spec: dict) -> dict:
     greatest = max(jax.tree.leaves(difference))
     if not (abs(loss - expected_loss) < CHECK_TOLERANCE * expected_loss and greatest < CHECK_TOLERANCE):
         raise ArithmeticError(
-            f"fused attention differs: loss {loss} against {expected_loss}, gradients by up to {greatest:.2%} of their norm"
+            f"fused attention differs: loss {loss} against {expected_loss}, gradients by {greatest:.2%} of their norm"
         )
     seconds = time.time() - spec["started"]
     return {"seconds": seconds, "rate": 1 / seconds, "loss": loss, "difference": greatest}

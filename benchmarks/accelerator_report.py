@@ -113,9 +113,9 @@ def tables(report: dict) -> str:
     by_part = {part: [item for item in measurements if item["part"] == part] for part in PARTS}
     tried = {part: [item for item in items if item["status"] != "no time"] for part, items in by_part.items()}
     for item in tried["check"]:
-        found = (
-            f"its gradients differ by at most {100 * item['difference']:.2g} % of their norm" if "difference" in item else ""
-        )
+        found = ""
+        if "difference" in item:
+            found = f"its gradients differ by at most {100 * item['difference']:.2g} % of their norm"
         lines.append(f"A step with and without fused attention, {item['case']['model']}: {item['status']} {found}\n")
     if tried["ceilings"]:
         units = {"matrix product": ("TFLOP/s in bfloat16", 1e12), "copy": ("GB/s, read and written", 1e9)}
