@@ -366,6 +366,17 @@ def missing(found: dict) -> list[str]:
     return lines
 
 
+def header_of(bench: Bench, typed: list[str]) -> dict:
+    """Returns the first fields of the report: when, how and on what it was measured; ``typed`` are the arguments."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "benchmarks.accelerator", *typed]),
+        "device": bench.found["device"],
+        "versions": bench.found["versions"],
+        "environment": {name: bench.environment[name] for name in REPORTED_ENVIRONMENT if name in bench.environment},
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
@@ -401,18 +412,8 @@ def main(arguments: list[str] | None = None) -> int:
             if before and before[name] != found[name]:
                 print(f"--resume: {options.output} was measured with another {name}: {before[name]}", file=sys.stderr)
                 return 2
-        report = {
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", "-m", "benchmarks.accelerator", *typed]),
-            "device": found["device"],
-            "versions": found["versions"],
-            "environment": {
-                name: bench.environment[name] for name in REPORTED_ENVIRONMENT if name in bench.environment
-            },
-            "small": options.small,
-            "minutes": options.minutes,
-            "missing": missing(found),
-        }
+        report = header_of(bench, typed) | {"small": options.small, "minutes": options.minutes}
+        report["missing"] = missing(found)
         for line in report["missing"]:
             print(line, file=sys.stderr)
         options.output.parent.mkdir(parents=True, exist_ok=True)
