@@ -327,7 +327,7 @@ class Bench:
 
 def open_clip_model(name: str) -> dict:
     """open_clip's config of a preset, and the pixels' mean and standard deviation: its process need not import JAX."""
-    from clip_jax.models.presets import IMAGE_MEAN, IMAGE_STD
+    from clip_jax.models.preprocessing import IMAGE_MEAN, IMAGE_STD
     from clip_jax.weights.open_clip import config_of
 
     config = config_of(model_preset(default_config(name)))["model_cfg"]

@@ -40,7 +40,7 @@ def open_clip_functions(preset: CLIPPreset, batch_size: int) -> dict[str, Callab
     import open_clip
     import torch
 
-    from clip_jax.models.presets import IMAGE_MEAN, IMAGE_STD
+    from clip_jax.models.preprocessing import IMAGE_MEAN, IMAGE_STD
     from clip_jax.weights.open_clip import config_of
 
     model = open_clip.CLIP(**config_of(preset)["model_cfg"]).eval()

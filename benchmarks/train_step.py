@@ -48,7 +48,7 @@ def open_clip_step(config, compiled: bool) -> Callable[[], float]:
     import open_clip
     import torch
 
-    from clip_jax.models.presets import IMAGE_MEAN, IMAGE_STD
+    from clip_jax.models.preprocessing import IMAGE_MEAN, IMAGE_STD
     from clip_jax.weights.open_clip import config_of
 
     preset = model_preset(config)

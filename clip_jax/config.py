@@ -16,22 +16,12 @@ import ml_collections
 
 from clip_jax.data.images import Augmentation
 from clip_jax.data.tokenizer import VOCAB_SIZE
-from clip_jax.models.presets import (
-    ACTIVATIONS,
-    BATCH_NORMS,
-    INTERPOLATIONS,
-    MAX_RESIZE,
-    RESIZE_MODES,
-    RESNET_REDUCTION,
-    SMALLEST_STD,
-    ResNetPreset,
-    get_preset,
-)
+from clip_jax.models.execution import DTYPES
+from clip_jax.models.presets import CLIPPreset, get_preset, model_preset, preset_from_dict
+from clip_jax.models.presets import problems as model_problems
 
-DTYPES = ("float32", "bfloat16")
 LOSS_KINDS = ("softmax", "sigmoid")
 LOSS_FORMS = ("auto", "gather", "blockwise")
-REMAT_POLICIES = ("none", "lite", "attention", "full")
 
 # What may change between a run and its resumption without making it another run; "evaluation." may, too.
 NOT_PART_OF_A_RUN = (
@@ -59,12 +49,16 @@ NOT_PART_OF_A_RUN = (
 )
 
 
-def default_config(preset: str) -> ml_collections.ConfigDict:
+def default_config(preset: str | CLIPPreset) -> ml_collections.ConfigDict:
     """The paper's training of this preset (tables 18 to 20), with no data named and no evaluation.
+
+    Args:
+      preset: its name in :data:`clip_jax.models.presets.PRESETS`, or one that is not there: "custom" is its name.
 
     Raises:
       ValueError: the preset is unknown.
     """
+    name, preset = ("custom", preset) if isinstance(preset, CLIPPreset) else (preset, get_preset(preset))
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.init_from = ""  # a run or weights to start from instead of from scratch; another image size is resized to
@@ -77,8 +71,8 @@ def default_config(preset: str) -> ml_collections.ConfigDict:
     config.checkpoint_every = 1_000  # steps; the last step is always saved
     config.checkpoints_to_keep = 3
 
-    config.model = ml_collections.ConfigDict(dataclasses.asdict(get_preset(preset)))
-    config.model.name = preset
+    config.model = ml_collections.ConfigDict(dataclasses.asdict(preset))
+    config.model.name = name
     config.model.remat = "none"  # or "lite", "attention", "full": how much of a layer the backward pass recomputes
     config.model.patch_dropout = 0.0  # share of an image's patches that training leaves out, other ones in each step
     config.model.dtype = "bfloat16"  # of the computation; parameters are float32
@@ -89,9 +83,7 @@ def default_config(preset: str) -> ml_collections.ConfigDict:
     config.optimizer.learning_rate = 5e-4
     config.optimizer.warmup_steps = 2_000
     config.optimizer.beta1 = 0.9
-    resnet = isinstance(get_preset(preset).vision, ResNetPreset)
-    config.optimizer.beta2 = 0.999 if resnet else 0.98
-    config.optimizer.epsilon = 1e-8 if resnet else 1e-6
+    config.optimizer.update(preset.vision.optimizer_defaults)  # beta2 and epsilon
     config.optimizer.weight_decay = 0.2
     config.optimizer.first_moment_dtype = "float32"  # or "bfloat16": of Adam's mean of the gradients
     config.optimizer.gradient_clip_norm = 0.0  # global norm; 0: no clipping
@@ -210,55 +202,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
         if not condition:
             problems.append(problem)
 
-    def check_transformer(tower: str, part: ml_collections.ConfigDict) -> None:
-        prefix = f"config.model.{tower}"
-        check(part.width % part.num_heads == 0, f"{prefix}.num_heads={part.num_heads} must divide width={part.width}")
-        check(
-            round(part.width * part.mlp_ratio) > 0,
-            f"{prefix}.mlp_ratio={part.mlp_ratio} leaves nothing of width={part.width}",
-        )
-        check(
-            part.activation in ACTIVATIONS,
-            f"{prefix}.activation={part.activation!r} must be one of {', '.join(ACTIVATIONS)}",
-        )
-
-    def check_resnet(vision: ml_collections.ConfigDict) -> None:
-        prefix, channels = "config.model.vision", RESNET_REDUCTION * vision.width
-        check(
-            vision.image_size % RESNET_REDUCTION == 0,
-            f"{prefix}.image_size={vision.image_size} must be a multiple of {RESNET_REDUCTION}",
-        )
-        check(vision.width % 2 == 0, f"{prefix}.width={vision.width} must be even: the stem starts with half of it")
-        check(
-            channels % vision.num_heads == 0,
-            f"{prefix}.num_heads={vision.num_heads} must divide the last stage's {channels} channels",
-        )
-        check(
-            len(vision.stage_sizes) == 4 and min(vision.stage_sizes) > 0,
-            f"{prefix}.stage_sizes={vision.stage_sizes} must be four positive numbers",
-        )
-        check(
-            vision.batch_norm in BATCH_NORMS,
-            f"{prefix}.batch_norm={vision.batch_norm!r} must be one of {', '.join(BATCH_NORMS)}",
-        )
-
-    def check_preprocessing(given: ml_collections.ConfigDict) -> None:
-        prefix = "config.model.preprocessing"
-        for name in ("mean", "std"):
-            numbers = len(given[name]) == 3 and all(isinstance(one, int | float) for one in given[name])
-            check(numbers, f"{prefix}.{name}={given[name]} must be three numbers, of red, green and blue")
-            least = SMALLEST_STD if name == "std" else -math.inf
-            check(not numbers or min(given[name]) >= least, f"{prefix}.{name}={given[name]} must be at least {least:g}")
-        for name, choices in (("resize_mode", RESIZE_MODES), ("interpolation", INTERPOLATIONS)):
-            check(given[name] in choices, f"{prefix}.{name}={given[name]!r} must be one of {', '.join(choices)}")
-        largest = MAX_RESIZE * config.model.vision.image_size
-        check(0 <= given.resize_size <= largest, f"{prefix}.resize_size={given.resize_size} must be in [0, {largest}]")
-        check(0 <= given.fill_color <= 255, f"{prefix}.fill_color={given.fill_color} must be in [0, 255]")
-
-    def check_progressive_resolution(resnet: bool) -> None:
-        first, whole = config.progressive_resolution, config.model.vision.image_size
-        name = "config.progressive_resolution"
-        unit = RESNET_REDUCTION if resnet else config.model.vision.patch_size
+    def check_progressive_resolution() -> None:
+        first, vision = config.progressive_resolution, model_preset(config).vision
+        name, unit, whole = "config.progressive_resolution", vision.side_unit, vision.image_size
         check(first.steps >= 0, f"{name}.steps must not be negative")
         check(
             bool(first.image_size) == bool(first.steps),
@@ -269,7 +215,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"{name}.image_size={first.image_size} must be a multiple of {unit} below the model's {whole}",
         )
 
-    model, optimizer, data = config.model, config.optimizer, config.data
+    optimizer, data = config.optimizer, config.data
     infinite = [
         name
         for name, value in flatten(config).items()
@@ -295,7 +241,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         "evaluation.batch_size",
     ):
         check(flatten(config)[key] > 0, f"config.{key} must be positive")
-    for key in ("mesh.fsdp", "eval_every", "model.scan_unroll", "loss.block_size"):
+    for key in ("mesh.fsdp", "eval_every", "loss.block_size"):
         check(flatten(config)[key] >= 0, f"config.{key} must not be negative")
     check(data.min_image_side > 0, f"config.data.min_image_side={data.min_image_side} must be positive")
     check(data.max_aspect_ratio >= 1, f"config.data.max_aspect_ratio={data.max_aspect_ratio} must be at least 1")
@@ -304,43 +250,21 @@ def validate(config: ml_collections.ConfigDict) -> None:
         check(data[key] > 0, f"config.data.{key} must be positive")
     for key in ("num_workers", "cache_mebibytes", "bucket_retries"):
         check(data[key] >= 0, f"config.data.{key} must not be negative")
-    check(model.dtype in DTYPES, f"config.model.dtype={model.dtype!r} must be one of {', '.join(DTYPES)}")
-    check(
-        model.remat in REMAT_POLICIES, f"config.model.remat={model.remat!r} must be one of {', '.join(REMAT_POLICIES)}"
-    )
     check(
         config.loss.kind in LOSS_KINDS, f"config.loss.kind={config.loss.kind!r} must be one of {', '.join(LOSS_KINDS)}"
     )
     check(
         config.loss.form in LOSS_FORMS, f"config.loss.form={config.loss.form!r} must be one of {', '.join(LOSS_FORMS)}"
     )
-    check_preprocessing(model.preprocessing)
-    may_be_zero = ("scan_unroll", "preprocessing.resize_size", "preprocessing.fill_color")
-    sizes = {name: value for name, value in flatten(model).items() if type(value) is int and name not in may_be_zero}
-    too_small = [f"config.model.{name}={value} must be positive" for name, value in sizes.items() if value <= 0]
-    problems.extend(too_small)
-    if not too_small:
-        vision, text = model.vision, model.text
-        check(
-            text.vocab_size >= VOCAB_SIZE,
-            f"config.model.text.vocab_size={text.vocab_size} must be at least the tokenizer's {VOCAB_SIZE}",
-        )
-        check(text.context_length >= 2, "config.model.text.context_length must hold the two markers at least")
-        check(0 <= model.patch_dropout < 1, f"config.model.patch_dropout={model.patch_dropout} must be in [0, 1)")
-        if "stage_sizes" in vision:
-            check_resnet(vision)
-            check(
-                not model.patch_dropout,
-                "config.model.patch_dropout: a ResNet has no patches to leave out",
-            )
-        else:
-            check(
-                vision.image_size % vision.patch_size == 0,
-                f"config.model.vision.patch_size={vision.patch_size} must divide image_size={vision.image_size}",
-            )
-            check_transformer("vision", vision)
-        check_transformer("text", text)
-        check_progressive_resolution("stage_sizes" in vision)
+    of_the_model = model_problems(config.model)
+    problems.extend(of_the_model)
+    vocab_size = config.model.text.get("vocab_size", VOCAB_SIZE)  # that a section lacks it is among the above
+    check(
+        vocab_size >= VOCAB_SIZE,
+        f"config.model.text.vocab_size={vocab_size} must be at least the tokenizer's {VOCAB_SIZE}",
+    )
+    if not any(problem.startswith("config.model.vision") for problem in of_the_model):
+        check_progressive_resolution()
     check(optimizer.learning_rate > 0, "config.optimizer.learning_rate must be positive")
     for key in ("warmup_steps", "weight_decay", "gradient_clip_norm"):
         check(optimizer[key] >= 0, f"config.optimizer.{key} must not be negative")
@@ -377,7 +301,11 @@ def check_same_run(config: ml_collections.ConfigDict, saved: dict, where: str) -
     now = flatten(ml_collections.ConfigDict(json.loads(to_json(config))))  # JSON knows no tuples
     before = flatten(ml_collections.ConfigDict(saved))
     # What an older version of the program did not know yet was as the defaults are; what only it knew is no sign.
-    defaults = flatten(ml_collections.ConfigDict(json.loads(to_json(default_config(config.model.name)))))
+    try:
+        default = default_config(preset_from_dict(saved["model"]))
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{where} holds a run of an unknown model ({error}); choose another --workdir") from None
+    defaults = flatten(ml_collections.ConfigDict(json.loads(to_json(default))))
     before |= {name: defaults[name] for name in now.keys() & defaults.keys() if name not in before}
     different = [
         f"{name} was {before[name]!r} and is {now[name]!r}"

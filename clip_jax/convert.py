@@ -13,7 +13,8 @@ import shlex
 import sys
 
 from clip_jax.command_line import Parser
-from clip_jax.models.presets import ACTIVATIONS, Preprocessing
+from clip_jax.models.activations import ACTIVATIONS
+from clip_jax.models.preprocessing import Preprocessing
 from clip_jax.standard_output import run
 
 USES = {

@@ -20,7 +20,7 @@ import numpy as np
 from clip_jax.command_line import Parser
 from clip_jax.data.image_files import find_image_files
 from clip_jax.data.images import MAX_ASPECT_RATIO, MAX_PIXELS
-from clip_jax.models.presets import ACTIVATIONS
+from clip_jax.models.activations import ACTIVATIONS
 from clip_jax.standard_output import run
 
 SHOWN = 3  # of the names that are listed in a line

@@ -16,7 +16,8 @@ from clip_jax.convert import main as convert
 from clip_jax.convert import use_of
 from clip_jax.main import main as train
 from clip_jax.main import parse_arguments
-from clip_jax.models.presets import Preprocessing, model_preset
+from clip_jax.models.preprocessing import Preprocessing
+from clip_jax.models.presets import model_preset
 from clip_jax.predict import main as predict
 from clip_jax.training.loop import make_batches, prepare, read_initial_variables
 from clip_jax.weights import Weights, read_weights

@@ -27,7 +27,7 @@ from clip_jax.data.sources import Mixture, Pair, PairError, ShardError
 from clip_jax.data.sources.buckets import current_access, use_access
 from clip_jax.data.tokenizer import tokenize
 from clip_jax.data.workers import end_with_parent
-from clip_jax.models.presets import Preprocessing
+from clip_jax.models.preprocessing import Preprocessing
 
 # Raise this whenever the same pictures would come out as other pixels or tokens: a run then refuses to resume.
 TRANSFORM_VERSION = 3

@@ -32,7 +32,7 @@ from clip_jax.evaluation.zero_shot import (
     single_label_metrics,
     two_class_metrics,
 )
-from clip_jax.models.presets import Preprocessing
+from clip_jax.models.preprocessing import Preprocessing
 
 RANDOM_RANKINGS = 20  # whose mean is the chance of an average precision
 BASELINE_SIDE = 32  # px; the mean of many images has no finer detail

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from clip_jax.data.images import DEFAULT_PREPROCESSING, ImageError, decode_image, evaluation_transform
 from clip_jax.data.sources import MissingPackageError, Pair, PairError, Source, open_source
-from clip_jax.models.presets import Preprocessing
+from clip_jax.models.preprocessing import Preprocessing
 
 KEPT_BYTES = 2**29  # of decoded pictures, so that an evaluation during training decodes a small set once
 

@@ -13,7 +13,7 @@ from clip_jax.evaluation.registry import Task
 from clip_jax.evaluation.remembered import Classifier
 from clip_jax.evaluation.results import TaskResult
 from clip_jax.evaluation.similarity import ties
-from clip_jax.models.presets import Preprocessing
+from clip_jax.models.preprocessing import Preprocessing
 
 SHOWN_TEXTS = 8  # in the grid of the report
 

@@ -11,7 +11,7 @@ from clip_jax.evaluation.registry import Task
 from clip_jax.evaluation.remembered import Classifier
 from clip_jax.evaluation.results import MissingTask, Results
 from clip_jax.evaluation.retrieval_task import RetrievalTask
-from clip_jax.models.presets import Preprocessing
+from clip_jax.models.preprocessing import Preprocessing
 
 
 class Evaluations:

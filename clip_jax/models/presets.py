@@ -5,88 +5,17 @@ Heads are 64 wide throughout, as in all of the paper's transformers, unless a pr
 """
 
 import dataclasses
+from typing import Any
 
 import ml_collections
 
-ACTIVATIONS = ("quick_gelu", "gelu")  # OpenAI's, and PyTorch's default, which most of open_clip's own models have
-BATCH_NORMS = ("global", "per_device")
-RESNET_REDUCTION = 32  # an image's side over that of the last stage's output; also its channels over the width
-
-# Mean and standard deviation of CLIP's training images, RGB in [0, 1], as published with its weights.
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-SMALLEST_STD = 1e-6  # a deviation near 0 is a mistake, and would make pixels infinite in float32
-MAX_RESIZE = 8  # times the image size: a larger size before the crop is a mistake that takes all memory
-RESIZE_MODES = ("shortest", "longest", "squash")
-INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "hamming", "box", "nearest")  # Pillow's
-
-
-@dataclasses.dataclass(frozen=True)
-class Preprocessing:
-    """How an image of any size becomes the square that the image tower sees. The default is OpenAI's.
-
-    The image is resized to ``resize_size`` pixels (0: the tower's image size), with Pillow's ``interpolation``. By
-    ``resize_mode`` that is the length of its short side ("shortest"), its long side ("longest") or both, whatever
-    its aspect ratio ("squash"). Then its center is cropped, or padded with the gray level ``fill_color`` (0 to 255),
-    to the tower's image size. ``mean`` and ``std``, of RGB in [0, 1], are subtracted and divided by.
-
-    Source: open_clip's ``PreprocessCfg`` and the image processors of Hugging Face's CLIP.
-    """
-
-    mean: tuple[float, float, float] = IMAGE_MEAN
-    std: tuple[float, float, float] = IMAGE_STD
-    resize_mode: str = "shortest"
-    interpolation: str = "bicubic"
-    resize_size: int = 0
-    fill_color: int = 0
-
-    def at_image_size(self, image_size: int, wanted: int) -> "Preprocessing":
-        """The same for images of ``wanted`` pixels, where this one is for ``image_size``: the same part is cropped."""
-        return dataclasses.replace(self, resize_size=round(self.resize_size * wanted / image_size))
-
-
-@dataclasses.dataclass(frozen=True)
-class VisionTransformerPreset:
-    """A Vision Transformer: ``image_size`` and ``patch_size`` in pixels, ``width`` the token's feature count.
-
-    ``activation`` is one of :data:`ACTIVATIONS`; ``mlp_ratio`` is the MLP's width over ``width``.
-    """
-
-    image_size: int
-    patch_size: int
-    width: int
-    num_layers: int
-    num_heads: int
-    activation: str = "quick_gelu"
-    mlp_ratio: float = 4.0
-
-
-@dataclasses.dataclass(frozen=True)
-class ResNetPreset:
-    """A ResNet as CLIP has it: ``width`` channels after the stem, ``stage_sizes`` blocks in each of four stages.
-
-    ``num_heads`` are those of the attention pooling. ``batch_norm`` says over what a training step takes BatchNorm's
-    statistics: "global", the whole batch, or "per_device", each device's part of it, as open_clip trains.
-    """
-
-    image_size: int
-    width: int
-    stage_sizes: tuple[int, int, int, int]
-    num_heads: int
-    batch_norm: str = "global"
-
-
-@dataclasses.dataclass(frozen=True)
-class TextTransformerPreset:
-    """A text tower over ``context_length`` byte-pair tokens."""
-
-    width: int
-    num_layers: int
-    num_heads: int
-    context_length: int = 77
-    vocab_size: int = 49_408
-    activation: str = "quick_gelu"
-    mlp_ratio: float = 4.0
+from clip_jax.models.execution import DTYPES, REMAT_POLICIES
+from clip_jax.models.preprocessing import Preprocessing
+from clip_jax.models.towers import IMAGE_TOWERS, TEXT_TOWERS, tower_from_dict
+from clip_jax.models.towers.base import ImageTower, TextTower
+from clip_jax.models.towers.resnet import ResNetPreset
+from clip_jax.models.towers.text_transformer import TextTransformerPreset
+from clip_jax.models.towers.vision_transformer import VisionTransformerPreset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +23,14 @@ class CLIPPreset:
     """Two towers, the width ``embed_dim`` of the space that they share, and how images are prepared."""
 
     embed_dim: int
-    vision: VisionTransformerPreset | ResNetPreset
-    text: TextTransformerPreset
-    preprocessing: Preprocessing = Preprocessing()
+    vision: ImageTower
+    text: TextTower
+    preprocessing: Preprocessing = Preprocessing()  # noqa: RUF009 (frozen)
+
+    @property
+    def fused_head_widths(self) -> tuple[float, ...]:
+        """Of the attention layers of both towers that cuDNN may compute."""
+        return self.vision.fused_head_widths + self.text.fused_head_widths
 
 
 _TEXT_512 = TextTransformerPreset(width=512, num_layers=12, num_heads=8)
@@ -122,22 +56,22 @@ PRESETS: dict[str, CLIPPreset] = {
 }
 
 
-def preset_from_dict(model: dict) -> CLIPPreset:
+def preset_from_dict(model: dict[str, Any]) -> CLIPPreset:
     """Reads back what ``dataclasses.asdict`` made of a preset, through JSON or not; other keys are passed over.
 
     Without ``preprocessing``, as in runs of before there was a choice, it is OpenAI's.
+
+    Raises:
+      ValueError: the fields of ``vision`` or ``text`` are those of no tower.
     """
-    vision = dict(model["vision"])
-    if "stage_sizes" in vision:
-        vision["stage_sizes"] = tuple(vision["stage_sizes"])
-    tower = ResNetPreset if "stage_sizes" in vision else VisionTransformerPreset
+    vision = tower_from_dict(model["vision"], IMAGE_TOWERS, "config.model.vision")
+    text = tower_from_dict(model["text"], TEXT_TOWERS, "config.model.text")
     preprocessing = dict(model.get("preprocessing", {}))
     for name in preprocessing.keys() & {"mean", "std"}:
         preprocessing[name] = tuple(preprocessing[name])
-    if preprocessing.get("resize_size") == vision["image_size"]:
+    if preprocessing.get("resize_size") == vision.image_size:
         preprocessing["resize_size"] = 0  # the same, by its usual name
-    text = TextTransformerPreset(**model["text"])
-    return CLIPPreset(model["embed_dim"], tower(**vision), text, Preprocessing(**preprocessing))
+    return CLIPPreset(model["embed_dim"], vision, text, Preprocessing(**preprocessing))
 
 
 def model_preset(config: ml_collections.ConfigDict) -> CLIPPreset:
@@ -154,3 +88,29 @@ def get_preset(name: str) -> CLIPPreset:
     if name not in PRESETS:
         raise ValueError(f"unknown model preset {name!r}; the presets are {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def problems(model: ml_collections.ConfigDict) -> list[str]:
+    """Returns what is wrong in the section ``config.model``, a line for each."""
+    problems = []
+    for key, choices in (("dtype", DTYPES), ("remat", REMAT_POLICIES)):
+        if model[key] not in choices:
+            problems.append(f"config.model.{key}={model[key]!r} must be one of {', '.join(choices)}")
+    if model.scan_unroll < 0:
+        problems.append("config.model.scan_unroll must not be negative")
+    if not 0 <= model.patch_dropout < 1:
+        problems.append(f"config.model.patch_dropout={model.patch_dropout} must be in [0, 1)")
+    sizes = {"embed_dim": model.embed_dim}
+    sizes |= {f"{section}.{name}": value for section in ("vision", "text") for name, value in model[section].items()}
+    too_small = [name for name, value in sizes.items() if type(value) is int and value <= 0]
+    problems += [f"config.model.{name}={sizes[name]} must be positive" for name in too_small]
+    try:
+        preset = preset_from_dict(model.to_dict())
+    except ValueError as error:
+        return [*problems, str(error)]
+    problems += preset.preprocessing.problems("config.model.preprocessing", preset.vision.image_size)
+    if not too_small:
+        problems += preset.vision.problems("config.model.vision") + preset.text.problems("config.model.text")
+        if model.patch_dropout and preset.vision.num_patches(preset.vision.image_size) is None:
+            problems.append(f"config.model.patch_dropout: a {preset.vision.title} has no patches to leave out")
+    return problems

@@ -8,6 +8,7 @@ How a run starts, by what its folder holds:
 4. another run: it is refused before anything is written.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -255,8 +256,8 @@ def train(run: Run) -> bool:
             state, position = create_state(model, optimizer, config.seed, mesh), 0
         _log_start(run, state)
         # Evaluation runs now and then, with many lengths of text: it is compiled as small as it can be.
-        small = model.clone(scan_unroll=max(1, config.model.scan_unroll))
-        embedder = Embedder(small, mesh, config.evaluation.batch_size)
+        execution = dataclasses.replace(model.execution, scan_unroll=max(1, config.model.scan_unroll))
+        embedder = Embedder(model.clone(execution=execution), mesh, config.evaluation.batch_size)
         train_step = make_train_step(config, model, optimizer, mesh)
         with Interruption() as interruption:
             state = train_steps(run, train_step, state, position, checkpointer, writer, embedder, interruption)

@@ -9,7 +9,7 @@ transformers 4 and 5, and the configs that OpenAI's published folders have.
 
 from collections.abc import Collection, Mapping
 
-from clip_jax.models.presets import IMAGE_MEAN, IMAGE_STD, MAX_RESIZE, SMALLEST_STD, Preprocessing
+from clip_jax.models.preprocessing import IMAGE_MEAN, IMAGE_STD, MAX_RESIZE, SMALLEST_STD, Preprocessing
 from clip_jax.weights.mapping import WeightsError
 
 # Files of before 2023 repeat these in each tower. They steer generation, training, logging and output, not CLIP's

@@ -29,7 +29,7 @@ from clip_jax.data.images import (
     evaluation_transform,
     training_transform,
 )
-from clip_jax.models.presets import Preprocessing
+from clip_jax.models.preprocessing import Preprocessing
 
 PAPER = Augmentation()
 

@@ -32,7 +32,7 @@ import torch
 import transformers
 from open_clip.push_to_hf_hub import save_config_for_hf
 
-from clip_jax.models.presets import IMAGE_MEAN, IMAGE_STD
+from clip_jax.models.preprocessing import IMAGE_MEAN, IMAGE_STD
 
 GOLDEN = pathlib.Path(__file__).with_name("golden")
 CONTEXT, VOCABULARY, EMBED_DIM = 8, 64, 32

@@ -11,7 +11,8 @@ from PIL import Image
 
 import clip_jax
 from clip_jax.config import check_same_run, default_config, override, to_json, validate
-from clip_jax.models.presets import IMAGE_MEAN, IMAGE_STD, Preprocessing, preset_from_dict
+from clip_jax.models.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing
+from clip_jax.models.presets import preset_from_dict
 from clip_jax.training.loop import read_initial_variables
 from clip_jax.weights import Weights, WeightsError, open_clip, read_weights, write_weights
 from clip_jax.weights.resizing import at_image_size
