@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from clip_jax.config import default_config, validate
-from clip_jax.models import execution
 from clip_jax.models.execution import REMAT_POLICIES, choose_execution
 from clip_jax.models.layers import row_major
 from clip_jax.models.presets import PRESETS, get_preset
@@ -27,7 +26,7 @@ OTHERS = (CPU, V100, MI300X)
 def chosen(device, preset, *settings):
     """The execution on a mesh of one such device."""
     mesh = SimpleNamespace(devices=np.array([device]), size=1)
-    with mock.patch.object(execution, "batch_sharding", lambda mesh: None):
+    with mock.patch("clip_jax.models.execution.batch_sharding", return_value=None):
         return choose_execution(mesh, preset.fused_head_widths, *settings)
 
 

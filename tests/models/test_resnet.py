@@ -461,11 +461,8 @@ def collectives(program):
 @pytest.mark.parametrize("batch_norm", ["per_device", "global"])
 def test_on_eight_devices_only_global_statistics_make_the_devices_talk(mesh_of, variables, train, batch_norm):
     mesh = mesh_of((8, 1))
-    preset, execution = (
-        dataclasses.replace(TINY.preset, batch_norm=batch_norm),
-        Execution(batch_sharding=batch_sharding(mesh)),
-    )
-    model = preset.build(16, execution)
+    preset = dataclasses.replace(TINY.preset, batch_norm=batch_norm)
+    model = preset.build(16, Execution(batch_sharding=batch_sharding(mesh)))
 
     def features(variables, pixels):  # without the running averages, of which there is one for all devices
         return model.apply(variables, pixels, train=True, mutable=["batch_stats"])[0]
