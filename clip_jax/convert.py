@@ -13,8 +13,8 @@ import os
 import shlex
 
 from clip_jax.command_line import DONE, Parser, command, report, run, set_up_logging
+from clip_jax.models.activations import ACTIVATIONS
 from clip_jax.models.preprocessing import Preprocessing
-from clip_jax.models.presets import ACTIVATIONS
 
 PROGRAM = "python -m clip_jax.convert"
 USES = {

@@ -19,7 +19,9 @@ import pytest
 
 from clip_jax.config import default_config, override
 from clip_jax.models.clip import CLIP
-from clip_jax.models.presets import PRESETS, CLIPPreset, ResNetPreset, TextTransformerPreset
+from clip_jax.models.presets import PRESETS, CLIPPreset
+from clip_jax.models.towers.resnet import ResNetPreset
+from clip_jax.models.towers.text_transformer import TextTransformerPreset
 from clip_jax.plan import main
 from clip_jax.planning import compiling, figures, searching
 from clip_jax.planning.accelerator_types import ACCELERATOR_TYPES

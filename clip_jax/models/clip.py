@@ -1,17 +1,14 @@
 """CLIP: an image tower and a text tower into one space, and the temperature between them."""
 
-import dataclasses
 import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from clip_jax.models.execution import Execution
 from clip_jax.models.preprocessing import Preprocessing
-from clip_jax.models.presets import CLIPPreset, ResNetPreset
-from clip_jax.models.resnet import ResNet
-from clip_jax.models.text_transformer import TextTransformer
-from clip_jax.models.vision_transformer import VisionTransformer
+from clip_jax.models.presets import CLIPPreset
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 MAX_LOGIT_SCALE = math.log(100)
@@ -40,48 +37,19 @@ def example_inputs(preset: CLIPPreset) -> tuple[jax.ShapeDtypeStruct, jax.ShapeD
 
 
 class CLIP(nn.Module):
-    """Both towers; parameters float32, computation in ``dtype``.
+    """The two towers of ``preset``, computed as ``execution`` says, and the temperature; parameters are float32.
 
-    ``remat``, of all scanned layers but the last, is "none", "full" to recompute each in the backward pass,
-    "attention" to do so but for what attention gave, or "lite" to recompute only what is cheap (in a ResNet all three
-    are "full"). ``scan_unroll`` is how many layers a scan step holds (1 compiles fastest; all of them let XLA work
-    across layers, which pays for small models on CPU).
-    Without ``scan_layers`` each layer of a transformer has parameters of its own (``unstack_layers``): a scan copies a
-    layer's parameters out of the stack at each step, which costs more than it saves where nothing is trained.
-    ``class_token_apart`` carries a Vision Transformer's class token beside its patches, which is the same function and
-    what a TPU is faster with; ``fused_attention`` is the same function by cuDNN, for GPUs, in bfloat16
-    (:mod:`clip_jax.models.backends` chooses both). ``batch_sharding`` says how the first axis of every activation is
-    split over devices; None leaves it open. With an ``initial_logit_bias`` there is a parameter ``logit_bias``, for the
-    sigmoid loss.
+    With an ``initial_logit_bias`` there is a parameter ``logit_bias``, for the sigmoid loss.
     """
 
     preset: CLIPPreset
-    remat: str = "none"
-    scan_layers: bool = True
-    scan_unroll: int = 1
-    class_token_apart: bool = False
-    fused_attention: bool = False
+    execution: Execution = Execution()
     initial_logit_scale: float = INITIAL_LOGIT_SCALE
     initial_logit_bias: float | None = None
-    dtype: jnp.dtype = jnp.float32
-    batch_sharding: jax.sharding.Sharding | None = None
 
     def setup(self):
-        shared = {
-            "embed_dim": self.preset.embed_dim,
-            "remat": self.remat,
-            "scan_unroll": self.scan_unroll,
-            "dtype": self.dtype,
-            "batch_sharding": self.batch_sharding,
-        }
-
-        layers = {"scan_layers": self.scan_layers, "fused_attention": self.fused_attention}
-        if isinstance(self.preset.vision, ResNetPreset):
-            self.vision = ResNet(**dataclasses.asdict(self.preset.vision), **shared)
-        else:
-            apart = {"class_token_apart": self.class_token_apart}
-            self.vision = VisionTransformer(**dataclasses.asdict(self.preset.vision), **shared, **layers, **apart)
-        self.text = TextTransformer(**dataclasses.asdict(self.preset.text), **shared, **layers)
+        self.vision = self.preset.vision.build(self.preset.embed_dim, self.execution)
+        self.text = self.preset.text.build(self.preset.embed_dim, self.execution)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(self.initial_logit_scale), ())
         if self.initial_logit_bias is not None:
             self.logit_bias = self.param("logit_bias", nn.initializers.constant(self.initial_logit_bias), ())

@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from clip_jax.config import REMAT_POLICIES
+from clip_jax.models.execution import REMAT_POLICIES
 from clip_jax.planning.figures import num_bytes
 from clip_jax.planning.topologies import GENERATIONS, Topology, named_slices, parse_topology
 

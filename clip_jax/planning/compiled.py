@@ -126,8 +126,8 @@ def kept_bytes(config, mesh, state, batch: dict) -> dict[str, int]:
     """
     import jax
 
-    from clip_jax.config import REMAT_POLICIES
     from clip_jax.models.clip import normalize_images
+    from clip_jax.models.execution import REMAT_POLICIES
     from clip_jax.training.state import make_model
 
     def kept(remat: str) -> int:

@@ -56,7 +56,7 @@ def cache_key(config: ml_collections.ConfigDict, topology: Topology) -> str:
     sources = hashlib.sha256()
     for name in SOURCES:
         path = PACKAGE / name
-        for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             sources.update(_without_words(file.read_text(encoding="utf-8")).encode())
     compiled = {
         name: value

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from clip_jax.data.sources import source_names
 from clip_jax.models.clip import CLIP, MAX_LOGIT_SCALE, normalize_images
-from clip_jax.models.vision_transformer import choose_patches
+from clip_jax.models.patch_dropout import choose_patches
 from clip_jax.sharding import batch_sharding, replicated
 from clip_jax.training.accumulation import loss_and_gradients
 from clip_jax.training.loss import choose_form, contrastive_loss, sigmoid_loss
@@ -57,7 +57,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]):
         if config.model.patch_dropout:
-            num_patches = (batch["image"].shape[1] // config.model.vision.patch_size) ** 2
+            num_patches = model.preset.vision.num_patches(batch["image"].shape[1])
             kept = choose_patches(batch["seed"], num_patches, config.model.patch_dropout)
             batch = batch | {"kept_patches": jax.lax.with_sharding_constraint(kept, split)}
         value, metrics, gradients, batch_stats = loss_and_gradients(

@@ -11,7 +11,10 @@ import clip_jax
 from clip_jax.convert import main as convert
 from clip_jax.convert import use_of
 from clip_jax.models.preprocessing import Preprocessing
-from clip_jax.models.presets import PRESETS, CLIPPreset, ResNetPreset, TextTransformerPreset, VisionTransformerPreset
+from clip_jax.models.presets import PRESETS, CLIPPreset
+from clip_jax.models.towers.resnet import ResNetPreset
+from clip_jax.models.towers.text_transformer import TextTransformerPreset
+from clip_jax.models.towers.vision_transformer import VisionTransformerPreset
 from clip_jax.weights import Weights, openai, preset_name, read_weights, write_weights
 from clip_jax.weights import open_clip as open_clip_files
 from clip_jax.weights.mapping import to_variables

@@ -6,7 +6,10 @@ import pytest
 from jax.sharding import Mesh
 
 from clip_jax.models.clip import CLIP
-from clip_jax.models.presets import CLIPPreset, ResNetPreset, TextTransformerPreset, VisionTransformerPreset
+from clip_jax.models.presets import CLIPPreset
+from clip_jax.models.towers.resnet import ResNetPreset
+from clip_jax.models.towers.text_transformer import TextTransformerPreset
+from clip_jax.models.towers.vision_transformer import VisionTransformerPreset
 from clip_jax.training.loss import contrastive_loss
 from clip_jax.weights import openai
 from clip_jax.weights.mapping import to_tensors, to_variables
