@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import ml_collections
 
+from clip_jax import losses
 from clip_jax.data.images import Augmentation
 from clip_jax.data.tokenizer import VOCAB_SIZE
 from clip_jax.models.presets import (
@@ -29,11 +30,10 @@ from clip_jax.models.presets import (
 )
 
 DTYPES = ("float32", "bfloat16")
-LOSS_KINDS = ("softmax", "sigmoid")
-LOSS_FORMS = ("auto", "gather", "blockwise")
 REMAT_POLICIES = ("none", "lite", "attention", "full")
 
-# What may change between a run and its resumption without making it another run; "evaluation." may, too.
+# What may change between a run and its resumption without making it another run; "evaluation." may, too, and what the
+# losses say (clip_jax.losses.resumable_keys).
 NOT_PART_OF_A_RUN = (
     "log_every",
     "eval_every",
@@ -49,8 +49,6 @@ NOT_PART_OF_A_RUN = (
     "data.weights",  # part of the fingerprint, too
     "accumulation_steps",
     "mesh.fsdp",
-    "loss.form",
-    "loss.block_size",
     "model.remat",
     "model.scan_unroll",
     "model.fused_attention",
@@ -96,11 +94,7 @@ def default_config(preset: str) -> ml_collections.ConfigDict:
     config.optimizer.first_moment_dtype = "float32"  # or "bfloat16": of Adam's mean of the gradients
     config.optimizer.gradient_clip_norm = 0.0  # global norm; 0: no clipping
 
-    config.loss = ml_collections.ConfigDict()
-    config.loss.kind = "softmax"  # the paper's; or "sigmoid", SigLIP's
-    # Of the softmax loss: "gather", or "blockwise" for batches whose similarities do not fit; auto: by their size.
-    config.loss.form = "auto"
-    config.loss.block_size = 0  # of the blockwise form, and of the sigmoid loss; 0: by the kind of device
+    config.loss = losses.default_section()  # kind, "softmax", and each loss's keys: see the classes in clip_jax.losses
 
     config.mesh = ml_collections.ConfigDict()
     config.mesh.fsdp = 0  # devices that share one copy of the parameters; 0: by the model and a device's memory
@@ -295,7 +289,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         "evaluation.batch_size",
     ):
         check(flatten(config)[key] > 0, f"config.{key} must be positive")
-    for key in ("mesh.fsdp", "eval_every", "model.scan_unroll", "loss.block_size"):
+    for key in ("mesh.fsdp", "eval_every", "model.scan_unroll"):
         check(flatten(config)[key] >= 0, f"config.{key} must not be negative")
     check(data.min_image_side > 0, f"config.data.min_image_side={data.min_image_side} must be positive")
     check(data.max_aspect_ratio >= 1, f"config.data.max_aspect_ratio={data.max_aspect_ratio} must be at least 1")
@@ -308,12 +302,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     check(
         model.remat in REMAT_POLICIES, f"config.model.remat={model.remat!r} must be one of {', '.join(REMAT_POLICIES)}"
     )
-    check(
-        config.loss.kind in LOSS_KINDS, f"config.loss.kind={config.loss.kind!r} must be one of {', '.join(LOSS_KINDS)}"
-    )
-    check(
-        config.loss.form in LOSS_FORMS, f"config.loss.form={config.loss.form!r} must be one of {', '.join(LOSS_FORMS)}"
-    )
+    problems.extend(losses.problems(config.loss))
     check_preprocessing(model.preprocessing)
     may_be_zero = ("scan_unroll", "preprocessing.resize_size", "preprocessing.fill_color")
     sizes = {name: value for name, value in flatten(model).items() if type(value) is int and name not in may_be_zero}
@@ -379,10 +368,11 @@ def check_same_run(config: ml_collections.ConfigDict, saved: dict, where: str) -
     # What an older version of the program did not know yet was as the defaults are; what only it knew is no sign.
     defaults = flatten(ml_collections.ConfigDict(json.loads(to_json(default_config(config.model.name)))))
     before |= {name: defaults[name] for name in now.keys() & defaults.keys() if name not in before}
+    may_change = {*NOT_PART_OF_A_RUN, *(f"loss.{key}" for key in losses.resumable_keys())}
     different = [
         f"{name} was {before[name]!r} and is {now[name]!r}"
         for name in sorted(now.keys() & before.keys())
-        if now[name] != before[name] and name not in NOT_PART_OF_A_RUN and not name.startswith("evaluation.")
+        if now[name] != before[name] and name not in may_change and not name.startswith("evaluation.")
     ]
     if different:
         raise ValueError(f"{where} holds a run of another config ({'; '.join(different)}); choose another --workdir")

@@ -26,7 +26,7 @@ from clip_jax.data.tokenizer import VOCAB_SIZE, tokenize
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.zero_shot import classifier_weights
 from clip_jax.models.backends import backend_of
-from clip_jax.models.clip import CLIP
+from clip_jax.models.clip import CLIP, loss_parameters_of
 from clip_jax.models.presets import CLIPPreset, ResNetPreset
 from clip_jax.models.transformer import unstack_layers
 from clip_jax.sharding import batch_sharding, make_mesh
@@ -74,8 +74,8 @@ class LoadedModel:
         model = CLIP(
             weights.preset,
             scan_layers=False,
-            # The bias of a sigmoid loss is the same for all labels: it is kept, and changes no ranking.
-            initial_logit_bias=0.0 if "logit_bias" in weights.variables["params"] else None,
+            # All are kept, and logit_scale alone is used: another, such as a bias, is the same for all labels.
+            loss_parameters=loss_parameters_of(weights.variables["params"]),
             dtype=jnp.dtype(dtype),
             batch_sharding=batch_sharding(mesh),
             **backend_of(mesh.devices.flat[0]).model_options(weights.preset, dtype),

@@ -11,8 +11,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from clip_jax.losses import loss_type
 from clip_jax.models.backends import backend_of
-from clip_jax.models.clip import CLIP, SIGMOID_INITIAL_LOGIT_BIAS, SIGMOID_INITIAL_LOGIT_SCALE, example_inputs
+from clip_jax.models.clip import CLIP, example_inputs
 from clip_jax.models.presets import model_preset
 from clip_jax.sharding import batch_sharding, choose_fsdp, make_mesh, state_sharding
 
@@ -65,18 +66,14 @@ def make_model(config: ml_collections.ConfigDict, mesh: Mesh) -> CLIP:
     """The model that ``config.model`` describes, its activations split over the mesh by their first axis."""
     model, preset = config.model, model_preset(config)
     backend = backend_of(mesh.devices.flat[0])
-    sigmoid = {
-        "initial_logit_scale": SIGMOID_INITIAL_LOGIT_SCALE,
-        "initial_logit_bias": SIGMOID_INITIAL_LOGIT_BIAS,
-    }
     return CLIP(
         preset,
         remat=model.remat,
         scan_unroll=model.scan_unroll or backend.scan_unroll(model.remat),
         dtype=jnp.dtype(model.dtype),
         batch_sharding=batch_sharding(mesh),
+        loss_parameters=loss_type(config.loss).parameters,
         **backend.model_options(preset, model.dtype, model.fused_attention),
-        **(sigmoid if config.loss.kind == "sigmoid" else {}),
     )
 
 
