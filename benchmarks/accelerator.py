@@ -39,14 +39,16 @@ from benchmarks.accelerator_report import (
     tables,
     with_shares,
 )
-from clip_jax.config import LOSS_FORMS, REMAT_POLICIES, default_config
+from clip_jax.config import default_config
+from clip_jax.losses.softmax import FORMS
+from clip_jax.models.execution import REMAT_POLICIES
 from clip_jax.models.presets import PRESETS, model_preset
 from clip_jax.settings import DTYPES
 
 MODELS = ("ViT-L/14", "ViT-B/32", "ViT-B/16", "RN50")  # the most important first
 FIRST_BATCH = {"ViT-L/14": 128, "ViT-B/16": 256, "ViT-B/32": 512, "RN50": 256}
 LARGEST_BATCH = 32_768  # the paper's
-LOSSES = tuple(form for form in LOSS_FORMS if form != "auto")  # which is one of the others
+LOSSES = tuple(form for form in FORMS if form != "auto")  # which is one of the others
 BLOCK_SIZES = (1_024, 4_096, 16_384)  # beside the one that clip_jax.models.execution chose
 SMALLEST_BATCH = 8
 CHECKED_BATCH = 8

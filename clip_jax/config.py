@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import ml_collections
 
+from clip_jax import losses
 from clip_jax.data.settings import DataSettings
 from clip_jax.data.tokenizer import VOCAB_SIZE
 from clip_jax.errors import one_line
@@ -25,16 +26,12 @@ from clip_jax.settings import (
     changeable,
     may_change,
     must_be,
-    must_be_one_of,
     must_be_positive,
     must_not_be_negative,
     read_section,
 )
 from clip_jax.sharding import MeshSettings
 from clip_jax.training.optimizer import OptimizerSettings
-
-LOSS_KINDS = ("softmax", "sigmoid")
-LOSS_FORMS = ("auto", "gather", "blockwise")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +102,6 @@ SECTIONS = {
 MAY_CHANGE = {
     *changeable(RunSettings),
     *(f"{section}.{name}" for section, settings in SECTIONS.items() for name in changeable(settings)),
-    "loss.form",
-    "loss.block_size",
 }
 
 
@@ -125,11 +120,7 @@ def default_config(preset: str | CLIPPreset) -> ml_collections.ConfigDict:
         config[section] = ml_collections.ConfigDict(dataclasses.asdict(settings()))
     config.model.update(dataclasses.asdict(preset), name=name)
     config.optimizer.update(preset.vision.optimizer_defaults)
-    config.loss = ml_collections.ConfigDict()
-    config.loss.kind = "softmax"  # the paper's; or "sigmoid", SigLIP's
-    # Of the softmax loss: "gather", or "blockwise" for batches whose similarities do not fit; auto: by their size.
-    config.loss.form = "auto"
-    config.loss.block_size = 0  # of the blockwise form, and of the sigmoid loss; 0: by the kind of device
+    config.loss = losses.default_section()  # kind, "softmax", and each loss's keys: see the classes in clip_jax.losses
     config.lock()
     return config
 
@@ -218,7 +209,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
             if name not in ("model", "progressive_resolution")  # their checks need both towers
             for problem in read_section(section, config[name]).problems()
         ),
-        *_loss_problems(config.loss),
+        *losses.problems(config.loss),
         *_model_problems(config),
     ]
     if problems:
@@ -245,14 +236,6 @@ def _model_problems(config: ml_collections.ConfigDict) -> list[str]:
     return problems
 
 
-def _loss_problems(loss: ml_collections.ConfigDict) -> list[str]:
-    return [
-        *must_be_one_of(loss, "kind", LOSS_KINDS, "config.loss"),
-        *must_be_one_of(loss, "form", LOSS_FORMS, "config.loss"),
-        *must_not_be_negative(loss, ("block_size",), "config.loss"),
-    ]
-
-
 def to_json(config: ml_collections.ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
@@ -277,10 +260,11 @@ def check_same_run(config: ml_collections.ConfigDict, saved: dict, where: str) -
         raise ValueError(f"{where} holds a run of an unknown model ({error}); choose another --workdir") from None
     defaults = flatten(ml_collections.ConfigDict(json.loads(to_json(default))))
     before |= {name: defaults[name] for name in now.keys() & defaults.keys() if name not in before}
+    may_change = MAY_CHANGE | {f"loss.{key}" for key in losses.keys_that_may_change()}
     different = [
         f"{name} was {before[name]!r} and is {now[name]!r}"
         for name in sorted(now.keys() & before.keys())
-        if now[name] != before[name] and name not in MAY_CHANGE
+        if now[name] != before[name] and name not in may_change
     ]
     if different:
         raise ValueError(f"{where} holds a run of another config ({'; '.join(different)}); choose another --workdir")

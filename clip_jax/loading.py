@@ -18,7 +18,7 @@ from clip_jax.data.tokenizer import VOCAB_SIZE, tokenize
 from clip_jax.errors import one_line
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.zero_shot import classifier_weights
-from clip_jax.models.clip import CLIP
+from clip_jax.models.clip import CLIP, loss_parameters_of
 from clip_jax.models.execution import choose_execution
 from clip_jax.models.presets import CLIPPreset
 from clip_jax.models.transformer import unstack_layers
@@ -69,8 +69,8 @@ class LoadedModel:
         model = CLIP(
             weights.preset,
             dataclasses.replace(execution, scan_layers=False),
-            # The bias of a sigmoid loss is the same for all labels: it is kept, and changes no ranking.
-            initial_logit_bias=0.0 if "logit_bias" in weights.variables["params"] else None,
+            # All are kept, and logit_scale alone is used: another, such as a bias, is the same for all labels.
+            loss_parameters=loss_parameters_of(weights.variables["params"]),
         )
         variables = place_variables(unstack_layers(weights.variables), model, mesh)
         self.preset = weights.preset

@@ -1,6 +1,7 @@
 """CLIP: an image tower and a text tower into one space, and the temperature between them."""
 
 import math
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -9,12 +10,6 @@ import jax.numpy as jnp
 from clip_jax.models.execution import Execution
 from clip_jax.models.preprocessing import Preprocessing
 from clip_jax.models.presets import CLIPPreset
-
-INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
-MAX_LOGIT_SCALE = math.log(100)
-# Where SigLIP's temperature and bias start (arXiv 2303.15343, section 3.2).
-SIGMOID_INITIAL_LOGIT_SCALE = math.log(10)
-SIGMOID_INITIAL_LOGIT_BIAS = -10.0
 
 
 def normalize_images(images: jax.Array, preprocessing: Preprocessing) -> jax.Array:
@@ -36,23 +31,28 @@ def example_inputs(preset: CLIPPreset) -> tuple[jax.ShapeDtypeStruct, jax.ShapeD
     return jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32), jax.ShapeDtypeStruct((1, length), jnp.int32)
 
 
+def loss_parameters_of(params: dict) -> tuple[tuple[str, float], ...]:
+    """``CLIP.loss_parameters`` of a model with these ``params``, whose values make the initial values irrelevant."""
+    return tuple((name, 0.0) for name, leaf in params.items() if not isinstance(leaf, Mapping))
+
+
 class CLIP(nn.Module):
     """The two towers of ``preset``, computed as ``execution`` says, and the temperature; parameters are float32.
 
-    With an ``initial_logit_bias`` there is a parameter ``logit_bias``, for the sigmoid loss.
+    ``loss_parameters`` are the names and initial values of the float32 scalars that the loss learns
+    (:mod:`clip_jax.losses`), by default those of the published models; the model only keeps them.
     """
 
     preset: CLIPPreset
     execution: Execution = Execution()
-    initial_logit_scale: float = INITIAL_LOGIT_SCALE
-    initial_logit_bias: float | None = None
+    loss_parameters: tuple[tuple[str, float], ...] = (("logit_scale", math.log(1 / 0.07)),)
 
     def setup(self):
         self.vision = self.preset.vision.build(self.preset.embed_dim, self.execution)
         self.text = self.preset.text.build(self.preset.embed_dim, self.execution)
-        self.logit_scale = self.param("logit_scale", nn.initializers.constant(self.initial_logit_scale), ())
-        if self.initial_logit_bias is not None:
-            self.logit_bias = self.param("logit_bias", nn.initializers.constant(self.initial_logit_bias), ())
+        self.scalars = {
+            name: self.param(name, nn.initializers.constant(initial), ()) for name, initial in self.loss_parameters
+        }
 
     def encode_image(self, images: jax.Array, train: bool = False, kept_patches: jax.Array | None = None) -> jax.Array:
         """Normalised images ``[B, S, S, 3]`` to image_embeddings float32 ``[B, embed_dim]`` of unit length.
@@ -74,4 +74,4 @@ class CLIP(nn.Module):
 
         A ResNet has the collection ``batch_stats`` beside its parameters; with ``train`` it must be mutable.
         """
-        return self.encode_image(images, train, kept_patches), self.encode_text(tokens), self.logit_scale
+        return self.encode_image(images, train, kept_patches), self.encode_text(tokens), self.scalars["logit_scale"]

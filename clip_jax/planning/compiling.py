@@ -23,8 +23,9 @@ PACKAGE = pathlib.Path(__file__).parent.parent
 # What decides the program and what is read from it; the words of a report do not.
 SOURCES = (
     "models",
+    "losses",
     "sharding.py",
-    *(f"training/{name}.py" for name in ("step", "state", "accumulation", "loss", "optimizer")),
+    *(f"training/{name}.py" for name in ("step", "state", "accumulation", "optimizer")),
     *(f"planning/{name}.py" for name in ("hlo", "program", "compiled", "topologies")),
 )
 # What no compiled step depends on.

@@ -12,7 +12,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from clip_jax.models.clip import CLIP, SIGMOID_INITIAL_LOGIT_BIAS, SIGMOID_INITIAL_LOGIT_SCALE, example_inputs
+from clip_jax.losses import loss_type
+from clip_jax.models.clip import CLIP, example_inputs
 from clip_jax.models.execution import choose_execution
 from clip_jax.models.presets import model_preset
 from clip_jax.sharding import choose_fsdp, make_mesh, state_sharding
@@ -68,14 +69,10 @@ def make_model(config: ml_collections.ConfigDict, mesh: Mesh) -> CLIP:
     execution = choose_execution(
         mesh, preset.fused_head_widths, model.dtype, model.remat, model.scan_unroll, model.fused_attention
     )
-    sigmoid = {
-        "initial_logit_scale": SIGMOID_INITIAL_LOGIT_SCALE,
-        "initial_logit_bias": SIGMOID_INITIAL_LOGIT_BIAS,
-    }
     return CLIP(
         preset,
         execution,
-        **(sigmoid if config.loss.kind == "sigmoid" else {}),
+        loss_type(config.loss).parameters,
     )
 
 

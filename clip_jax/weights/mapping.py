@@ -14,8 +14,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from clip_jax.models.clip import CLIP, example_inputs
-from clip_jax.models.presets import CLIPPreset
+from clip_jax.models.clip import CLIP, example_inputs, loss_parameters_of
+from clip_jax.models.presets import (
+    CLIPPreset,
+)
 from clip_jax.models.towers import IMAGE_TOWERS, TEXT_TOWERS
 from clip_jax.models.towers.base import ShapeError, Tower
 
@@ -83,14 +85,14 @@ def batch_norm(ours: str, theirs: str) -> tuple[Row, ...]:
 class Table(NamedTuple):
     """The rows of each tower that the format knows, by the tower's name.
 
-    ``logit_bias`` is that of the sigmoid loss, which few models have and few formats know.
+    ``optional`` are parameters of losses that few models have and few formats know.
     """
 
     format: str
     towers: Mapping[str, tuple[Row, ...]]
     logit_scale: tuple[Row, ...]
     ignored: re.Pattern = re.compile(r"(?!)")
-    logit_bias: tuple[Row, ...] = ()
+    optional: tuple[Row, ...] = ()
 
 
 class _Leaf(NamedTuple):
@@ -102,12 +104,13 @@ class _Leaf(NamedTuple):
     layout: Layout
 
 
-def _leaves(table: Table, preset: CLIPPreset, with_logit_bias: bool) -> Iterator[_Leaf]:
+def _leaves(table: Table, preset: CLIPPreset, optional: tuple[Row, ...]) -> Iterator[_Leaf]:
+    """The leaves of the preset's towers, and of those ``optional`` rows of the table that a model has."""
     check_towers(table, preset)
     for rows, groups in (
         *((table.towers[tower.name], tower.numbers()) for tower in (preset.vision, preset.text)),
         (table.logit_scale, ({},)),
-        (table.logit_bias if with_logit_bias else (), ({},)),
+        (optional, ({},)),
     ):
         for ours, theirs, layout in rows:
             for numbers in groups if "{" in ours else groups[:1]:
@@ -139,7 +142,7 @@ def check_towers(table: Table, preset: CLIPPreset) -> None:
 def _shapes(preset: CLIPPreset) -> dict[tuple[str, ...], tuple[int, ...]]:
     """The shape of every leaf of this preset's variables."""
     key = jax.eval_shape(jax.random.key, 0)
-    variables = jax.eval_shape(CLIP(preset, initial_logit_bias=0.0).init, key, *example_inputs(preset))
+    variables = jax.eval_shape(CLIP(preset).init, key, *example_inputs(preset))
     flat = jax.tree_util.tree_leaves_with_path(variables)
     keys = [tuple(part.key for part in path if isinstance(part, jax.tree_util.DictKey)) for path, _ in flat]
     return {key: leaf.shape for key, (_, leaf) in zip(keys, flat, strict=True)}
@@ -158,7 +161,9 @@ def to_variables(tensors: Tensors, table: Table, preset: CLIPPreset) -> dict:
       WeightsError: tensors are missing, left over or of another shape than the preset's; all are named together.
     """
     variables, problems, seen = {"params": {}, "batch_stats": {}}, [], set()
-    leaves = list(_leaves(table, preset, any(name in tensors for row in table.logit_bias for name in row.theirs)))
+    optional = tuple(row for row in table.optional if any(name in tensors for name in row.theirs))
+    leaves = list(_leaves(table, preset, optional))
+    shapes = _shapes(preset) | {tuple(row.ours.split(".")): () for row in optional}
     missing = [name for leaf in leaves for names in leaf.names for name in names if name not in tensors]
     # PyTorch older than 0.4.1 had no such counter, and nothing is computed from it.
     absent_counters = {name for name in missing if name.endswith(".num_batches_tracked")}
@@ -176,7 +181,7 @@ def to_variables(tensors: Tensors, table: Table, preset: CLIPPreset) -> dict:
             except ValueError:  # another number of axes
                 array = None
             arrays.append(array)
-        expected = _shapes(preset)[leaf.path]
+        expected = shapes[leaf.path]
         layer_shape = expected[1:] if leaf.stacked else expected
         differing = [
             name
@@ -211,10 +216,14 @@ def to_tensors(variables: dict, table: Table, preset: CLIPPreset) -> dict[str, n
       WeightsError: the format has no such model.
     """
     tensors = {}
-    with_logit_bias = "logit_bias" in variables["params"]
-    if with_logit_bias and not table.logit_bias:
-        raise WeightsError(f"{table.format} has no place for the sigmoid loss's logit_bias; open_clip has")
-    for leaf in _leaves(table, preset, with_logit_bias):
+    paths = {f"params.{name}": name for name, _ in loss_parameters_of(variables["params"])}
+    known = {row.ours for row in (*table.logit_scale, *table.optional)}
+    if without_place := [name for path, name in paths.items() if path not in known]:
+        raise WeightsError(
+            f"{table.format} has no place for the loss's {', '.join(without_place)}; clip_jax has one for everything "
+            "that a loss learns, and open_clip for logit_bias"
+        )
+    for leaf in _leaves(table, preset, tuple(row for row in table.optional if row.ours in paths)):
         node = variables
         for key in leaf.path:
             node = node[key]

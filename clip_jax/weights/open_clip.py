@@ -11,7 +11,6 @@ from collections.abc import Mapping
 
 from safetensors.numpy import save_file
 
-from clip_jax.models.clip import SIGMOID_INITIAL_LOGIT_BIAS
 from clip_jax.models.preprocessing import IMAGE_MEAN, IMAGE_STD, RESIZE_MODES, Preprocessing
 from clip_jax.models.presets import CLIPPreset
 from clip_jax.models.towers.resnet import RESNET_REDUCTION, ResNetPreset
@@ -25,7 +24,7 @@ from clip_jax.weights.mapping import SCALAR, WeightsError, check_towers, row, to
 CONFIG_FILE = "open_clip_config.json"
 # In the order in which open_clip itself looks for them.
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
-TABLE = openai.TABLE._replace(format="open_clip", logit_bias=row("logit_bias", "logit_bias", SCALAR))
+TABLE = openai.TABLE._replace(format="open_clip", optional=row("logit_bias", "logit_bias", SCALAR))
 
 # What a config may say without changing the model that we have: used here, or without effect on inference.
 _VISION_KEYS = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio", "patch_dropout"}
@@ -150,8 +149,18 @@ def _resnet_config(tower: ResNetPreset) -> dict:
 _VISION_CONFIGS = {"vision_transformer": _vision_transformer_config, "resnet": _resnet_config}
 
 
-def config_of(preset: CLIPPreset, with_logit_bias: bool = False) -> dict:
-    """The ``open_clip_config.json`` of this preset, for a model with or without the sigmoid loss's bias.
+def constructor_arguments(params: dict) -> dict[str, float]:
+    """What open_clip's constructors need to be given for a model with these ``params``, next to its architecture.
+
+    Without an ``init_logit_bias`` open_clip's model has no ``logit_bias``; its value comes from the weights.
+    """
+    return {"init_logit_bias": -10.0} if "logit_bias" in params else {}
+
+
+def config_of(preset: CLIPPreset, arguments: dict[str, float] | None = None) -> dict:
+    """The ``open_clip_config.json`` of this preset.
+
+    ``arguments`` are those of :func:`constructor_arguments`.
 
     Raises:
       WeightsError: open_clip's config cannot say what it is: it has no such tower, its towers have different
@@ -165,7 +174,7 @@ def config_of(preset: CLIPPreset, with_logit_bias: bool = False) -> dict:
         "model_cfg": {
             "embed_dim": preset.embed_dim,
             "quick_gelu": text.activation == "quick_gelu",
-            **({"init_logit_bias": SIGMOID_INITIAL_LOGIT_BIAS} if with_logit_bias else {}),
+            **(arguments or {}),
             "vision_cfg": {
                 "image_size": vision.image_size,
                 "width": vision.width,
@@ -186,7 +195,7 @@ def config_of(preset: CLIPPreset, with_logit_bias: bool = False) -> dict:
 
 
 def _config_for(variables: dict, preset: CLIPPreset) -> dict:
-    return config_of(preset, "logit_bias" in variables["params"])
+    return config_of(preset, constructor_arguments(variables["params"]))
 
 
 def write_folder(folder: pathlib.Path, variables: dict, preset: CLIPPreset) -> None:

@@ -13,7 +13,6 @@ from clip_jax.config import default_config, validate
 from clip_jax.models.execution import REMAT_POLICIES, choose_execution
 from clip_jax.models.layers import row_major
 from clip_jax.models.presets import PRESETS, get_preset
-from clip_jax.training.loss import _products_on
 from clip_jax.training.state import make_model
 
 CPU, TPU = SimpleNamespace(platform="cpu"), SimpleNamespace(platform="tpu")
@@ -72,24 +71,6 @@ def test_the_config_can_say_otherwise(mesh_of):
     with pytest.raises(ValueError, match="must not be negative") as error:
         validate(config)
     assert len(str(error.value).splitlines()) == 2
-
-
-@pytest.mark.parametrize(
-    ("device", "platform", "dtype", "embeddings", "gradients"),
-    [
-        (TPU, "tpu", "bfloat16", "HIGHEST", "HIGHEST"),
-        (V100, "cuda", "bfloat16", "HIGHEST", "HIGHEST"),
-        (H200, "cuda", "bfloat16", "lhs_precision_type = tf32", "lhs_precision_type = bf16"),
-        (H200, "cuda", "float32", "lhs_precision_type = tf32", "lhs_precision_type = tf32"),
-    ],
-    ids=["TPU", "V100", "H200", "H200 in float32"],
-)
-def test_the_losses_products_are_of_float32_but_on_a_recent_gpu(device, platform, dtype, embeddings, gradients):
-    products = _products_on(SimpleNamespace(devices=np.array([device])), dtype)
-    x = jax.ShapeDtypeStruct((4, 4), jnp.float32)
-    for product, precision in ((products.embeddings, embeddings), (products.logit_gradients, gradients)):
-        program = jax.jit(product).trace(x, x).lower(lowering_platforms=(platform,)).as_text()
-        assert precision in program
 
 
 def test_a_layout_changes_neither_values_nor_gradients():

@@ -14,6 +14,7 @@ import pytest
 from tiny_training import tiny_batch
 from trees import adam_state, assert_trees_close
 
+from clip_jax.losses.softmax import softmax_loss
 from clip_jax.models.clip import normalize_images
 from clip_jax.models.preprocessing import Preprocessing
 from clip_jax.sharding import batch_sharding, to_global_batch
@@ -67,10 +68,7 @@ def plain(trained):
 
     def loss(params):
         images = normalize_images(jnp.asarray(arrays["image"]), Preprocessing())
-        image_embeddings, text_embeddings, scale = run["model"].apply({"params": params}, images, arrays["tokens"])
-        logits = jnp.exp(scale) * image_embeddings @ text_embeddings.T
-        by_row, by_column = jax.nn.log_softmax(logits, axis=1), jax.nn.log_softmax(logits, axis=0)
-        return -(jnp.diag(by_row).mean() + jnp.diag(by_column).mean()) / 2
+        return softmax_loss(*run["model"].apply({"params": params}, images, arrays["tokens"]))
 
     return jax.jit(jax.value_and_grad(loss))(run["start"].params)
 
