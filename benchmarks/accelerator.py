@@ -6,8 +6,8 @@ python -m benchmarks.accelerator --table=runs/accelerator.json
 
 Data is random. Each measurement runs in its own process with a deadline, warms up, and takes the median of rounds that
 end when the device has finished. clip_jax and open_clip take turns. Batches double until one does not fit. clip_jax is
-measured with each remat policy and form of the loss, and without the choices of :mod:`clip_jax.models.backends` for the
-device; open_clip with and without compilation and gradient checkpointing. Before all measurements, one step with
+measured with each remat policy and form of the loss, and without the choices of :mod:`clip_jax.models.execution` for
+the device; open_clip with and without compilation and gradient checkpointing. Before all measurements, one step with
 cuDNN's attention is compared with one without.
 
 Tables are printed to stdout. All results are in a JSON report, which is written after each measurement. With
@@ -41,15 +41,17 @@ from benchmarks.accelerator_report import (
     tables,
     with_shares,
 )
-from clip_jax.config import LOSS_FORMS, REMAT_POLICIES, default_config
+from clip_jax.config import default_config
+from clip_jax.losses.softmax import FORMS
+from clip_jax.models.execution import REMAT_POLICIES
 from clip_jax.models.presets import PRESETS, model_preset
 from clip_jax.settings import DTYPES
 
 MODELS = ("ViT-L/14", "ViT-B/32", "ViT-B/16", "RN50")  # the most important first
 FIRST_BATCH = {"ViT-L/14": 128, "ViT-B/16": 256, "ViT-B/32": 512, "RN50": 256}
 LARGEST_BATCH = 32_768  # the paper's
-LOSSES = tuple(form for form in LOSS_FORMS if form != "auto")  # "auto" chooses one of the others
-BLOCK_SIZES = (1_024, 4_096, 16_384)  # in addition to the one that clip_jax.models.backends chose
+LOSSES = tuple(form for form in FORMS if form != "auto")  # "auto" chooses one of the others
+BLOCK_SIZES = (1_024, 4_096, 16_384)  # in addition to the one that clip_jax.models.execution chose
 SMALLEST_BATCH = 8
 CHECKED_BATCH = 8
 SMALL_MODEL = "ViT-tiny"
@@ -156,7 +158,7 @@ def steps(model: str) -> list[Duel]:
 
 
 def choices(model: str, batch_size: int | None = None) -> list[Duel]:
-    """Returns steps of clip_jax without the choices of ``clip_jax.models.backends``, at one batch size."""
+    """Returns steps of clip_jax without the choices of ``clip_jax.models.execution``, at one batch size."""
     batch_size = batch_size or FIRST_BATCH.get(model, 128)
     without = ({"scan_unroll": 1}, {"fused_attention": False})
     settings = tuple(("clip_jax", {"remat": "lite", "loss": LOSSES[0]} | one) for one in without)

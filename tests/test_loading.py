@@ -17,7 +17,9 @@ import clip_jax
 from clip_jax.data.tokenizer import tokenize
 from clip_jax.loading import LoadedModel
 from clip_jax.models.clip import CLIP, example_inputs
-from clip_jax.models.presets import PRESETS, CLIPPreset, TextTransformerPreset, VisionTransformerPreset
+from clip_jax.models.presets import PRESETS, CLIPPreset
+from clip_jax.models.towers.text_transformer import TextTransformerPreset
+from clip_jax.models.towers.vision_transformer import VisionTransformerPreset
 from clip_jax.weights import Weights
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -13,7 +13,9 @@ from clip_jax.data.tokenizer import tokenize
 from clip_jax.evaluation.embedding import Embedder, batch_size_for
 from clip_jax.models.clip import CLIP, normalize_images
 from clip_jax.models.preprocessing import Preprocessing
-from clip_jax.models.presets import CLIPPreset, TextTransformerPreset, VisionTransformerPreset
+from clip_jax.models.presets import CLIPPreset
+from clip_jax.models.towers.text_transformer import TextTransformerPreset
+from clip_jax.models.towers.vision_transformer import VisionTransformerPreset
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 PRESET = CLIPPreset(

@@ -21,7 +21,9 @@ from clip_jax.evaluation.registry import Task
 from clip_jax.evaluation.tasks import Evaluations
 from clip_jax.evaluation.zero_shot import classifier_of
 from clip_jax.models.clip import CLIP
-from clip_jax.models.presets import CLIPPreset, TextTransformerPreset, VisionTransformerPreset
+from clip_jax.models.presets import CLIPPreset
+from clip_jax.models.towers.text_transformer import TextTransformerPreset
+from clip_jax.models.towers.vision_transformer import VisionTransformerPreset
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 PRESET = CLIPPreset(

@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 
 from clip_jax.models.clip import CLIP
-from clip_jax.models.presets import CLIPPreset, ResNetPreset, TextTransformerPreset, VisionTransformerPreset
-from clip_jax.models.vision_transformer import choose_patches, num_kept_patches
+from clip_jax.models.execution import Execution
+from clip_jax.models.patch_dropout import choose_patches, num_kept_patches
+from clip_jax.models.presets import CLIPPreset
+from clip_jax.models.towers.resnet import ResNetPreset
+from clip_jax.models.towers.text_transformer import TextTransformerPreset
+from clip_jax.models.towers.vision_transformer import VisionTransformerPreset
 from clip_jax.weights.resizing import at_image_size
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -31,7 +35,7 @@ def encode(quick_compilation):
     variables = variables_of(VIT)
 
     def run(images, kept=None, apart=False):
-        model = CLIP(VIT, class_token_apart=apart)
+        model = CLIP(VIT, Execution(class_token_apart=apart))
         kept = None if kept is None else jnp.int32(kept)
         return model.apply(variables, jnp.float32(images), kept_patches=kept, method="encode_image")
 
