@@ -20,7 +20,6 @@ from clip_jax.models.clip import CLIP
 from clip_jax.models.presets import CLIPPreset, TextTransformerPreset, VisionTransformerPreset
 from clip_jax.models.transformer import REMAT_POLICIES, pad_to_even_length, unstack_layers
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 END = 63  # the highest id of the tiny vocabulary
 BATCH = 4
 

@@ -16,8 +16,6 @@ MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (8, 1), (4, 2), (2, 4), (1, 8)]
 COUNT, BLOCK_SIZE = 40, 3  # 40, 20, 10 or 5 pairs a device, none a multiple of the block
 LOSSES = (*LOSS_FORMS, "sigmoid")
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def log_softmax(x, axis):
     x = x - x.max(axis=axis, keepdims=True)
