@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from trial import QUICK_COMPILATION
 
 from benchmarks import accelerator
 from benchmarks.accelerator import Bench, Duel, measure_all, next_batch, plan, refusal, run_alone
@@ -25,7 +26,7 @@ PRODUCT = {"part": "ceilings", "side": "jax", "case": {"what": "matrix product",
 
 def environment_of_a_user() -> dict[str, str]:
     """Without the virtual devices that the tests have."""
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return os.environ | {"XLA_FLAGS": QUICK_COMPILATION}
 
 
 def step_of(side: dict, batch_size: int, seconds: float, **setting) -> dict:

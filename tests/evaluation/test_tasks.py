@@ -25,7 +25,6 @@ from clip_jax.models.presets import CLIPPreset
 from clip_jax.models.towers.text_transformer import TextTransformerPreset
 from clip_jax.models.towers.vision_transformer import VisionTransformerPreset
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 PRESET = CLIPPreset(
     16,
     VisionTransformerPreset(image_size=16, patch_size=8, width=32, num_layers=1, num_heads=2),
@@ -35,7 +34,7 @@ COLOURS = {"red": (250, 10, 10), "green": (10, 250, 10), "blue": (10, 10, 250)}
 
 
 @pytest.fixture(scope="module")
-def embedder_on(quick_compilation, mesh_of):
+def embedder_on(mesh_of):
     """A function from a mesh's shape to the same small model on it."""
     model = CLIP(PRESET)
     variables = nn.meta.unbox(model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 16), jnp.int32)))
