@@ -1,16 +1,18 @@
-"""One accelerator: training, the loss, embedding and starting, here and in open_clip (PyTorch), on the same device.
+"""Measures clip_jax against open_clip (PyTorch) on one accelerator: training step, loss, embedding and start.
 
 python -m benchmarks.accelerator [--only=check,ceilings,step,loss,embed,start] [--models=ViT-L/14] [--minutes=N]
     [--resume] [--small] [--output=runs/accelerator.json]
 python -m benchmarks.accelerator --table=runs/accelerator.json
 
-Random data. Each measurement has a process of its own with a deadline, warms up, and takes the median of rounds that
-end when the device is done; ours and open_clip's take turns. Batches double until one does not fit. Ours is measured
-with each remat policy and form of the loss, and without what :mod:`clip_jax.models.execution` chose for the device;
-open_clip's with and without compiling and gradient checkpointing.
-Before all, one step with cuDNN's attention is compared with one without. Tables go to stdout, and all of it to a JSON
-report, which is written anew after each measurement. With ``--minutes`` the most important comes first, and what was
-left out is listed; with ``--resume`` a later run goes on from there. ``--small`` tries everything at sizes for a CPU.
+Data is random. Each measurement runs in its own process with a deadline, warms up, and takes the median of rounds that
+end when the device has finished. clip_jax and open_clip take turns. Batches double until one does not fit. clip_jax is
+measured with each remat policy and form of the loss, and without the choices of :mod:`clip_jax.models.execution` for the
+device; open_clip with and without compilation and gradient checkpointing. Before all measurements, one step with
+cuDNN's attention is compared with one without.
+
+Tables are printed to stdout. All results are in a JSON report, which is written after each measurement. With
+``--minutes``, the most important measurements are first, and the others are listed as left out; ``--resume`` continues
+from there. ``--small`` runs everything at sizes for a CPU.
 """
 
 import argparse
@@ -35,7 +37,7 @@ from benchmarks.accelerator_report import (
     PARTS,
     describe,
     progress,
-    summarise,
+    summarize,
     tables,
     with_shares,
 )
@@ -48,22 +50,22 @@ from clip_jax.settings import DTYPES
 MODELS = ("ViT-L/14", "ViT-B/32", "ViT-B/16", "RN50")  # the most important first
 FIRST_BATCH = {"ViT-L/14": 128, "ViT-B/16": 256, "ViT-B/32": 512, "RN50": 256}
 LARGEST_BATCH = 32_768  # the paper's
-LOSSES = tuple(form for form in FORMS if form != "auto")  # which is one of the others
-BLOCK_SIZES = (1_024, 4_096, 16_384)  # beside the one that clip_jax.models.execution chose
+LOSSES = tuple(form for form in FORMS if form != "auto")  # "auto" chooses one of the others
+BLOCK_SIZES = (1_024, 4_096, 16_384)  # in addition to the one that clip_jax.models.execution chose
 SMALLEST_BATCH = 8
 CHECKED_BATCH = 8
 SMALL_MODEL = "ViT-tiny"
-DEADLINE_S = 420  # of one measurement; compiling the largest model takes the most of it
-LEAST_S = 15  # with less time left nothing is started
-GAIN = 1.03  # a batch twice as large that brings less than this can wait for the rest
+DEADLINE_S = 420  # of one measurement; most of it is for compiling the largest model
+LEAST_S = 15  # with less time left, no measurement is started
+GAIN = 1.03  # if doubling the batch gains less than this, larger batches are measured last
 REPOSITORY = pathlib.Path(__file__).parent.parent
 
-# By default JAX leaves a quarter of the memory alone.
+# By default, JAX leaves a quarter of the memory unused.
 ENVIRONMENT = {
     "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
     "CUDA_VISIBLE_DEVICES": "0",
 }
-SMALL_ENVIRONMENT = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}  # compiling would take nearly all of the time
+SMALL_ENVIRONMENT = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}  # compilation would otherwise take most of the time
 REPORTED_ENVIRONMENT = (
     *ENVIRONMENT,
     *SMALL_ENVIRONMENT,
@@ -75,9 +77,9 @@ REPORTED_ENVIRONMENT = (
 
 
 class Duel(NamedTuple):
-    """Settings of both sides that take turns on one ``case``, with batches that double from ``first`` to ``largest``.
+    """Settings of both sides that take turns on one ``case``, with batch sizes doubling from ``first`` to ``largest``.
 
-    ``settings`` are (side, setting); ``first`` is None where there is no batch.
+    ``settings`` are (side, setting). ``first`` is None if there is no batch.
     """
 
     part: str
@@ -87,11 +89,11 @@ class Duel(NamedTuple):
     largest: int = 0
 
 
-# What is measured, in which order
+# Which measurements there are, and their order
 
 
 def plan(parts: Iterable[str], models: Iterable[str] = MODELS, small: bool = False) -> list[Duel]:
-    """All duels of these parts and models, the most important first."""
+    """Returns all duels of these parts and models, the most important first."""
     order = small_plan() if small else whole_plan(list(models))
     return [duel for duel in order if duel.part in parts]
 
@@ -111,7 +113,7 @@ def whole_plan(models: list[str]) -> list[Duel]:
 
 
 def small_plan() -> list[Duel]:
-    """Each part of each side once, at sizes that a CPU does in seconds; PyTorch compiles, which is slow there, once."""
+    """Returns each part of each side once, at sizes for seconds on a CPU. PyTorch compiles once, which is slow."""
     case, compiled = {"model": SMALL_MODEL}, {"compiled": True, "checkpointing": False}
     first = (("clip_jax", {"remat": "none", "loss": "gather"}), ("open_clip", compiled))
     second = (
@@ -129,7 +131,7 @@ def small_plan() -> list[Duel]:
 
 
 def checks(models: list[str]) -> list[Duel]:
-    """What no other measurement would notice: that cuDNN's attention trains as the written one does."""
+    """Returns the checks that cuDNN's attention gives the same gradients; no other measurement would detect it."""
     return [Duel("check", {"model": model}, (("clip_jax", {}),), CHECKED_BATCH, CHECKED_BATCH) for model in models]
 
 
@@ -140,7 +142,7 @@ def ceilings(matrix_size: int, copied_bytes: int) -> list[Duel]:
 
 
 def steps(model: str) -> list[Duel]:
-    """Each remat policy beside a setting of the peer, then each with the other forms of the loss."""
+    """Returns each remat policy paired with a setting of the peer, then each with the other forms of the loss."""
     form, *other_forms = LOSSES
     ours = [("clip_jax", {"remat": policy, "loss": form}) for policy in REMAT_POLICIES]
     theirs = [
@@ -156,15 +158,15 @@ def steps(model: str) -> list[Duel]:
 
 
 def choices(model: str, batch_size: int | None = None) -> list[Duel]:
-    """Ours without what ``clip_jax.models.execution`` chose for the device, at one batch size."""
+    """Returns steps of clip_jax without the choices of ``clip_jax.models.execution``, at one batch size."""
     batch_size = batch_size or FIRST_BATCH.get(model, 128)
-    taken_back = ({"scan_unroll": 1}, {"fused_attention": False})
-    settings = tuple(("clip_jax", {"remat": "lite", "loss": LOSSES[0]} | one) for one in taken_back)
+    without = ({"scan_unroll": 1}, {"fused_attention": False})
+    settings = tuple(("clip_jax", {"remat": "lite", "loss": LOSSES[0]} | one) for one in without)
     return [Duel("step", {"model": model}, settings, batch_size, batch_size)]
 
 
 def losses(pairs: int, width: int = 768) -> Duel:
-    """Ours as it trains, with other blocks too; open_clip's with similarities in bfloat16, as it trains, and better."""
+    """Returns clip_jax's losses, also with other blocks, and open_clip's in bfloat16 (its default), TF32, float32."""
     ours = [("clip_jax", {"loss": form}) for form in LOSSES]
     ours += [("clip_jax", {"loss": "blockwise", "block_size": size}) for size in BLOCK_SIZES if size < pairs]
     theirs = [
@@ -177,7 +179,7 @@ def losses(pairs: int, width: int = 768) -> Duel:
 
 
 def embeddings(model: str, batch_size: int) -> list[Duel]:
-    """Ours in both precisions that ``clip_jax.load`` takes."""
+    """Returns embedding measurements; clip_jax in both precisions that ``clip_jax.load`` takes."""
     ours = [("clip_jax", {"precision": precision}) for precision in reversed(DTYPES)]
     theirs = [("open_clip", {"precision": "bfloat16", "compiled": compiled}) for compiled in (True, False)]
     settings = tuple(setting for pair in zip(ours, theirs, strict=True) for setting in pair)
@@ -186,7 +188,7 @@ def embeddings(model: str, batch_size: int) -> list[Duel]:
 
 
 def starts(model: str, batch_size: int) -> list[Duel]:
-    """With empty compilation caches, and once more with what that left in them; PyTorch's eager form has none."""
+    """Returns starts with empty compilation caches, and again with filled ones; PyTorch's eager form has no cache."""
     ours = ("clip_jax", {"remat": "none"})
     eager, compiled = (("open_clip", {"compiled": value, "checkpointing": False}) for value in (False, True))
     return [
@@ -196,9 +198,9 @@ def starts(model: str, batch_size: int) -> list[Duel]:
 
 
 def next_batch(duel: Duel, tried: list[tuple[int | None, str]]) -> int | None:
-    """The batch size to try next of (batch size, status) so far; 0 where there is no more.
+    """Returns the batch size to try next, or 0 if there is none; ``tried`` has (batch size, status) so far.
 
-    Sizes double from the first until one does not fit. Where not even the first fits they halve until one does.
+    Sizes double from the first until one does not fit. If the first does not fit, they halve until one does.
     """
     if not tried:
         return duel.first
@@ -213,7 +215,7 @@ def next_batch(duel: Duel, tried: list[tuple[int | None, str]]) -> int | None:
 
 
 def identity(spec: dict) -> str:
-    """The same for the same measurement of this and of another run."""
+    """Returns a key that is equal for the same measurement in different runs."""
     return json.dumps([spec[name] for name in ("part", "side", "case", "setting")], sort_keys=True)
 
 
@@ -223,10 +225,10 @@ def measure_all(
     seconds_left: Callable[[], float],
     before: Iterable[dict] = (),
 ) -> Iterator[dict]:
-    """Yields each measurement as it is done, or as "no time" for the next of each setting when the time is over.
+    """Yields each measurement when it is done. When the time is over, yields "no time" for the next of each setting.
 
-    A duel whose larger batches bring nothing any more goes on when all others are through. What is among ``before``,
-    the measurements of another report, is not measured again, unless it failed or there was no time for it.
+    A duel in which larger batches no longer help continues after all others. Measurements in ``before``, from another
+    report, are not repeated, unless they failed or there was no time for them.
     """
     known = {identity(item): item for item in before if item["status"] in ("ok", "does not fit")}
     queue = deque((duel, [[] for _ in duel.settings]) for duel in duels)
@@ -257,7 +259,7 @@ def measure_all(
 
 
 def run_alone(spec: dict, deadline_s: float, environment: dict[str, str]) -> dict:
-    """The result of a measurement in a process group of its own, which is ended when its time is over."""
+    """Returns the result of a measurement in its own process group, which is killed after ``deadline_s`` seconds."""
     spec = spec | {"started": time.time(), "finish_by": time.time() + 0.9 * deadline_s}
     command = [sys.executable, "-m", "benchmarks.accelerator_measurements", json.dumps(spec)]
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:  # a pipe might outlive the process
@@ -270,7 +272,7 @@ def run_alone(spec: dict, deadline_s: float, environment: dict[str, str]) -> dic
             return {"status": f"failed: not done within {deadline_s:.0f} s"}
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # also what it started: compilers
+                os.killpg(process.pid, signal.SIGKILL)  # also its child processes, such as compilers
                 process.wait()
         texts = []
         for file in (output, errors):
@@ -287,7 +289,7 @@ def run_alone(spec: dict, deadline_s: float, environment: dict[str, str]) -> dic
 
 
 class Bench:
-    """Measures within a budget of seconds, None for no end, with the environment and caches of the whole run."""
+    """Measures within a budget of seconds (None: unlimited), with the environment and caches of the whole run."""
 
     def __init__(self, small: bool, seconds: float | None, caches: pathlib.Path):
         self._end = None if seconds is None else time.monotonic() + seconds
@@ -300,9 +302,9 @@ class Bench:
         return float("inf") if self._end is None else self._end - time.monotonic()
 
     def probe(self) -> dict:
-        """Asks what there is; the result's status is not "ok" where not even JAX works."""
+        """Returns devices, versions and missing peers; its status is not "ok" if JAX does not work."""
         spec = {"part": "probe", "side": "clip_jax", "case": {}, "setting": {}}
-        both = self.environment | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # so that PyTorch finds memory beside JAX
+        both = self.environment | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # leaves memory for PyTorch
         self.found = run_alone(spec, DEADLINE_S, both)
         return self.found
 
@@ -324,12 +326,12 @@ class Bench:
             extra |= open_clip_model(spec["case"]["model"])
         result = run_alone(spec | extra, deadline, environment)
         if deadline < DEADLINE_S and result["status"].startswith("failed: not done"):
-            result = {"status": "no time"}  # it might have been done with more
+            result = {"status": "no time"}  # with more time it might have finished
         return result | {"process_seconds": round(time.monotonic() - start, 1)}
 
 
 def open_clip_model(name: str) -> dict:
-    """open_clip's config of a preset, and the pixels' mean and standard deviation: its process need not import JAX."""
+    """Returns open_clip's config of a preset, and the pixels' mean and std: its process need not import JAX."""
     from clip_jax.models.preprocessing import IMAGE_MEAN, IMAGE_STD
     from clip_jax.weights.open_clip import config_of
 
@@ -338,43 +340,54 @@ def open_clip_model(name: str) -> dict:
 
 
 def refusal(platform: str, small: bool) -> str | None:
-    """Why nothing is measured, or None."""
+    """Returns why nothing can be measured, or None."""
     if platform == "cpu" and not small:
-        return "JAX sees no accelerator here, only a CPU: --small tries the benchmark on it at small sizes"
+        return "JAX finds only a CPU and no accelerator; --small runs the benchmark on it at small sizes"
     return None
 
 
 def finish(report: dict, measurements: list[dict], minutes_used: float) -> dict:
-    """The report with what has been measured so far."""
+    """Returns the report with the measurements so far."""
     measurements = with_shares(measurements)
     return report | {
         "minutes_used": round(minutes_used, 2),
         "measurements": measurements,
         "left_out": [describe(item) for item in measurements if item["status"] == "no time"],
-        "summary": summarise(measurements),
+        "summary": summarize(measurements),
     }
 
 
 def missing(found: dict) -> list[str]:
-    """A line for each thing that is not here."""
+    """Returns a line for each thing that is missing on this machine."""
     lines = []
     if found["device"]["platform"] == "cpu":
-        lines.append("no accelerator: a CPU at small sizes, a trial of the benchmark and no figure of anything")
+        lines.append("no accelerator: a CPU at small sizes tests the benchmark, and its figures mean nothing")
     lines += [f"{side}: {status}" for side, status in found["missing"].items()]
     if found["device"]["count"] > 1:
         lines.append(f"JAX sees {found['device']['count']} devices: training and the loss are measured on one")
     return lines
 
 
+def header_of(bench: Bench, typed: list[str]) -> dict:
+    """Returns the first fields of the report: when, how and on what it was measured; ``typed`` are the arguments."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "benchmarks.accelerator", *typed]),
+        "device": bench.found["device"],
+        "versions": bench.found["versions"],
+        "environment": {name: bench.environment[name] for name in REPORTED_ENVIRONMENT if name in bench.environment},
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     parser.add_argument("--models", default=",".join(MODELS), help="presets, the most important first")
-    parser.add_argument("--minutes", type=float, help="of wall time; without it, as long as it takes")
+    parser.add_argument("--minutes", type=float, help="limit of wall time in minutes; default: none")
     parser.add_argument(
         "--small", action="store_true", help="a tiny model and tiny sizes: all parts on a CPU in minutes"
     )
-    parser.add_argument("--resume", action="store_true", help="keep what the report at --output has already")
+    parser.add_argument("--resume", action="store_true", help="keep the measurements of the report at --output")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/accelerator.json"))
     parser.add_argument("--table", type=pathlib.Path, metavar="REPORT", help="print the tables of a report and stop")
     typed = sys.argv[1:] if arguments is None else arguments
@@ -385,7 +398,7 @@ def main(arguments: list[str] | None = None) -> int:
     parts, models, start = options.only.split(","), options.models.split(","), time.monotonic()
     for name, values, known in (("only", parts, PARTS), ("models", models, PRESETS)):
         if unknown := set(values) - set(known):
-            parser.error(f"--{name}: there is no {', '.join(sorted(unknown))}, but {', '.join(known)}")
+            parser.error(f"--{name}: unknown {', '.join(sorted(unknown))}; known are {', '.join(known)}")
     with tempfile.TemporaryDirectory() as caches:
         seconds = options.minutes and 60 * options.minutes
         before = json.loads(options.output.read_text()) if options.resume and options.output.exists() else {}
@@ -399,20 +412,10 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         for name in ("device", "versions"):
             if before and before[name] != found[name]:
-                print(f"--resume: {options.output} is of another {name}: {before[name]}", file=sys.stderr)
+                print(f"--resume: {options.output} was measured with another {name}: {before[name]}", file=sys.stderr)
                 return 2
-        report = {
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", "-m", "benchmarks.accelerator", *typed]),
-            "device": found["device"],
-            "versions": found["versions"],
-            "environment": {
-                name: bench.environment[name] for name in REPORTED_ENVIRONMENT if name in bench.environment
-            },
-            "small": options.small,
-            "minutes": options.minutes,
-            "missing": missing(found),
-        }
+        report = header_of(bench, typed) | {"small": options.small, "minutes": options.minutes}
+        report["missing"] = missing(found)
         for line in report["missing"]:
             print(line, file=sys.stderr)
         options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -421,7 +424,7 @@ def main(arguments: list[str] | None = None) -> int:
         for item in measure_all(duels, bench.measure, bench.seconds_left, before.get("measurements", ())):
             print(progress(item), file=sys.stderr, flush=True)
             measurements.append(item)
-            # A device may be taken away at any time: what has been measured stays.
+            # The report is written each time because a device may be taken away at any time.
             done = {identity(item) for item in measurements}
             kept = [item for item in before.get("measurements", ()) if identity(item) not in done]
             whole = finish(report, kept + measurements, (time.monotonic() - start) / 60)

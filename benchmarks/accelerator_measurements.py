@@ -1,11 +1,11 @@
-"""One measurement of :mod:`benchmarks.accelerator`, alone in its process: a JSON object in, one more of results out.
+"""Runs one measurement of :mod:`benchmarks.accelerator` in its own process: takes a JSON object and prints another.
 
 python -m benchmarks.accelerator_measurements '{"part": "step", "side": "clip_jax", ...}'
 
-Ours is always the code that trains and embeds, made from a config. PyTorch's is open_clip's model as its own training
-script runs it: bfloat16 by autocast, its attention as it is, fused AdamW, convolutions and float32 products as that
-script sets them. Each side's inputs lie on the device in the form that it takes; for PyTorch that is normalised pixels
-in bfloat16, which autocast would make of them anyway.
+clip_jax runs the code that trains and embeds, built from a config. PyTorch runs open_clip's model as open_clip's
+training script does: bfloat16 by autocast, the default attention, fused AdamW, and the script's settings for
+convolutions and float32 products. Each side's inputs are on the device in the form that it takes. For PyTorch these are
+normalized pixels in bfloat16, to which autocast would convert them anyway.
 """
 
 import contextlib
@@ -30,24 +30,24 @@ from clip_jax.config import default_config
 from clip_jax.models.presets import model_preset
 
 STEPS_OF_SCHEDULE = 1_000
-WARM_UP = 3  # runs, of which the first compiles; two where they take long
+WARM_UP = 3  # runs, the first of which compiles; two if they are slow
 LONG_SECONDS = 4.0
-ROUND_SECONDS = 0.25  # a round has as many runs as take so long: waiting after each short one would be measured, too
-MOST_RUNS = 10  # of a round, since each that is under way may have memory of its own
+ROUND_SECONDS = 0.25  # minimal length of a round, so that waiting for the device after each run does not count
+MOST_RUNS = 10  # in a round, since each queued run may use its own memory
 LEAST_ROUNDS = 3
 CHECK_TOLERANCE = 0.02  # bfloat16 differs from float32 by about a tenth of this
 LOGIT_SCALE = float(np.log(1 / 0.07))
-COPIES = 4  # batches in one call of embedding, so that reading one may overlap with computing the next
-PIXELS_AT_ONCE = 256  # pictures that are normalised together, so that this is not what needs most memory
+COPIES = 4  # batches in one call of embedding, so that reading one can overlap with computing the next
+PIXELS_AT_ONCE = 256  # images that are normalized together, so that this does not determine the peak memory
 OUT_OF_MEMORY = ("resource_exhausted", "out of memory", "outofmemory", "can't allocate memory", "memoryerror")
 
 
 class NotThereError(Exception):
-    """What is to be measured does not exist here; the message says what is missing."""
+    """A measurement is impossible on this machine; the message states what is missing."""
 
 
 def status_of(error: BaseException) -> str:
-    """ "not there: …", "does not fit" or "failed: …", in one line."""
+    """Returns "not there: …", "does not fit" or "failed: …", in one line."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     if isinstance(error, ImportError | NotThereError):
         return f"not there: {error}"
@@ -57,7 +57,7 @@ def status_of(error: BaseException) -> str:
 
 
 def config_of(case: dict, setting: dict) -> ml_collections.ConfigDict:
-    """The paper's config of ``case["model"]`` with what ``setting`` says of batch, recomputation, form and loss."""
+    """Returns the config of ``case["model"]`` with the batch size, remat, form and loss of ``setting``."""
     config = default_config(case["model"])
     config.global_batch_size = setting["batch_size"]
     for name in ("remat", "scan_unroll", "fused_attention"):
@@ -67,11 +67,11 @@ def config_of(case: dict, setting: dict) -> ml_collections.ConfigDict:
 
 
 def timed(run: Callable[[], Any], wait: Callable[[Any], Any], spec: dict, warmed_up: Callable[[], dict] = dict) -> dict:
-    """``{"seconds": of one run, "rounds": ...}``, the median over rounds, each of which ends when the device is done.
+    """Returns ``{"seconds": of one run, "rounds": ...}``, the median over rounds; a round ends when the device is done.
 
-    ``wait`` blocks until what ``run`` returned is there. ``spec["rounds"]`` and ``spec["round_limit_s"]`` say how many
-    rounds, and ``spec["finish_by"]``, seconds since 1970, when at the latest to be done. What ``warmed_up`` returns
-    after the first runs is part of the result: peak memory, before several runs are under way at once.
+    ``wait`` blocks until the result of ``run`` is ready. ``spec["rounds"]`` and ``spec["round_limit_s"]`` limit the
+    rounds, and ``spec["finish_by"]``, in seconds since 1970, the end. The result includes what ``warmed_up`` returns
+    after the first runs: peak memory, before several runs are queued.
     """
     for count in range(WARM_UP):
         start = time.perf_counter()
@@ -97,11 +97,11 @@ def timed(run: Callable[[], Any], wait: Callable[[Any], Any], spec: dict, warmed
     return {"seconds": statistics.median(seconds), "rounds": len(seconds), "runs_a_round": runs, **extra}
 
 
-# What is here
+# The machine
 
 
 def probe(spec: dict) -> dict:
-    """Device, versions, and why a side is not there."""
+    """Returns the device, versions, and why a side is missing."""
     import jax
 
     device = jax.devices()[0]
@@ -127,7 +127,7 @@ def probe(spec: dict) -> dict:
         found["versions"]["torch"] = torch.__version__
         if target == "cuda":
             found["device"]["pytorch_kind"] = torch.cuda.get_device_name(0)
-    except Exception as error:  # whatever a broken installation raises
+    except Exception as error:  # a broken installation can raise anything
         return found | {"missing": dict.fromkeys(("pytorch", "open_clip"), status_of(error))}
     try:
         import open_clip
@@ -139,10 +139,10 @@ def probe(spec: dict) -> dict:
 
 
 def import_torch(platform: str) -> tuple[Any, str]:
-    """PyTorch, and its name for the device that JAX calls ``platform``.
+    """Returns PyTorch, and its name for the device that JAX calls ``platform``.
 
     Raises:
-      NotThereError: PyTorch does not see that device.
+      NotThereError: PyTorch does not find that device.
       ImportError: it is not installed.
     """
     importlib.import_module("benchmarks.peers")  # must come before open_clip
@@ -151,7 +151,7 @@ def import_torch(platform: str) -> tuple[Any, str]:
     if platform == "cpu":
         return torch, "cpu"
     if platform != "gpu" or not torch.cuda.is_available():
-        raise NotThereError(f"PyTorch {torch.__version__} sees no {platform}")
+        raise NotThereError(f"PyTorch {torch.__version__} finds no {platform}")
     torch.backends.cuda.matmul.allow_tf32 = True  # both as in open_clip's training script
     torch.backends.cudnn.benchmark = True
     torch.cuda.set_device(0)
@@ -161,19 +161,19 @@ def import_torch(platform: str) -> tuple[Any, str]:
 def jax_peak() -> dict:
     import jax
 
-    stats = jax.local_devices()[0].memory_stats() or {}  # a CPU keeps none
+    stats = jax.local_devices()[0].memory_stats() or {}  # None on a CPU
     return {"peak_bytes": stats.get("peak_bytes_in_use")}
 
 
 def program_peak(compiled: Any) -> dict:
-    """What a program needs, arguments and results included; :func:`jax_peak` has what choosing kernels took as well."""
+    """Returns a program's memory with arguments and results; :func:`jax_peak` also has that of choosing kernels."""
     memory = compiled.memory_analysis()
     sizes = memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes
     return {"peak_bytes": sum(sizes) - memory.alias_size_in_bytes}
 
 
 def torch_waits(torch: Any, target: str) -> tuple[Callable[[Any], None], Callable[[], dict]]:
-    """What waits for the device, and what reads the peak of its memory."""
+    """Returns a function that waits for the device, and one that reads its peak memory."""
     if target == "cpu":
         return lambda _: None, lambda: {"peak_bytes": None}
     return lambda _: torch.cuda.synchronize(), lambda: {"peak_bytes": torch.cuda.max_memory_allocated()}
@@ -219,14 +219,14 @@ def torch_ceiling(spec: dict) -> dict:
 
 
 class Trainer(NamedTuple):
-    """``step()`` does one step and returns its metrics; ``state()`` is what the steps so far made."""
+    """``step()`` runs one step and returns its metrics; ``state()`` returns the state after the steps so far."""
 
     step: Callable[[], dict]
     state: Callable[[], Any]
 
 
 def our_trainer(spec: dict) -> Trainer:
-    """As ``clip_jax.main`` trains from a config, on the first device alone."""
+    """Returns the training of ``clip_jax.main`` for a config, on the first device only."""
     import jax
 
     from clip_jax.sharding import to_global_batch
@@ -250,7 +250,7 @@ def our_trainer(spec: dict) -> Trainer:
 
 
 def open_clip_model(spec: dict) -> tuple[Any, Any, str]:
-    """open_clip's model of ``spec["model_cfg"]`` on the device, PyTorch, and the device."""
+    """Returns open_clip's model of ``spec["model_cfg"]`` on the device, PyTorch, and the device."""
     torch, target = import_torch(spec["platform"])
     import open_clip
 
@@ -258,7 +258,7 @@ def open_clip_model(spec: dict) -> tuple[Any, Any, str]:
 
 
 def pixels_for_torch(torch: Any, images: Any, spec: dict) -> Any:
-    """uint8 ``[B, S, S, 3]`` on any device to normalised bfloat16 ``[B, 3, S, S]`` there."""
+    """Converts uint8 ``[B, S, S, 3]`` to normalized bfloat16 ``[B, 3, S, S]`` on the same device."""
     mean, std = (torch.tensor(spec[name], device=images.device).view(1, 3, 1, 1) for name in ("mean", "std"))
     return ((images.permute(0, 3, 1, 2).float() / 255 - mean) / std).to(torch.bfloat16)
 
@@ -333,19 +333,19 @@ def open_clip_step(spec: dict) -> dict:
     wait, peak = torch_waits(torch, target)
     wait(step())
     if target == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # of what compiling tried; JAX's cannot be reset
+        torch.cuda.reset_peak_memory_stats()  # without the memory that compilation used; JAX's peak cannot be reset
     result = timed(step, wait, spec, peak)
     return with_pairs(spec, result, step().item())
 
 
-# That the fastest form trains as the plainest
+# The fastest form has the gradients of the plain one
 
 
 def our_check(spec: dict) -> dict:
-    """The first step's loss and gradients, with and without fused attention, in bfloat16 both.
+    """Compares the first step's loss and gradients with and without fused attention, both in bfloat16.
 
     Raises:
-      ArithmeticError: they differ by more than rounding does, or are not finite.
+      ArithmeticError: they differ by more than rounding, or are not finite.
     """
     import jax
 
@@ -361,7 +361,7 @@ def our_check(spec: dict) -> dict:
     greatest = max(jax.tree.leaves(difference))
     if not (abs(loss - expected_loss) < CHECK_TOLERANCE * expected_loss and greatest < CHECK_TOLERANCE):
         raise ArithmeticError(
-            f"fused attention differs: loss {loss} against {expected_loss}, gradients by up to {greatest:.2%} of all"
+            f"fused attention differs: loss {loss} against {expected_loss}, gradients by {greatest:.2%} of their norm"
         )
     seconds = time.time() - spec["started"]
     return {"seconds": seconds, "rate": 1 / seconds, "loss": loss, "difference": greatest}
@@ -413,7 +413,7 @@ def open_clip_loss(spec: dict) -> dict:
     from benchmarks.loss import embeddings
 
     setting = spec["setting"]
-    # As open_clip trains, autocast makes bfloat16 of the similarities.
+    # In open_clip's training, autocast converts the similarities to bfloat16.
     torch.backends.cuda.matmul.allow_tf32 = setting["precision"] == "tf32"
     loss_fn = torch.compile(open_clip.ClipLoss()) if setting["compiled"] else open_clip.ClipLoss()
     arrays = *embeddings(spec["case"]["pairs"], spec["case"]["width"]), np.float32(LOGIT_SCALE)
@@ -430,7 +430,7 @@ def open_clip_loss(spec: dict) -> dict:
     wait, peak = torch_waits(torch, target)
     wait(run())
     if target == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # of what compiling tried
+        torch.cuda.reset_peak_memory_stats()  # without the memory that compilation used
     result = timed(run, wait, spec, peak)
     return result | {"rate": 1 / result["seconds"], "loss": run().item()}
 
@@ -439,7 +439,7 @@ def open_clip_loss(spec: dict) -> dict:
 
 
 def inputs_to_embed(spec: dict) -> np.ndarray:
-    """Several batches of uint8 images or of tokens."""
+    """Returns several batches of uint8 images or of tokens."""
     preset = model_preset(config_of(spec["case"], spec["setting"]))
     batch = random_batch(preset, COPIES * spec["setting"]["batch_size"])
     return batch["image" if spec["case"]["input"] == "images" else "tokens"]
@@ -457,7 +457,7 @@ def our_embedding(spec: dict) -> dict:
     embedder = LoadedModel(weights, spec["setting"]["batch_size"], spec["setting"]["precision"]).embedder
     encode = embedder.encode_image if spec["case"]["input"] == "images" else embedder.encode_tokens
     inputs = inputs_to_embed(spec)
-    result = timed(run_of(encode, inputs), lambda _: None, spec, jax_peak)  # numpy arrays: they are there
+    result = timed(run_of(encode, inputs), lambda _: None, spec, jax_peak)  # no waiting: the results are numpy arrays
     return result | {"rate": len(inputs) / result["seconds"]}
 
 
@@ -504,7 +504,7 @@ def main() -> int:
     spec = json.loads(sys.argv[1])
     try:
         result = {"status": "ok"} | MEASUREMENTS[spec["part"], spec["side"]](spec)
-    except Exception as error:  # the report says which; the next measurement has a process of its own
+    except Exception as error:  # the report has the error; the next measurement runs in its own process
         if not isinstance(error, NotThereError | ImportError):
             sys.excepthook(type(error), error, error.__traceback__)
         result = {"status": status_of(error)}

@@ -1,8 +1,9 @@
-"""What the measurements of :mod:`benchmarks.accelerator` come to: best settings, ratios, and tables; pure functions.
+"""Summarizes the measurements of :mod:`benchmarks.accelerator`: best settings, ratios and tables; pure functions.
 
-A measurement is a dictionary: ``part``, ``side``, ``case`` (what both sides are compared on), ``setting`` (what each
-may choose), ``status`` ("ok", "does not fit", "failed: …", "no time" or "not there: …"), and where that is "ok"
-``seconds`` (the median of one run), ``rate`` and what else the part has: ``peak_bytes``, ``model_flops``.
+A measurement is a dictionary with ``part``, ``side``, ``case`` (equal for both sides), ``setting`` (chosen by each
+side) and ``status`` ("ok", "does not fit", "failed: …", "no time" or "not there: …"). If the status is "ok", it also
+has ``seconds`` (the median of one run), ``rate`` and the figures of its part, such as ``peak_bytes`` and
+``model_flops``.
 """
 
 from collections import Counter
@@ -14,24 +15,24 @@ CEILING_SIDES = ("jax", "pytorch")
 
 
 def best(measurements: Iterable[dict]) -> dict | None:
-    """The one with the highest rate of those that are "ok"."""
+    """Returns the measurement with the highest rate among those that are "ok", or None."""
     return max((item for item in measurements if item["status"] == "ok"), key=lambda item: item["rate"], default=None)
 
 
 def ratio(ours: dict | None, theirs: dict | None, what: str = "rate") -> float | None:
-    """Ours over theirs, or None where either is missing."""
+    """Returns ours divided by theirs, or None if either is missing."""
     return ours[what] / theirs[what] if ours and theirs and ours.get(what) and theirs.get(what) else None
 
 
 def matrix_rate(measurements: Iterable[dict]) -> float | None:
-    """The higher of both sides' rates of the matrix product, flop/s."""
+    """Returns the higher of both sides' rates of the matrix product, in flop/s."""
     products = [m for m in measurements if m["part"] == "ceilings" and m["case"]["what"] == "matrix product"]
     fastest = best(products)
     return fastest and fastest["rate"]
 
 
 def with_shares(measurements: list[dict]) -> list[dict]:
-    """Steps get ``matrix_share``: their model flops a second over the measured matrix rate; None without one."""
+    """Adds ``matrix_share`` to steps: model flops per second over the measured matrix rate, or None without one."""
     ceiling = matrix_rate(measurements)
 
     def share(item: dict) -> dict:
@@ -42,11 +43,11 @@ def with_shares(measurements: list[dict]) -> list[dict]:
     return [share(item) for item in measurements]
 
 
-def summarise(measurements: list[dict]) -> list[dict]:
-    """For each part but the check, and each case, the best setting of each side, and ours to theirs.
+def summarize(measurements: list[dict]) -> list[dict]:
+    """Returns the best setting of each side and our ratio to theirs, for each part except the check and each case.
 
-    ``ratio`` is that of speed, ``memory_ratio`` that of peak memory.
-    Rates are pairs/s of a step, embeddings/s, flop/s and bytes/s of the ceilings, and 1/s of the loss and of a start.
+    ``ratio`` is that of speed, ``memory_ratio`` that of peak memory. Rates are pairs/s (step), embeddings/s, flop/s and
+    bytes/s (ceilings), and 1/s (loss and start).
     """
     cases: list[tuple[str, dict]] = []
     for item in measurements:
@@ -74,7 +75,7 @@ def summarise(measurements: list[dict]) -> list[dict]:
 
 
 def label(setting: dict) -> str:
-    """``{"remat": "none", "loss": "gather"}`` as "remat none, loss gather"; the batch size is left to the table."""
+    """Returns ``{"remat": "none", "loss": "gather"}`` as "remat none, loss gather", without the batch size."""
     words = []
     for name, value in setting.items():
         if name == "compiled":
@@ -96,7 +97,7 @@ def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def number(value: float | None, unit: str = "", scale: float = 1.0, digits: int = 3) -> str:
-    """With so many significant digits, and "–" where it is not known."""
+    """Formats a value with this number of significant digits; None gives "–"."""
     if value is None:
         return "–"
     text = f"{value / scale:#.{digits}g}"
@@ -105,16 +106,16 @@ def number(value: float | None, unit: str = "", scale: float = 1.0, digits: int 
 
 
 def tables(report: dict) -> str:
-    """The report as the markdown of docs/performance.md."""
+    """Returns the report as the markdown of docs/performance.md."""
     measurements, device = report["measurements"], report["device"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines = [f"`{report['command']}`; {device['kind']}, {report['date'][:10]}, {versions}\n"]
     by_part = {part: [item for item in measurements if item["part"] == part] for part in PARTS}
     tried = {part: [item for item in items if item["status"] != "no time"] for part, items in by_part.items()}
     for item in tried["check"]:
-        found = (
-            f"its gradients differ by {100 * item['difference']:.2g} % of all at most" if "difference" in item else ""
-        )
+        found = ""
+        if "difference" in item:
+            found = f"its gradients differ by at most {100 * item['difference']:.2g} % of their norm"
         lines.append(f"A step with and without fused attention, {item['case']['model']}: {item['status']} {found}\n")
     if tried["ceilings"]:
         units = {"matrix product": ("TFLOP/s in bfloat16", 1e12), "copy": ("GB/s, read and written", 1e9)}
@@ -126,7 +127,7 @@ def tables(report: dict) -> str:
         ]
         lines.append(markdown(header, rows))
     if tried["step"]:
-        lines.append("Training step, each side at its best batch and setting:\n")
+        lines.append("Training step, each side with its best batch and setting:\n")
         lines.append(best_steps(report["summary"]))
         lines += [
             all_steps(model, tried["step"]) for model in in_order(item["case"]["model"] for item in tried["step"])
@@ -147,7 +148,7 @@ def tables(report: dict) -> str:
 
 
 def left_out(measurements: Iterable[dict]) -> list[str]:
-    """What there was no time for, by case, with the number of settings."""
+    """Returns the cases for which there was no time, with the number of settings."""
     cases = Counter(describe(item | {"setting": {}}, "") for item in measurements if item["status"] == "no time")
     return [f"{case} ({count} settings)" if count > 1 else case for case, count in cases.items()]
 
@@ -161,7 +162,7 @@ def rate(item: dict | None, unit: str, scale: float) -> str:
 
 
 def in_short(status: str) -> str:
-    """Without the reason, which the report has."""
+    """Returns the status without its reason, which the report has."""
     return status.partition(":")[0]
 
 
@@ -189,7 +190,7 @@ def best_steps(summary: list[dict]) -> str:
 
 
 def all_steps(model: str, items: list[dict]) -> str:
-    """Pairs/s and peak memory of every setting and batch size of a model."""
+    """Returns pairs/s and peak memory of every setting and batch size of a model."""
     items = [item for item in items if item["case"]["model"] == model]
     sizes = sorted({item["setting"]["batch_size"] for item in items})
     by_row: dict[tuple[str, str], dict[int, dict]] = {}
@@ -224,7 +225,7 @@ def loss_table(items: list[dict]) -> str:
 
 
 def embedding_rows(items: list[dict]) -> Iterator[list[str]]:
-    """Each side's best at a batch size; ours in bfloat16, as open_clip's."""
+    """Yields each side's best result for each model, input, batch size and precision of clip_jax."""
     for model, kind, size in in_order(
         (item["case"]["model"], item["case"]["input"], item["setting"]["batch_size"]) for item in items
     ):
@@ -252,7 +253,7 @@ def start_rows(items: list[dict]) -> Iterator[list[str]]:
 
 
 def describe(item: dict, side: str | None = None) -> str:
-    """A measurement in a few words; ``side`` instead of its own."""
+    """Describes a measurement in a few words; ``side`` replaces its own side."""
     case = " ".join(str(value) for name, value in item["case"].items() if name not in ("size", "width"))
     batch = f" batch {item['setting']['batch_size']}" if "batch_size" in item["setting"] else ""
     side = item["side"] if side is None else side

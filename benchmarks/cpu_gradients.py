@@ -1,8 +1,8 @@
-"""What two rewritings give on CPU: LayerNorm's gradient, and matrix products with their leading axes merged.
+"""Measures two optimizations for CPU: LayerNorm's written-out gradient, and merged leading axes in matrix products.
 
     python -m benchmarks.cpu_gradients
 
-The peers are the plain forms under automatic differentiation, in the same run, alternating. Prints the median time of
+The peers are the plain forms with automatic differentiation, alternating in the same run. Prints the median time of
 value and gradients for 256 x 37 tokens of width 192, and the ratios.
 """
 
@@ -19,8 +19,8 @@ ROUNDS = 15
 
 
 def plain_layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    centred = x - x.mean(axis=-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + 1e-5) * scale + bias
+    centered = x - x.mean(axis=-1, keepdims=True)
+    return centered * jax.lax.rsqrt(jnp.square(centered).mean(axis=-1, keepdims=True) + 1e-5) * scale + bias
 
 
 def compiled_gradient(function: Callable, *arguments: jax.Array) -> Callable[[], None]:

@@ -1,12 +1,12 @@
-"""What the GPU's compiler makes of a training step and of the loss: memory, bytes moved, kernels; no GPU is needed.
+"""Analyzes the compiled training step and loss for a GPU, without a GPU: memory, bytes moved, kernels, least time.
 
 python -m benchmarks.gpu_program [--only=step,loss] [--models=ViT-L/14,...] [--remat=none,lite] [--forms] [--kinds=N]
 
-Compiles for one H200 with XLA's own compiler (``pip install -e ".[cuda]"``, Linux). Every kernel takes at least the
-time of its bytes at the GPU's bandwidth and of its products at its matrix rate, both as sold; the sum of these is the
-least time of a step. It is a bound that no program reaches, good for comparing programs and for nothing else: nothing
-is measured. With ``--forms`` the choices for GPUs are taken back one after the other. Without a GPU the compiler can't
-try kernels out, so matrix products are cuBLAS's here, and a convolution is counted by its bytes alone.
+Compiles for one H200 with XLA's compiler (``pip install -e ".[cuda]"``, Linux). A kernel takes at least the time of its
+bytes at the GPU's published bandwidth, and of its products at the published matrix rate. The sum over kernels is the
+least time of a step. No program reaches this bound; it only serves to compare programs. Nothing is measured.
+``--forms`` removes the choices for GPUs one after the other. Without a GPU the compiler cannot time kernels. Matrix
+products are therefore cuBLAS's, and a convolution is counted by its bytes alone.
 """
 
 import argparse
@@ -39,9 +39,9 @@ from clip_jax.training.state import abstract_state, make_model
 from clip_jax.training.step import make_train_step
 
 GIB = 2**30
-# As NVIDIA sells the H200 SXM; products in bfloat16 without sparsity.
+# NVIDIA's figures for the H200 SXM; products in bfloat16 without sparsity.
 BANDWIDTH = 4.8e12
-MATRIX_RATES = {"bf16": 989e12, "f32": 494e12}  # by the operands; float32 ones as TF32
+MATRIX_RATES = {"bf16": 989e12, "f32": 494e12}  # by the operands' dtype; float32 as TF32
 H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -72,12 +72,12 @@ BATCH_SIZE = {"ViT-L/14": 256, "ViT-B/16": 1_024, "ViT-B/32": 1_024, "RN50": 1_0
 
 
 def one_product(x, kernel, bias, num_heads, which):
-    """Queries, keys and values out of a common result, as ``attention.into_heads_by_position`` does not."""
+    """Computes queries, keys and values by one product, unlike ``attention.into_heads_by_position``."""
     thirds = jnp.split(layers.matrix_product(x, kernel) + bias, 3, axis=2)
     return tuple(thirds[i].reshape(*x.shape[:2], num_heads, -1) for i in which)
 
 
-# The choices for GPUs, each taken back beside those before it: a patch, or values of config.model.
+# Each removes one more of the choices for GPUs: a patch, or values of config.model.
 FORMS: dict[str, Callable[[], contextlib.AbstractContextManager] | dict] = {
     "as chosen": {},
     "one product for queries, keys, values": lambda: mock.patch.object(
@@ -91,7 +91,7 @@ FORMS: dict[str, Callable[[], contextlib.AbstractContextManager] | dict] = {
 
 @dataclasses.dataclass
 class Kernels:
-    """What runs on the GPU in one step; ``by_name`` has the least seconds of each kind of operation."""
+    """The kernels of one step; ``by_name`` has the least seconds of each kind of operation."""
 
     number: int = 0
     num_bytes: int = 0
@@ -104,11 +104,11 @@ class Kernels:
 
 
 class GPUWalk(Walk):
-    """Counts kernels, of which matrix products and attention are calls of libraries here."""
+    """Counts kernels; matrix products and attention are calls of libraries."""
 
     def __init__(self, text: str):
         if " conditional(" in text:
-            raise ValueError("the program has a conditional, of which the kernels cannot be counted")
+            raise ValueError("the program has a conditional, whose kernels cannot be counted")
         super().__init__(parse_module(text))
         self.kernels = Kernels()
         self.run()
@@ -131,7 +131,7 @@ class GPUWalk(Walk):
 
 
 def library_flops(library: str, call: Instruction, computation: Computation) -> int:
-    """Of a product by cuBLAS, or of attention by cuDNN: two products forward; five backward, with the scores again."""
+    """Returns the flops of a cuBLAS product, or of cuDNN's attention: two products forward, five backward."""
     left = computation[call.operands[0]].shapes[0].sizes if call.operands else ()
     if "cublas" in library:
         contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', call.attributes)[1]
@@ -145,13 +145,13 @@ def library_flops(library: str, call: Instruction, computation: Computation) -> 
 
 
 def hide_gpus() -> None:
-    """The compiler needs none, and must not find one: it would try kernels out, and the figures be of another kind."""
+    """Hides GPUs from the compiler: with one it would time kernels, and the figures would not be comparable."""
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     jax.config.update("jax_platforms", "cpu")
 
 
 def gpu_mesh(num_gpus: int = 1) -> jax.sharding.Mesh:
-    """GPUs of one host, which share one copy of the parameters."""
+    """Returns a mesh of GPUs of one host, which share one copy of the parameters."""
     topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology=f"1x1x{num_gpus}")
     return make_mesh(num_gpus, topology.devices)
 
@@ -162,7 +162,7 @@ def compile_for_gpu(function: jax.stages.Wrapped, *arguments) -> jax.stages.Comp
 
 
 def gibibytes(compiled: jax.stages.Compiled) -> float:
-    """Of arguments, most of which the results take over, and of what is in between."""
+    """Returns the memory of arguments, whose buffers most results reuse, and temporaries."""
     memory = compiled.memory_analysis()
     return (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / GIB
 
@@ -170,7 +170,7 @@ def gibibytes(compiled: jax.stages.Compiled) -> float:
 def compile_step(
     mesh: jax.sharding.Mesh, model_name: str, batch_size: int, remat: str, **settings
 ) -> tuple[jax.stages.Compiled, int]:
-    """The step that ``clip_jax.main`` runs, with ``settings`` of ``config.model``; and the flops that it needs."""
+    """Returns the compiled step of ``clip_jax.main``, with ``settings`` of ``config.model``, and its model flops."""
     config = default_config(model_name)
     config.global_batch_size, config.model.remat = batch_size, remat
     config.model.update(settings)
@@ -186,7 +186,7 @@ def compile_step(
 
 
 def compile_loss(mesh: jax.sharding.Mesh, pairs: int, form: str, block_size: int) -> jax.stages.Compiled:
-    """Value and gradients of the loss alone, of embeddings of 768 numbers."""
+    """Returns the compiled value and gradients of the loss alone, for embeddings of 768 numbers."""
     embeddings = jax.ShapeDtypeStruct((pairs, 768), jnp.float32, sharding=batch_sharding(mesh))
     scalars = {"logit_scale": jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))}
     section = default_section()
@@ -197,7 +197,7 @@ def compile_loss(mesh: jax.sharding.Mesh, pairs: int, form: str, block_size: int
 
 
 def function_of(compiled: jax.stages.Compiled) -> str:
-    """The program without the lines of source that it was made from."""
+    """Returns the text of the program without source locations."""
     return re.sub(
         r"stack_frame_id=\d+|fingerprint_before_lhs=\"\w+\"", "", compiled.as_text().partition("StackFrames")[2]
     )
@@ -211,18 +211,18 @@ def print_steps(mesh: jax.sharding.Mesh, arguments: argparse.Namespace) -> None:
         for remat in arguments.remat.split(","):
             settings: dict = {}
             program = ""
-            with contextlib.ExitStack() as taken_back:
+            with contextlib.ExitStack() as patches:
                 for name, change in FORMS.items():
                     if isinstance(change, dict):
                         settings |= change
                     else:
-                        taken_back.enter_context(change())
+                        patches.enter_context(change())
                     start = time.perf_counter()
                     compiled, flops = compile_step(mesh, model, batch_size, remat, **settings)
                     seconds = time.perf_counter() - start
                     before, program = program, function_of(compiled)
                     if program == before and callable(change):
-                        raise AssertionError(f"{name}: nothing has changed")
+                        raise AssertionError(f"{name}: the patch does not change the program")
                     kernels = GPUWalk(compiled.as_text()).kernels
                     print(
                         f"| {model} | {batch_size:,} | {remat} | {name} | {gibibytes(compiled):.1f} GiB "
@@ -258,8 +258,8 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(BATCH_SIZE))
     parser.add_argument("--remat", default=",".join(REMAT_POLICIES))
     parser.add_argument("--batch-size", type=int, help="instead of each model's own")
-    parser.add_argument("--forms", action="store_true", help="also with the choices for GPUs taken back")
-    parser.add_argument("--kinds", type=int, default=0, help="name so many kinds of operations that take longest")
+    parser.add_argument("--forms", action="store_true", help="also without the choices for GPUs")
+    parser.add_argument("--kinds", type=int, default=0, help="list this many kinds of operations, the slowest first")
     arguments = parser.parse_args()
     hide_gpus()
     mesh = gpu_mesh()

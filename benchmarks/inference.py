@@ -1,11 +1,11 @@
-"""Embedding images and texts on CPU, here and in open_clip (PyTorch), in float32.
+"""Measures embedding images and texts on CPU in float32, against open_clip (PyTorch).
 
 pip install -e ".[peers]" && python -m benchmarks.inference [--models=RN50,ViT-B/32] [--batch-sizes=1,16,64]
 
-Same architectures and batches, random weights and data: uint8 images and tokens in, embeddings of unit length out, as
-``clip_jax.load`` makes them, and under ``torch.inference_mode``. Each implementation has a process of its own, so that
-neither's threads disturb the other, and they take turns; the other waits meanwhile. Prints embeddings per second, the
-median over rounds, and the ratio.
+Both use the same architectures and batches, with random weights and data. Inputs are uint8 images and tokens, outputs
+are embeddings of unit length. clip_jax uses the model of ``clip_jax.load``, open_clip ``torch.inference_mode``. Each
+runs in its own process, so that their threads do not disturb each other, and they take turns. Prints embeddings per
+second, the median over rounds, and the ratio.
 """
 
 import argparse
@@ -62,7 +62,7 @@ IMPLEMENTATIONS = {"clip_jax": our_functions, "open_clip": open_clip_functions}
 
 
 def serve(connection: Connection, name: str, preset: CLIPPreset, batch_size: int) -> None:
-    """Warms up, then answers each "images" or "texts" with the seconds that embedding a batch took; None ends it."""
+    """Warms up, then receives "images" or "texts" and sends the seconds to embed a batch; None ends it."""
     functions, batch = IMPLEMENTATIONS[name](preset, batch_size), random_batch(preset, batch_size)
     inputs = {"images": batch["image"], "texts": batch["tokens"]}
     for kind in INPUTS:
@@ -76,14 +76,14 @@ def serve(connection: Connection, name: str, preset: CLIPPreset, batch_size: int
 
 
 def measure(names: list[str], preset: CLIPPreset, batch_size: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Median seconds a batch, by kind of input and implementation."""
+    """Returns the median seconds per batch, by kind of input and implementation."""
     context = multiprocessing.get_context("spawn")
     servers = {}
     for name in names:
         ours, theirs = context.Pipe()
         process = context.Process(target=serve, args=(theirs, name, preset, batch_size), daemon=True)
         process.start()
-        theirs.close()  # or a server that dies would be waited for
+        theirs.close()  # otherwise recv() would block if the server dies
         servers[name] = (process, ours)
         assert ours.recv() == "warm"
     seconds = {kind: {name: [] for name in servers} for kind in INPUTS}

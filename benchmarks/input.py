@@ -1,19 +1,20 @@
-"""Training images per CPU second, from WebDataset shards to batches: here, in open_clip and in tf.data.
+"""Measures training images per CPU second, from WebDataset shards to batches: clip_jax, open_clip and tf.data.
 
 pip install -e ".[peers]" webdataset==0.2.86 pandas tensorflow
 python -m benchmarks.input [--rounds=5] [--images=1024] [--only=clip_jax]
 
-Two sets of made photographs with captions: 256 by 256 pixels, as img2dataset writes them, and 640 by 480. All three
-make squares of 224 pixels by the same transform, bicubic with antialiasing by the short side and a random crop:
+The data is two sets of synthetic photographs with captions: 256 by 256 pixels, as img2dataset writes them, and 640 by
+480. All three make squares of 224 pixels by the same transform: resize the short side (bicubic, antialiased), crop at
+random.
 
 - clip_jax: ``wds:`` into ``Batches``, uint8 images and tokens.
 - open_clip: its own ``get_wds_dataset`` and tokenizer, with Resize and RandomCrop of torchvision in place of its
   RandomResizedCrop; normalized float32 images, as it trains on.
-- tf.data: the same pictures as TFRecords, only the crop decoded and resized; uint8 images, captions left as they are.
+- tf.data: the same images as TFRecords, only the crop decoded and resized; uint8 images, captions unchanged.
 
-Each runs in a process of its own without worker processes, in turn. Counted is the user and system time of all its
-threads from one moment at which it has read as far ahead as it will to the next, so that reading ahead is counted once.
-Prints the median over rounds and the ratio to each peer.
+Each runs in its own process without worker processes, and they take turns. The figure is the user and system time of
+all threads. A measurement starts and ends when the read-ahead is full, so that reading ahead is counted once. Prints
+the median over rounds and the ratio to each peer.
 """
 
 import argparse
@@ -38,14 +39,14 @@ from benchmarks.tokenizer import caption_stream
 IMAGE_SIZE, CONTEXT_LENGTH, BATCH_SIZE = 224, 77, 128
 SIZES = ((256, 256), (640, 480))
 SHARDS, PAIRS_IN_SHARD = 4, 128
-LINKED_SHARDS = 128  # links to those, since shuffling a few hundred indices costs more than shuffling many
+LINKED_SHARDS = 128  # links to these, since shuffling a few hundred indices costs more per index
 QUALITY = 90
-FIELD_SIDE = 2048  # of the landscape that all photographs are parts of
-STILL_SECONDS = 0.3  # without work, after which nothing is read ahead any more
+FIELD_SIDE = 2048  # of the landscape that all photographs are cut from
+STILL_SECONDS = 0.3  # without CPU work; then the read-ahead is full
 
 
 def landscape(rng: np.random.Generator) -> np.ndarray:
-    """Coloured noise whose power falls with frequency as a photograph's does, and hard-edged shapes: uint8 RGB."""
+    """Returns uint8 RGB noise with the power spectrum of a photograph, and shapes with hard edges."""
     frequency = np.hypot(np.fft.fftfreq(FIELD_SIDE)[:, None], np.fft.rfftfreq(FIELD_SIDE)) * FIELD_SIDE
     frequency[0, 0] = np.inf
     spectrum = (rng.normal(size=(3, *frequency.shape)) + 1j * rng.normal(size=(3, *frequency.shape))) / frequency**1.4
@@ -168,7 +169,7 @@ MAKERS = {"clip_jax": our_batches, "open_clip": open_clip_batches, "tf.data": tf
 
 
 def cpu_seconds_when_still() -> float:
-    """User and system time of this process, once it has stopped growing."""
+    """Waits until this process stops using CPU time; returns its user and system time."""
     before, now = -1.0, time.process_time()
     while now - before > STILL_SECONDS / 20:
         time.sleep(STILL_SECONDS)
@@ -177,7 +178,7 @@ def cpu_seconds_when_still() -> float:
 
 
 def serve(connection: Connection, name: str, folder: pathlib.Path) -> None:
-    """In a process of its own: for each number of batches received, takes them and sends the CPU seconds."""
+    """Runs in its own process: receives a number of batches, reads them, and sends the CPU seconds; 0 ends it."""
     batches = MAKERS[name](folder)
     while count := connection.recv():
         start = cpu_seconds_when_still()
@@ -187,7 +188,7 @@ def serve(connection: Connection, name: str, folder: pathlib.Path) -> None:
 
 
 def measure(names: list[str], folder: pathlib.Path, rounds: int, images: int) -> dict[str, float]:
-    """Images per CPU second of each implementation, the median over rounds."""
+    """Returns images per CPU second of each implementation, the median over rounds."""
     context = multiprocessing.get_context("spawn")
     connections, processes, speeds = {}, [], {name: [] for name in names}
     for name in names:
@@ -213,7 +214,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=1024, help="in each round, of each implementation")
-    parser.add_argument("--only", choices=MAKERS, help="this implementation alone")
+    parser.add_argument("--only", choices=MAKERS, help="measure only this implementation")
     arguments = parser.parse_args()
     wanted = [arguments.only] if arguments.only else list(MAKERS)
     names = [name for name in wanted if has_peer(name, MODULES[name], INSTALL)]

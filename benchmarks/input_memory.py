@@ -1,9 +1,9 @@
-"""Whether the input pipeline's memory stays flat: 200,000 examples from shards, with worker processes.
+"""Measures whether the input pipeline's memory grows: 200,000 examples from shards, with worker processes.
 
     python -m benchmarks.input_memory [--examples=200000] [--workers=2]
 
-Prints the resident memory of the process and of its workers at every tenth, and the growth from the first tenth to the
-last: what is shared with the page cache, such as the index, is not counted.
+Prints the resident memory of the process and its workers after every tenth of the examples, and the growth from the
+first tenth to the last. Memory that is shared with the page cache, such as the index, is not counted.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from clip_jax.data.pipeline import Batches, LoadPair, Transform
 from clip_jax.data.sources import open_mixture
 
 BATCH_SIZE = 200
-SIDES = (40, 120)  # px of the pictures, which are resized to 32
+SIDES = (40, 120)  # px; the images are resized to 32
 
 
 def write_shards(folder: pathlib.Path, shards: int, pairs: int) -> str:
@@ -67,7 +67,7 @@ def main() -> int:
         batches = Batches(load_pair, BATCH_SIZE, seed=0, num_workers=arguments.workers)
         tenth, sizes = arguments.examples // 10 // BATCH_SIZE, []
         for _ in range(10):
-            # The greatest of some moments: what is in flight differs from one to the next.
+            # The maximum over several batches, since the number of examples in progress varies.
             sizes.append(max(resident_bytes() for batch in range(tenth) if next(batches) and batch % 10 == 0))
             print(f"{len(sizes) * tenth * BATCH_SIZE:,} examples: {sizes[-1] / 1e6:.1f} MB", flush=True)
         batches.close()

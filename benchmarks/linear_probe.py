@@ -1,11 +1,11 @@
-"""The linear probe on 20,000 features, here and by scikit-learn, which the paper used: time and accuracy.
+"""Measures time and accuracy of the linear probe on 20,000 features against scikit-learn, which the paper used.
 
 pip install -e ".[peers]" && python -m benchmarks.linear_probe [--rounds=3] [--length=10] [--cosine=0.5] [--sweep]
 
-Both get the same float32 arrays, the same C and 1,000 iterations, and take turns in one process; scikit-learn keeps its
-default tolerance and number of threads. Features are random class centres with noise, and a part in common, as image
-embeddings have. C is the one of OpenAI's README, and their length is about that of the features that it is meant for.
-``--sweep`` also times the whole search for C, ours only. Prints medians over rounds and one ratio.
+Both get the same float32 arrays, the same C and 1,000 iterations, and take turns in one process. scikit-learn keeps its
+default tolerance and number of threads. Features are random class centers with noise and a common component, like image
+embeddings. C is the value of OpenAI's README, and the features have about the length that it was chosen for.
+``--sweep`` also times the whole search for C, for clip_jax only. Prints medians over rounds and one ratio.
 """
 
 import argparse
@@ -27,9 +27,9 @@ C = 0.316
 
 
 def make_splits(count: int, width: int, length: float, cosine: float) -> tuple[Split, Split]:
-    """Train and test; ``cosine`` is about what two features of different classes have."""
+    """Returns train and test; features of different classes have about this ``cosine``."""
     random = np.random.default_rng(0)
-    # Some directions matter more than others, as in any embedding.
+    # In real embeddings, the variance also differs by direction.
     spread = np.arange(1, width + 1, dtype=np.float32) ** -0.5
 
     def directions(number: int) -> np.ndarray:

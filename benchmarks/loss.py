@@ -1,11 +1,11 @@
-"""Peak memory and time of the contrastive loss alone, value and gradients, on CPU: blockwise here, and open_clip's.
+"""Measures peak memory and time of the contrastive loss alone on CPU: the blockwise form against open_clip's.
 
 pip install -e ".[peers]" && python -m benchmarks.loss [--batch-size=16384] [--block-size=512] [--rounds=3]
 
-Float32, one device. Every measurement has a process of its own, and the implementations take turns. A process first
-imports, allocates the embeddings and compiles, or runs once on a small batch; then the peak of its resident memory over
-what it had before is that of the first whole run, gradients included, and the time is of the second. Prints the median
-over rounds and both ratios. Linux only: the peak is the kernel's (VmHWM).
+Value and gradients in float32, on one device. Each measurement runs in its own process, and the implementations take
+turns. A process first imports, allocates the embeddings, and compiles or runs once on a small batch. The peak is the
+resident memory of the first full run, above what the process had before. The time is that of the second run. Prints the
+median over rounds and both ratios. Linux only: the peak is the kernel's (VmHWM).
 """
 
 import argparse
@@ -29,7 +29,7 @@ LOGIT_SCALE = np.log(1 / 0.07)
 
 
 def embeddings(count: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors; each text resembles its image."""
+    """Returns unit vectors ``[N, D]`` of images and texts, float32; each text is similar to its image."""
     random = np.random.default_rng(0)
     images = random.standard_normal((count, width), np.float32)
     texts = images + random.standard_normal((count, width), np.float32)
@@ -81,14 +81,14 @@ def open_clip_loss(arguments: argparse.Namespace) -> Callable[[], float]:
 
 
 def resident_bytes(what: str) -> int:
-    """Of this process: ``VmRSS`` now, or ``VmHWM`` at most so far."""
+    """Returns the resident memory of this process: now (``VmRSS``), or its peak (``VmHWM``)."""
     return 1024 * int(re.search(rf"^{what}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, float]:
     run = (our_loss if arguments.only == "clip_jax" else open_clip_loss)(arguments)
-    ctypes.CDLL(None).malloc_trim(0)  # what importing and compiling freed would otherwise hide what the loss takes
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+    ctypes.CDLL(None).malloc_trim(0)  # the loss could otherwise use memory that imports and compiling freed
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current memory
     before = resident_bytes("VmRSS")
     loss = run()
     peak = resident_bytes("VmHWM") - before
@@ -103,7 +103,7 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--block-size", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=IMPLEMENTATIONS, help="one measurement, in this process, as JSON")
+    parser.add_argument("--only", choices=IMPLEMENTATIONS, help="run one measurement in this process and print JSON")
     arguments = parser.parse_args()
     names = [arguments.only] if arguments.only else list(IMPLEMENTATIONS)
     names = [name for name in names if name == "clip_jax" or has_peer(name, "torch torchvision open_clip")]

@@ -1,12 +1,12 @@
-"""Writes the lowered training steps as text, or compares them with those of before a change.
+"""Checks that a change leaves the training step's computation unchanged: writes or compares its StableHLO text.
 
     python -m benchmarks.lowered_steps --save=FOLDER [--only=WORDS] [--topology=v5e]
     python -m benchmarks.lowered_steps --against=FOLDER [--only=WORDS] [--topology=v5e]
 
-A change that should not change what is computed leaves the StableHLO text of every step unchanged. Each step is lowered
-on meshes of 1 x 1 and 2 x 4 devices, for the CPU, or with ``--topology`` for TPUs of that generation (this needs
-libtpu, and no TPU). Nothing is compiled. ``--only`` lowers the steps whose names contain one of these words, separated
-by commas. Exit code 1: a step differs; the first line that does is printed.
+Run it with ``--save`` before the change and with ``--against`` after it. Each step is lowered on meshes of 1 x 1 and 2
+x 4 devices, for the CPU, or with ``--topology`` for TPUs of that generation (this needs libtpu, but no TPU). Nothing is
+compiled. ``--only`` selects steps whose names contain one of the words, separated by commas. The exit code is 1 if a
+step differs; the first line that differs is printed.
 """
 
 import argparse
@@ -35,7 +35,7 @@ PAIRS_PER_DEVICE = 32
 
 
 def settings() -> dict[str, ml_collections.ConfigDict]:
-    """The configs by name."""
+    """Returns the configs by name."""
 
     def changed(preset: str, **changes) -> ml_collections.ConfigDict:
         config = default_config(preset)
@@ -57,7 +57,7 @@ def settings() -> dict[str, ml_collections.ConfigDict]:
 
 
 def lowered(config: ml_collections.ConfigDict, devices: list[jax.Device], fsdp: int) -> str:
-    """The StableHLO text of the config's step on these devices, without locations."""
+    """Returns the StableHLO text of the config's step on these devices, without locations."""
     config.global_batch_size = PAIRS_PER_DEVICE * len(devices)
     mesh = make_mesh(fsdp, devices)
     model, optimizer = make_model(config, mesh), make_optimizer(config.optimizer, 1_000)
@@ -105,7 +105,7 @@ def main() -> int:
 
 
 def first_difference(before: str, after: str) -> str:
-    """The first line that two texts do not share, as they have it."""
+    """Returns the number of the first line that differs, and the line in both texts."""
     lines = zip(before.splitlines(), after.splitlines(), strict=False)
     number, pair = next(((number, pair) for number, pair in enumerate(lines, 1) if pair[0] != pair[1]), (0, ("", "")))
     return f"DIFFERS at line {number}\n  before: {pair[0].strip()[:200]}\n  after:  {pair[1].strip()[:200]}"

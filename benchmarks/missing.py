@@ -1,11 +1,11 @@
-"""Which peers can be measured here: a benchmark names what is not installed and measures the rest."""
+"""Checks which peers are installed: a benchmark names a missing peer and measures the rest."""
 
 import importlib.util
 import sys
 
 
 def has_peer(peer: str, modules: str, install: str = "pip install -e '.[peers]'") -> bool:
-    """Whether all ``modules``, names with spaces between, are installed; prints one line to stderr if one is not."""
+    """Returns whether all ``modules``, separated by spaces, are installed; prints one line to stderr if one is not."""
     missing = [module for module in modules.split() if importlib.util.find_spec(module) is None]
     if missing:
         print(f"{peer} is not measured: {', '.join(missing)} not installed; {install}", file=sys.stderr, flush=True)

@@ -1,11 +1,11 @@
-"""What the compiler for TPUs predicts for all nine models on three slices, as the table of ``docs/pods.md``.
+"""Writes the table of ``docs/pods.md``: the TPU compiler's predictions for all nine models on three slices.
 
     python -m benchmarks.pod_plan [--models=vit_l14,rn50] [--topologies=v5litepod-256] [--known]
 
-Compiles each config as it stands; where it doesn't fit, with more remat and with accumulation, as the table says. A
-compilation takes minutes. What was compiled before by the same program and compiler is known, so an interrupted run
-goes on where it was, and the table is written anew after each row. With ``--known`` nothing is compiled. What has not
-been compiled is left out of the table and named on standard error. Needs ``[tpu]``, and no TPU.
+Compiles each config unchanged. If it doesn't fit, compiles it with more remat and then with accumulation; the table
+states the changes. A compilation takes minutes. Its result is cached by program and compiler, so an interrupted run
+continues where it was. The table is written after each row. With ``--known`` nothing is compiled. Rows that have not
+been compiled are left out of the table and named on stderr. Needs ``[tpu]``, but no TPU.
 """
 
 import difflib
@@ -34,7 +34,7 @@ HEADER = (
 
 
 def row(model: str, topology_name: str, known_only: bool) -> str | None:
-    """One line of the table; None of what has not been compiled."""
+    """Returns one line of the table, or None if it has not been compiled."""
     topology = parse_topology(topology_name)
     config = load_config_file(f"configs/{model}.py")
 
@@ -87,7 +87,7 @@ def format_row(model: str, topology: str, changes: dict, report: dict) -> str:
 
 
 def write_table(rows: dict[tuple[str, str], str | None]) -> None:
-    """Puts the known rows in their place in the page; the page's own words stay as they are."""
+    """Replaces the table in the page; the rest of the page is unchanged."""
     table = "\n".join([BEGIN, HEADER, "|---" * HEADER.count(" | ") + "|---|", *filter(None, rows.values()), END])
     page = PAGE.read_text(encoding="utf-8")
     PAGE.write_text(
@@ -96,7 +96,7 @@ def write_table(rows: dict[tuple[str, str], str | None]) -> None:
 
 
 def chosen(flag: str, words: str, known: tuple[str, ...]) -> list[str]:
-    """Raises ValueError if one of the words, separated by commas, is not known."""
+    """Splits ``words`` at commas; raises ValueError if one of them is not in ``known``."""
     for word in words.split(","):
         if word not in known:
             near = difflib.get_close_matches(word, known, 3)
@@ -109,10 +109,10 @@ def chosen(flag: str, words: str, known: tuple[str, ...]) -> list[str]:
 def main(argv: list[str], program: str) -> int:
     parser = Parser(prog=program, description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--models", default=",".join(MODELS), help="names of configs; the others' rows are kept if known"
+        "--models", default=",".join(MODELS), help="names of configs; other rows are kept if they are cached"
     )
-    parser.add_argument("--topologies", default=",".join(TOPOLOGIES), help="v5e:16x16, or Google's name of it")
-    parser.add_argument("--known", action="store_true", help="compile nothing, write what is known")
+    parser.add_argument("--topologies", default=",".join(TOPOLOGIES), help="such as v5e:16x16, or Google's name for it")
+    parser.add_argument("--known", action="store_true", help="compile nothing; write the cached rows")
     arguments = parser.read(argv)
     models = chosen("--models", arguments.models, MODELS)
     named = ",".join(parse_topology(one, "--topologies").name for one in arguments.topologies.split(","))
@@ -132,7 +132,7 @@ def main(argv: list[str], program: str) -> int:
         write_table(rows)
     left_out = [" on ".join(pair) for pair in pairs if rows[pair] is None]
     if left_out:
-        print(f"left out, since not compiled yet: {', '.join(left_out)}", file=sys.stderr)
+        print(f"left out, because not compiled yet: {', '.join(left_out)}", file=sys.stderr)
     return 0
 
 

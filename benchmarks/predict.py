@@ -1,9 +1,10 @@
-"""How long `python -m clip_jax.predict` takes from a cold start for one picture and three labels, and what with.
+"""Measures how long `python -m clip_jax.predict` takes from a cold start, for one image and three labels.
 
 python -m benchmarks.predict [--model=ViT-B/32] [--rounds=3]
 
-Random weights, written as OpenAI's file; a picture of 1600 by 1200 pixels; each round starts new processes, without a
-compilation cache. Prints the median wall seconds of the command, and of its parts measured in a process of their own.
+The weights are random and in OpenAI's format; the image has 1600 by 1200 pixels. Each round starts new processes,
+without a compilation cache. Prints the median wall seconds of the command, and of its parts, measured in a separate
+process.
 """
 
 import argparse
@@ -40,23 +41,23 @@ done("weights to the device")
 model.encode_text(["a cat", "a dog", "a house"])
 done("text tower: trace, compile, run")
 model.encode_image(sys.argv[2])
-done("picture: decode, resize; image tower: trace, compile, run")
+done("image: decode, resize; image tower: trace, compile, run")
 """
 
 
 def random_weights(preset: CLIPPreset) -> Weights:
-    """The weights of a new model."""
+    """Returns the weights of a randomly initialized model."""
     inputs = (jnp.zeros(array.shape, array.dtype) for array in example_inputs(preset))
     variables = nn.meta.unbox(jax.jit(CLIP(preset).init)(jax.random.key(0), *inputs))
     return Weights(preset, {"batch_stats": {}} | jax.tree.map(np.asarray, variables), "random")
 
 
 def write_inputs(folder: pathlib.Path, model: str) -> tuple[str, str]:
-    """Writes weights and a picture; returns their paths."""
-    weights, picture = folder / "weights.pt", folder / "photo.jpg"
+    """Writes weights and an image; returns their paths."""
+    weights, image = folder / "weights.pt", folder / "photo.jpg"
     write_weights(random_weights(get_preset(model)), weights, "openai")
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (1200, 1600, 3), dtype=np.uint8)).save(picture)
-    return str(weights), str(picture)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (1200, 1600, 3), dtype=np.uint8)).save(image)
+    return str(weights), str(image)
 
 
 def main() -> int:
@@ -65,8 +66,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        weights, picture = write_inputs(pathlib.Path(folder), arguments.model)
-        command = ["-m", "clip_jax.predict", f"--model={weights}", "--labels=a cat,a dog,a house", picture]
+        weights, image = write_inputs(pathlib.Path(folder), arguments.model)
+        command = ["-m", "clip_jax.predict", f"--model={weights}", "--labels=a cat,a dog,a house", image]
         whole: list[float] = []
         parts: dict[str, list[float]] = {}
         for _ in range(arguments.rounds):
@@ -74,7 +75,7 @@ def main() -> int:
             subprocess.run([sys.executable, *command], check=True, capture_output=True)
             whole.append(time.perf_counter() - start)
             timed = subprocess.run(
-                [sys.executable, "-c", PARTS, weights, picture], check=True, capture_output=True, text=True
+                [sys.executable, "-c", PARTS, weights, image], check=True, capture_output=True, text=True
             )
             for line in timed.stdout.splitlines():
                 name, _, seconds = line.rpartition(" ")

@@ -1,4 +1,4 @@
-"""Random batches of the shapes that a model takes, for the benchmarks; needs neither JAX nor PyTorch."""
+"""Makes random batches of images and tokens for the benchmarks, without JAX or PyTorch."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from clip_jax.models.presets import CLIPPreset
 
 
 def random_batch(preset: CLIPPreset, batch_size: int) -> dict[str, np.ndarray]:
-    """``image`` uint8 ``[B, H, W, 3]``, and ``tokens`` int32 ``[B, L]`` that end with the end of text."""
+    """Returns ``image`` uint8 ``[B, H, W, 3]`` and ``tokens`` int32 ``[B, L]``, each ending with end-of-text."""
     rng = np.random.default_rng(0)
     size, length = preset.vision.image_size, preset.text.context_length
     tokens = rng.integers(1, preset.text.vocab_size - 2, (batch_size, length), np.int32)

@@ -1,11 +1,11 @@
-"""Recalls of image-text retrieval on CPU: in blocks here, and as CLIP_benchmark computes them in PyTorch.
+"""Measures image-text retrieval on CPU: clip_jax's recalls, computed in blocks, against CLIP_benchmark's in PyTorch.
 
 pip install -e ".[peers]" && python -m benchmarks.retrieval [--images=25000] [--peer-images=5000] [--width=512]
 
-Float32, five texts an image. Every measurement has a process of its own; the peak is that of the process's resident
-memory (Linux: VmHWM) over what it had after imports, so the embeddings are part of it. CLIP_benchmark holds all
-scores, several times over, so it is compared on fewer images, both on the same; then ours runs alone at full size.
-Recalls at 1, 5 and 10 in both directions are printed and must be equal.
+Float32, five texts per image. Each measurement runs in its own process. The peak is the process's resident memory
+(Linux: VmHWM) above that after imports, so it includes the embeddings. CLIP_benchmark holds several copies of all
+scores. The two are therefore compared on fewer images, and then clip_jax runs alone at full size. Recalls at 1, 5 and
+10 in both directions are printed and must be equal.
 """
 
 import argparse
@@ -23,7 +23,7 @@ TEXTS_AN_IMAGE = 5
 
 
 def example(images: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Unit vectors of images and texts, and each text's image."""
+    """Returns unit vectors of images and texts, and the index of each text's image."""
     random = np.random.default_rng(0)
     image_of = np.repeat(np.arange(images), TEXTS_AN_IMAGE)
     image_embeddings = random.standard_normal((images, width), np.float32)
@@ -56,7 +56,7 @@ def clip_benchmarks(images: np.ndarray, texts: np.ndarray, image_of: np.ndarray)
 
 
 def measure(which: str, images: int, width: int) -> dict:
-    """In a process of its own."""
+    """Runs one measurement in its own process."""
     command = [
         sys.executable,
         "-m",

@@ -1,11 +1,11 @@
-"""What it costs to index tars in place, to open a source of a billion pairs, and to begin a training on ten million.
+"""Measures indexing tars in place, opening a source of a billion pairs, and starting a training on ten million.
 
     python -m benchmarks.tar_index [--shards=100] [--rounds=3]
 
-Writes shards of 10,000 members (a picture's bytes of 20 to 30 kB, a caption and a JSON for each pair, 9 GB in all) to a
-temporary folder. The peer of the index is reading the same files' bytes with as many threads, in the same run,
-alternating, with the files in the page cache. Ten million pairs are 1,000 names for one shard; a billion, an index
-file of zeros.
+Writes shards of 10,000 members (image bytes of 20 to 30 kB, a caption and a JSON for each pair, 9 GB in total) to a
+temporary folder. The peer is reading the bytes of the same files with the same number of threads, alternating in the
+same run, with the files in the page cache. The ten million pairs are 1,000 hard links to one shard. The billion pairs
+are an index file of zeros.
 """
 
 import argparse
@@ -39,12 +39,12 @@ TINY = [
 ]
 
 
-def write_shard(path: pathlib.Path, pairs: int, picture_bytes: tuple[int, int], seed: int) -> None:
+def write_shard(path: pathlib.Path, pairs: int, image_bytes: tuple[int, int], seed: int) -> None:
     rng = np.random.default_rng(seed)
     with tarfile.open(path, "w") as tar:
         for pair in range(pairs):
             contents = {
-                "jpg": rng.bytes(int(rng.integers(*picture_bytes))),
+                "jpg": rng.bytes(int(rng.integers(*image_bytes))),
                 "txt": b"a caption of a few words, as they are",
                 "json": json.dumps({"caption": "a caption", "url": "https://example.org/" + "x" * 60}).encode(),
             }
@@ -86,7 +86,7 @@ def measure_building(folder: pathlib.Path, shards: int, rounds: int) -> None:
 
 
 def private_bytes() -> int:
-    """Of this process, without what it shares with the page cache."""
+    """Returns the memory of this process, without what it shares with the page cache."""
     status = pathlib.Path("/proc/self/status").read_text()
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
 
@@ -95,7 +95,7 @@ def measure_a_billion(folder: pathlib.Path) -> None:
     index = folder / "billion"
     index.mkdir()
     pairs, shards = 10**9, 100_000
-    np.lib.format.open_memmap(index / "records.npy", "w+", np.uint64, (pairs,)).flush()  # zeros, which take no room
+    np.lib.format.open_memmap(index / "records.npy", "w+", np.uint64, (pairs,)).flush()  # zeros take no disk space
     np.save(index / "firsts.npy", np.arange(shards + 1, dtype=np.int64) * (pairs // shards))
     meta = {
         "arrays": ["records", "firsts"],
@@ -137,7 +137,7 @@ def measure_the_start(folder: pathlib.Path) -> None:
                 if line.startswith(word):
                     times[word] = time.perf_counter() - started
     print(
-        f"ten million pairs: index built in {build:.0f} s; from the command to the first batch, the index being there:"
+        f"ten million pairs: index built in {build:.0f} s; from the command to the first batch, with an existing index:"
     )
     print("  " + ", ".join(f"{word} {value:.1f} s" for word, value in times.items()))
 

@@ -1,18 +1,18 @@
-"""Claim: on one core, tokenizes captions that all differ at least 7 times as fast as OpenAI's SimpleTokenizer.
+"""Measures the tokenizer on one core: distinct captions, at least 7 times as fast as OpenAI's SimpleTokenizer.
 
     pip install -e ".[peers]"
     python -m benchmarks.tokenizer
 
-Both run in this process, in turn, on the same captions; ours also builds the padded rows, theirs only lists of
-ids. No caption comes twice, in any round. A caption is 4 to 20 words; the words are those of the shipped emoji
-names and of the public-domain openclipart captions under ``tests/data/golden``, drawn with Zipf's weight 1 / rank,
-rank by frequency there; one word in fifteen is a number below 10,000 instead, small ones oftener. One caption in
-twenty ends with an accent, an ampersand, an HTML entity or a typographic sign, beside those among the words (of the
-shipped emoji captions, one in forty has any). Text outside plain ASCII has to go through ftfy in both tokenizers and
-costs more there than all the rest of the work, so the ratio falls as ``--unusual`` rises.
+Both take turns in this process on the same captions. clip_jax also builds the padded rows; OpenAI's returns only lists
+of ids. No caption occurs twice. A caption has 4 to 20 words, from the included emoji names and the public-domain
+openclipart captions in ``tests/data/golden``, drawn with Zipf's probabilities (proportional to 1 / rank by frequency).
+One word in fifteen is a number below 10,000 instead, small ones more often. One caption in twenty ends with an accent,
+an ampersand, an HTML entity or a typographic sign; the words may also contain some (one in forty of the included emoji
+captions does). In both tokenizers, text outside plain ASCII goes through ftfy, which costs more than the rest of the
+work, so the ratio falls as ``--unusual`` rises.
 
-A cold round empties the caches of both first; a warm round keeps what the earlier rounds left there, as in
-training, and is what the claim is about. Each ratio is the median over rounds.
+A cold round starts with empty caches in both. A warm round keeps the caches of earlier rounds, as in training; the
+claim is about warm rounds. Each ratio is the median over rounds.
 """
 
 import argparse
@@ -37,7 +37,7 @@ UNUSUAL = ["café", "& more", "“new”", "M&amp;M", "piñata", "– detail", "
 
 
 def caption_stream(seed: int, unusual: float) -> Iterator[str]:
-    """Yields captions without end, none of them twice, made as the top of this file says."""
+    """Yields an endless stream of distinct captions, as described in the module's docstring."""
     names = [concept["name"] for concept in json.loads(EMOJI.read_text(encoding="utf-8"))]
     counts = Counter(" ".join([*names, CLIP_ART.read_text(encoding="utf-8")]).split())
     words = [word for word, _ in counts.most_common()]
@@ -55,7 +55,7 @@ def caption_stream(seed: int, unusual: float) -> Iterator[str]:
 
 
 def load_peer() -> Callable:
-    """Returns OpenAI's SimpleTokenizer class, loaded from its file: importing ``clip`` would need PyTorch too."""
+    """Returns OpenAI's SimpleTokenizer class, loaded from its file, since importing ``clip`` needs PyTorch."""
     path = pathlib.Path(importlib.util.find_spec("clip").origin).with_name("simple_tokenizer.py")
     spec = importlib.util.spec_from_file_location("openai_simple_tokenizer", path)
     module = importlib.util.module_from_spec(spec)
@@ -71,7 +71,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def measure(label: str, rounds: int, count: int, captions: Iterator[str], peer: object, cold: bool) -> float:
-    """Times both on ``count`` new captions a round, taking turns to go first; prints and returns the median ratio."""
+    """Times both on ``count`` new captions per round, alternating the order; prints and returns the median ratio."""
     ours_times, peer_times = [], []
     empty_peer_cache = dict(peer.cache)
     for turn in range(rounds):
@@ -101,7 +101,7 @@ def measure_alone(rounds: int, count: int, captions: Iterator[str]) -> None:
 
 
 def main() -> None:
-    """Checks that both give the same ids, then measures cold rounds and warm rounds."""
+    """Checks that both return the same ids, then measures cold and warm rounds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captions", type=int, default=20_000, help="captions in a round")
     parser.add_argument("--rounds", type=int, default=7)
@@ -119,7 +119,7 @@ def main() -> None:
         row = tokenizer.tokenize(caption, context_length=400)[0]
         ids = [tokenizer.START_OF_TEXT, *peer.encode(caption), tokenizer.END_OF_TEXT]
         if row[: len(ids)].tolist() != ids or row[len(ids) :].any():
-            sys.exit(f"the two disagree on {caption!r}")
+            sys.exit(f"the ids of {caption!r} differ from OpenAI's: {row[: len(ids)].tolist()} instead of {ids}")
     peer.cache = empty_peer_cache
     measure("cold caches", arguments.rounds, arguments.captions, captions, peer, cold=True)
     ratio = measure("warm caches", arguments.rounds, arguments.captions, captions, peer, cold=False)

@@ -1,10 +1,10 @@
-"""A training step on CPU, here and in open_clip (PyTorch), of the quickstart's model or another size.
+"""Measures a training step on CPU against open_clip (PyTorch), for the quickstart's model or another size.
 
 pip install -e ".[peers]" && python -m benchmarks.train_step [--rounds=5] [--steps=5] [--only=clip_jax] [NAME=VALUE]
 
-Same sizes, batch, loss and optimizer (float32, AdamW with the same hyper-parameters), random data; the rounds alternate
-between the implementations, each warmed up before. Prints wall and process CPU seconds a step, the median over rounds,
-and one ratio to the faster of open_clip's eager and compiled forms.
+Both use the same sizes, batch, loss and optimizer (float32, AdamW with the same hyperparameters), and random data.
+After a warm-up, the rounds alternate between the implementations. Prints wall seconds and CPU seconds per step, the
+median over rounds, and one ratio to the faster of open_clip's eager and compiled forms.
 """
 
 import argparse
@@ -88,8 +88,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5, help="in each round, of each implementation")
-    parser.add_argument("--only", help="one of clip_jax, 'open_clip eager', 'open_clip compiled', alone in its process")
-    parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="of the config: model.vision.width=192")
+    parser.add_argument("--only", help="measure only clip_jax, 'open_clip eager' or 'open_clip compiled'")
+    parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="such as model.vision.width=192")
     arguments = parser.parse_args()
     config = load_config_file("configs/quickstart.py")
     for name, _, value in (item.partition("=") for item in arguments.overrides):
@@ -106,7 +106,7 @@ def main() -> int:
         versions += f", torch {torch.__version__}, open_clip {open_clip.__version__}"
     implementations = {name: make() for name, make in makers.items() if arguments.only in (None, name)}
     if not implementations:
-        print(f"--only={arguments.only} is none of {', '.join(makers)}", file=sys.stderr)
+        print(f"--only={arguments.only} must be one of {', '.join(makers)}", file=sys.stderr)
         return 2
     print(versions)
     vision = config.model.vision

@@ -1,4 +1,4 @@
-"""A ViT-S/16 of 62 million parameters from scratch on clip art and the emoji that ship, for ten minutes of one GPU.
+"""Trains a ViT-S/16 of 62 million parameters on clip art and the included emoji, in ten minutes of one GPU.
 
 apt-get install openclipart-png openclipart-svg
 for part in train held_out; do
@@ -7,7 +7,7 @@ for part in train held_out; do
 done
 python -m clip_jax.main --config=configs/clipart_vit_s16.py --workdir=runs/clipart
 
-Results and time are not measured yet (docs/performance.md). Five million pairs are ten minutes at 8,500 a second.
+Results and time are not measured yet (docs/performance.md). Five million pairs take ten minutes at 8,500 a second.
 """
 
 from clip_jax.config import default_config
@@ -25,7 +25,7 @@ def get_config():
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 500
     config.optimizer.gradient_clip_norm = 1.0
-    # Eight thousand pairs seen six hundred times. What turns or bends a picture costs a decoding process the most.
+    # Eight thousand pairs, each used six hundred times. Rotation and warping are left out: they cost the most CPU time.
     augmentation = config.data.augmentation
     augmentation.crop_scale = 0.5
     augmentation.flip = 0.5
@@ -35,8 +35,8 @@ def get_config():
     augmentation.erasing = 0.3
     config.data.source = "emoji:noto,twemoji/train + array_record:data/train/openclipart/pairs-*"
     config.data.num_workers = 12
-    # Clip art and emoji of names that were left out of the clip art and of the emoji trained on, though a few of them
-    # are in the other collection; and a style of emoji that was left out.
+    # Clip art and emoji whose names are not in the training data of the same collection (a few are in the other
+    # collection's), and a style of emoji that is not in the training data.
     config.evaluation.tasks = "open_clipart,emoji_unseen_both,emoji_unseen_style"
     config.evaluation.data = "data/held_out"
     return config

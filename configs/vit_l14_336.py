@@ -1,4 +1,4 @@
-"""ViT-L/14@336: the trained ViT-L/14 for one more epoch at 336 pixels and a low rate (section 2.5 of the paper).
+"""Trains ViT-L/14@336: one more epoch of the trained ViT-L/14 at 336 pixels and a low rate (section 2.5 of the paper).
 
 python -m clip_jax.main --config=configs/vit_l14_336.py --config.init_from=/mnt/shared/vit_l14 \\
     --workdir=/mnt/shared/vit_l14_336 --config.data.source=...
@@ -11,7 +11,7 @@ from clip_jax.config import default_config
 
 def get_config():
     config = default_config("ViT-L/14@336")
-    config.init_from = "runs/vit_l14"  # where configs/vit_l14.py trains if no --workdir says otherwise
+    config.init_from = "runs/vit_l14"  # the default --workdir of configs/vit_l14.py
     config.epochs = 1.0
     config.optimizer.learning_rate = 2e-5
     config.model.remat = "full"

@@ -3,8 +3,9 @@
     python launch/local_pod.py --processes=2 --devices=2 -- \
         --config=configs/quickstart.py --config.steps=10 --workdir=runs/pod
 
-To try what several hosts would do, without them. The first process's output is shown as it is, the others' behind
-their number. If one ends by itself the others get time to notice and to leave; Ctrl-C and SIGTERM are passed on to all.
+This tries a training of several hosts without them. The output of the first process is printed unchanged, the lines of
+the others start with their number. If a process fails, the others get time to notice and exit. Ctrl-C and SIGTERM are
+passed to all.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 
-SAVED = 3  # clip_jax.main's exit code for a run that was interrupted and saved: the others are about to do the same
+SAVED = 3  # clip_jax.main's exit code for a run that was interrupted and saved; the others are then saving, too
 
 
 def free_port() -> int:
@@ -41,7 +42,7 @@ def start(index: int, processes: int, devices: int, port: int, arguments: list[s
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # A group of its own: the terminal's Ctrl-C reaches this launcher alone, which passes it on once.
+        # In a new session, the terminal's Ctrl-C reaches only this launcher, which passes it on once.
         start_new_session=True,
     )
 
@@ -52,13 +53,16 @@ def show(index: int, process: subprocess.Popen) -> None:
 
 
 def wait(pod: list[subprocess.Popen], grace: float) -> int:
-    """Waits for all; once one has failed the others get ``grace`` seconds. Returns the first failure's exit code."""
+    """Waits for all processes and returns the exit code of the first failure, else 3 if one saved, else 0.
+
+    Processes that still run ``grace`` seconds after the first failure are killed.
+    """
     code, deadline = 0, None
     while True:
         codes = [process.poll() for process in pod]
         failed = [index for index, ended in enumerate(codes) if ended not in (None, 0, SAVED)]
         if failed and deadline is None:
-            first = min(failed, key=lambda index: codes[index])  # a signal's, if several failed at once
+            first = min(failed, key=lambda index: codes[index])  # if several failed at once, one that a signal ended
             code, deadline = codes[first], time.monotonic() + grace
             how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
             print(f"local_pod: process {first} has ended {how}", file=sys.stderr, flush=True)
@@ -73,9 +77,9 @@ def wait(pod: list[subprocess.Popen], grace: float) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--devices", type=int, default=4, help="of each process")
-    parser.add_argument("--grace", type=float, default=60, help="seconds the others get once one has failed")
-    parser.add_argument("arguments", nargs="*", help="of clip_jax.main, behind --")
+    parser.add_argument("--devices", type=int, default=4, help="CPU devices of each process")
+    parser.add_argument("--grace", type=float, default=60, help="seconds that the others have after one has failed")
+    parser.add_argument("arguments", nargs="*", help="arguments of clip_jax.main, after --")
     arguments = parser.parse_args()
     port = free_port()
     pod: list[subprocess.Popen] = []

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Trains on one slice of Cloud TPU VMs: a queued resource, the program on every worker, and on again after preemption.
+# Trains on one slice of Cloud TPU VMs: requests it, starts the training on every worker, resumes after preemption.
 #
 #   launch/tpu_pod.sh create  --name=NAME --zone=ZONE --accelerator-type=TYPE [--spot]
 #   launch/tpu_pod.sh install --name=NAME --zone=ZONE
 #   launch/tpu_pod.sh run     --name=NAME --zone=ZONE [--bucket=BUCKET] -- --config=FILE --workdir=/mnt/bucket/RUN ...
-#   launch/tpu_pod.sh log     --name=NAME --zone=ZONE      follow the first worker's log; Ctrl-C ends only the following
+#   launch/tpu_pod.sh log     --name=NAME --zone=ZONE      follow the first worker's log; Ctrl-C stops only the log
 #   launch/tpu_pod.sh status  --name=NAME --zone=ZONE      the slice's state and each worker's last line
-#   launch/tpu_pod.sh resume  all flags of create and run  whatever is missing of create, install and run
+#   launch/tpu_pod.sh resume  all flags of create and run  do what is missing of create, install and run
 #   launch/tpu_pod.sh delete  --name=NAME --zone=ZONE
 #
 # Every command also takes --project=PROJECT and --dry-run, which prints the commands and runs none; create and resume
-# take --service-account=EMAIL, --network=NETWORK and --subnetwork=SUBNETWORK. Flags that a command has no use for are
-# ignored, so one set of flags serves all. LIBTPU_INIT_ARGS is handed on to the workers if it is set here.
+# take --service-account=EMAIL, --network=NETWORK and --subnetwork=SUBNETWORK. Flags that a command does not use are
+# ignored, so one set of flags serves all. LIBTPU_INIT_ARGS is passed to the workers if it is set here.
 #
-# Exit codes: 0 done, 1 failed, 2 a mistake in what was asked for. docs/tpu.md explains the whole way.
+# Exit codes: 0 done, 1 failed, 2 a mistake in the command line. docs/tpu.md explains every step.
 
-# The commands for the workers stand in single quotes, since the workers' shells are to expand them.
+# The commands for the workers are in single quotes because the workers' shells expand them.
 # shellcheck disable=SC2016,SC2088
 set -euo pipefail
 
@@ -31,7 +31,7 @@ fail() { # exit code, message
   exit "$1"
 }
 
-# The words as one line that a shell reads back as the same words.
+# Prints the words as one line that a shell parses into the same words.
 quoted() {
   local word line="" quote="'" escaped="'\\''"
   for word in "$@"; do
@@ -55,7 +55,7 @@ call() {
 
 # --- The slice ---
 
-# Sets `state` to the queued resource's, or to NOT_FOUND. A dry run takes the state that is given.
+# Sets `state` to the queued resource's state, or to NOT_FOUND. A dry run sets it to the argument.
 read_state() {
   state=$1
   local describe=(gcloud compute tpus queued-resources describe "$name" "${location[@]}" '--format=value(state.state)')
@@ -66,11 +66,11 @@ read_state() {
   local messages
   messages=$(mktemp)
   if ! state=$(call "${describe[@]}" 2>"$messages"); then
-    # Only a clear answer counts as gone: after a lost login or connection nothing may be deleted or created.
+    # Any other error may be a lost login or connection, after which nothing may be deleted or created.
     if ! grep -q NOT_FOUND "$messages"; then
       cat "$messages" >&2
       rm -f "$messages"
-      fail 1 "the state of $name cannot be read"
+      fail 1 "the state of $name cannot be read; the message of gcloud is above"
     fi
     state=NOT_FOUND
   fi
@@ -84,7 +84,7 @@ wait_until_active() {
     case $state in
       ACTIVE) return ;;
       FAILED | SUSPENDING | SUSPENDED | DELETING | NOT_FOUND)
-        fail 1 "$name is $state; 'resume' requests it anew" ;;
+        fail 1 "$name is $state; 'resume' requests it again" ;;
       *) # in the queue: CREATING, ACCEPTED, WAITING_FOR_RESOURCES, PROVISIONING
         printf '%s is %s; waiting\n' "$name" "$state" >&2
         sleep "$POLL_SECONDS" ;;
@@ -104,11 +104,11 @@ create() {
 }
 
 delete() {
-  # --force deletes the node with it, --quiet asks nothing.
+  # --force also deletes the node, --quiet asks nothing.
   call gcloud compute tpus queued-resources delete "$name" "${location[@]}" --force --quiet
 }
 
-# The image that Google names for JAX on each generation.
+# Prints the image that Google recommends for JAX on each generation.
 runtime_version() {
   case $accelerator_type in
     v4-*) echo tpu-ubuntu2204-base ;;
@@ -120,22 +120,22 @@ runtime_version() {
 
 # --- The workers ---
 
-on_workers() { # which ones, command
+on_workers() { # workers, command
   call gcloud compute tpus tpu-vm ssh "$name" "${location[@]}" "--worker=$1" "--command=$2"
 }
 
-# The process number alone may belong to something else after a reboot.
+# After a reboot, another process may have this process id.
 readonly IS_RUNNING='grep -qsa clip_jax /proc/$(cat ~/clip_jax.pid 2>/dev/null || echo none)/cmdline'
 readonly REFUSE_IF_RUNNING="if $IS_RUNNING; then echo \"a training runs on \$(hostname)\"; exit $RUNNING_ALREADY; fi"
 
 install() {
   local archive="${TMPDIR:-/tmp}/clip_jax-$name.tar.gz" command
-  # The last commit, not the working tree: what is trained is then something that can be found again.
+  # The last commit, not the working tree, so that the trained code can be found again.
   call git -C "$repository" archive --format=tar.gz "--output=$archive" HEAD
   call gcloud compute tpus tpu-vm scp "$archive" "$name:clip_jax.tar.gz" "${location[@]}" --worker=all
   command="$REFUSE_IF_RUNNING; set -e; "
   command+='rm -rf ~/clip_jax; mkdir ~/clip_jax; tar -xzf ~/clip_jax.tar.gz -C ~/clip_jax; cd ~/clip_jax; '
-  # The images' own Python is 3.10, too old; uv brings a newer one along.
+  # The image's Python is 3.10, too old; uv installs a newer one.
   command+='test -x ~/.local/bin/uv || curl -LsSf https://astral.sh/uv/install.sh | sh; '
   command+='~/.local/bin/uv venv --quiet --python=3.12 .venv; '
   command+='~/.local/bin/uv pip install --quiet --python=.venv/bin/python --constraint=constraints.txt '
@@ -143,24 +143,24 @@ install() {
   on_workers all "$command"
 }
 
-# Mounts the bucket where it isn't yet: also after a worker was restarted in place.
+# Prints the command that mounts the bucket where it isn't mounted, such as after a worker was restarted in place.
 mount_command() {
   printf '%s' "mountpoint -q $MOUNT || { set -e; command -v gcsfuse >/dev/null || { "
   printf '%s' 'curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg'
   printf '%s' ' | sudo tee /usr/share/keyrings/cloud.google.asc >/dev/null; '
   printf '%s' 'echo "deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt '
   printf '%s' 'gcsfuse-$(lsb_release -cs) main" | sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null; '
-  # A new VM's own updates hold the lock for a while.
+  # The updates of a new VM hold the lock for a while.
   printf '%s' 'sudo apt-get -o DPkg::Lock::Timeout=600 update -qq; '
   printf '%s' 'sudo apt-get -o DPkg::Lock::Timeout=600 install -y -qq gcsfuse; }; '
   printf '%s' "sudo mkdir -p $MOUNT; sudo chown \"\$(id -u):\$(id -g)\" $MOUNT; "
-  # No cached metadata: each host must see at once what the others have written. A checkpoint becomes valid by
+  # No cached metadata: each host must immediately see what the others wrote. A checkpoint becomes valid by
   # renaming its folder, which gcsfuse refuses in a bucket without hierarchical namespace unless a limit is given.
   printf '%s' 'gcsfuse --implicit-dirs --rename-dir-limit=100000 --metadata-cache-ttl-secs=0 '
   printf '%s' "--metadata-cache-negative-ttl-secs=0 $bucket $MOUNT; }"
 }
 
-# Whether the workers are ready to run, in the exit code; mounts the bucket on the way.
+# Mounts the bucket; the exit code states whether the workers are ready to run.
 prepare() {
   local command="$REFUSE_IF_RUNNING; "
   command+="test -x ~/clip_jax/.venv/bin/python || { echo 'not installed'; exit $NOT_INSTALLED; }"
@@ -168,7 +168,7 @@ prepare() {
   on_workers all "$command"
 }
 
-# On all workers, cut loose from the ssh session: a dropped connection ends nothing.
+# Starts the training on all workers, detached from the ssh session: a dropped connection ends nothing.
 start() {
   local command='cd ~/clip_jax || exit 1; '
   if [[ -n ${LIBTPU_INIT_ARGS:-} ]]; then command+="export LIBTPU_INIT_ARGS=$(quoted "$LIBTPU_INIT_ARGS"); "; fi
@@ -178,8 +178,8 @@ start() {
 }
 
 run() {
-  # All are asked before any is started: half a pod would wait for the other half until it times out.
-  prepare || fail 1 "$name is not ready to run; its answer is above"
+  # All workers are checked before any is started: half a pod would wait for the other half until it times out.
+  prepare || fail 1 "$name is not ready to run; its message is above"
   start
 }
 
@@ -196,7 +196,7 @@ status() {
 }
 
 resume() {
-  read_state SUSPENDED # a dry run shows the longest way: the slice was preempted
+  read_state SUSPENDED # a dry run shows the longest case: the slice was preempted
   while [[ $state == SUSPENDING || $state == DELETING ]]; do
     printf '%s is %s; waiting\n' "$name" "$state" >&2
     sleep "$POLL_SECONDS"
@@ -215,9 +215,9 @@ resume() {
         start
         return
       else
-        fail 1 "$name is ACTIVE, but cannot be reached or made ready; its answer is above"
+        fail 1 "$name is ACTIVE, but cannot be reached or made ready; its message is above"
       fi ;;
-    SUSPENDED | FAILED) # neither comes back by itself, and the name is taken until it is deleted
+    SUSPENDED | FAILED) # neither recovers by itself, and the name is in use until it is deleted
       delete
       create
       install ;;
@@ -264,16 +264,17 @@ while [[ $# -gt 0 ]]; do
       break ;;
     --name | --zone | --project | --accelerator-type | --bucket | --service-account | --network | --subnetwork)
       fail 2 "$1 has no value; write $1=VALUE" ;;
-    *) fail 2 "unknown argument $1; what is for the training comes behind --" ;;
+    *) fail 2 "unknown argument $1; write arguments of the training after --" ;;
   esac
   shift
 done
 
-[[ -n $name ]] || fail 2 "--name=NAME is missing: what the slice is to be called"
-[[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || fail 2 "--name=$name must be small letters, digits and hyphens"
+[[ -n $name ]] || fail 2 "--name=NAME is missing: a name for the slice"
+[[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
+  fail 2 "--name=$name must be lowercase letters, digits and hyphens, starting with a letter"
 [[ -n $zone ]] || fail 2 "--zone=ZONE is missing, such as --zone=us-west4-a"
 [[ $bucket =~ ^([a-z0-9][a-z0-9._-]*)?$ ]] ||
-  fail 2 "--bucket=$bucket must be a bucket's name, without gs:// or folders"
+  fail 2 "--bucket=$bucket must be the name of a bucket, without gs:// or folders"
 if [[ $command == create || $command == resume ]]; then
   [[ -n $accelerator_type ]] || fail 2 "--accelerator-type=TYPE is missing, such as --accelerator-type=v5litepod-16"
   [[ $accelerator_type =~ ^(v4|v5litepod|v5p|v6e)-[1-9][0-9]*$ ]] ||
@@ -281,14 +282,14 @@ if [[ $command == create || $command == resume ]]; then
 fi
 if [[ $command == run || $command == resume ]]; then
   arguments=" ${training[*]-} "
-  [[ $arguments == *" --config="* ]] || fail 2 "no --config=FILE behind --: $command -- --config=FILE --workdir=FOLDER"
-  # A folder of each worker's own would be lost with the slice, and no worker would find what another wrote.
+  [[ $arguments == *" --config="* ]] || fail 2 "no --config=FILE after --: $command -- --config=FILE --workdir=FOLDER"
+  # A local folder would be lost with the slice, and no worker could read what another wrote.
   [[ $arguments == *" --workdir=/"* ]] ||
-    fail 2 "no --workdir=/FOLDER behind --: one that all workers share, such as $MOUNT/run with --bucket=BUCKET"
+    fail 2 "no --workdir=/FOLDER after --: one that all workers share, such as $MOUNT/run with --bucket=BUCKET"
   [[ $arguments != *" --workdir=$MOUNT"[/\ ]* || -n $bucket ]] ||
-    fail 2 "--workdir is in $MOUNT, but no bucket is given to mount there: --bucket=BUCKET"
+    fail 2 "--workdir is in $MOUNT, but no bucket is mounted there: add --bucket=BUCKET"
 elif [[ ${#training[@]} -gt 0 ]]; then
-  fail 2 "$command takes nothing behind --"
+  fail 2 "$command takes nothing after --"
 fi
 [[ -n $dry_run ]] || command -v gcloud >/dev/null || fail 2 "gcloud is not on the PATH; install the Google Cloud CLI"
 

@@ -12,9 +12,9 @@ from trial import QUICK_COMPILATION
 from benchmarks import accelerator
 from benchmarks.accelerator import Bench, Duel, measure_all, next_batch, plan, refusal, run_alone
 from benchmarks.accelerator_measurements import NotThereError, config_of, status_of, timed
-from benchmarks.accelerator_report import best, label, left_out, number, ratio, summarise, tables, with_shares
-from clip_jax.config import REMAT_POLICIES
+from benchmarks.accelerator_report import best, label, left_out, number, ratio, summarize, tables, with_shares
 from clip_jax.losses.softmax import FORMS
+from clip_jax.models.execution import REMAT_POLICIES
 
 REPOSITORY = pathlib.Path(__file__).parent.parent.parent
 WITHOUT_TORCH = "not there: No module named 'torch'"
@@ -60,7 +60,7 @@ def report() -> dict:
         "missing": [],
         "measurements": measurements,
         "left_out": [],
-        "summary": summarise(measurements),
+        "summary": summarize(measurements),
     }
 
 

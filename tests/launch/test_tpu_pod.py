@@ -143,7 +143,7 @@ def test_each_generation_gets_the_image_that_is_made_for_it(cloud, accelerator_t
     cloud.pod("create", *SLICE, f"--accelerator-type={accelerator_type}")  # the stand-in refuses any other
 
 
-def test_the_network_and_the_service_account_are_handed_on(cloud):
+def test_the_network_and_the_service_account_are_passed_on(cloud):
     given = ["--network=net", "--subnetwork=sub", "--service-account=a@b.iam.gserviceaccount.com"]
     cloud.pod("create", *REQUEST, *given)
     assert set(given) < set(cloud.calls()[0])
@@ -152,7 +152,7 @@ def test_the_network_and_the_service_account_are_handed_on(cloud):
 @pytest.mark.parametrize("state", ["FAILED", "SUSPENDED"])
 def test_create_gives_up_on_a_request_that_cannot_become_active(cloud, state):
     cloud.queue("WAITING_FOR_RESOURCES", state)
-    assert f"error: pod is {state}; 'resume' requests it anew" in cloud.pod("create", *REQUEST, code=1).stderr
+    assert f"error: pod is {state}; 'resume' requests it again" in cloud.pod("create", *REQUEST, code=1).stderr
 
 
 def test_install_brings_the_last_commit_and_a_newer_python_to_every_worker(cloud):
@@ -184,20 +184,20 @@ def test_run_mounts_the_bucket_once(running):
     assert all((worker / "mounted").read_text() == "kept" for worker in running.workers())
 
 
-def test_run_hands_on_the_flags_of_libtpu(cloud):
+def test_run_passes_the_flags_of_libtpu_to_the_workers(cloud):
     cloud.pod("create", *REQUEST)
     cloud.pod("install", *SLICE)
     cloud.pod("run", *RUN, LIBTPU_INIT_ARGS="--one=1 --two='2'")
     assert all("LIBTPU_INIT_ARGS=--one=1 --two='2'\n" in log for log in cloud.end_training())
 
 
-def test_run_refuses_to_start_beside_a_training_that_runs(running):
+def test_run_refuses_to_start_while_a_training_runs(running):
     done = running.pod("run", *RUN, code=1)
     assert "a training runs on" in done.stdout
     assert running.verbs() == ["ssh"]  # asked, and nothing started
 
 
-def test_run_says_that_nothing_is_installed(cloud):
+def test_run_reports_that_nothing_is_installed(cloud):
     cloud.pod("create", *REQUEST)
     assert "not installed" in cloud.pod("run", *RUN, code=1).stdout
 
@@ -211,7 +211,7 @@ def test_log_follows_the_first_worker(running):
     assert "--worker=0" in call and "--command=tail -n 100 -F ~/clip_jax.log" in call
 
 
-def test_status_tells_the_state_and_what_each_worker_does(running):
+def test_status_prints_the_state_and_whether_each_worker_runs(running):
     lines = running.pod("status", *SLICE).stdout.splitlines()
     assert lines[0] == "pod is ACTIVE" and lines.count("running") == 2
     running.end_training()
@@ -234,7 +234,7 @@ def test_resume_requests_a_slice_that_is_gone(cloud):
     assert cloud.verbs() == ["describe", "create", "describe", "scp", "ssh", "ssh", "ssh"]
 
 
-def test_resume_leaves_a_training_that_runs_alone(running):
+def test_resume_does_not_touch_a_training_that_runs(running):
     assert "nothing to resume" in running.pod("resume", *RESUME).stderr
     assert running.verbs() == ["describe", "ssh"]
 
@@ -263,7 +263,7 @@ def test_resume_deletes_nothing_when_the_state_cannot_be_read(running):
     assert running.verbs() == ["describe"]
 
 
-def test_delete_takes_the_slice_away_without_asking(running):
+def test_delete_deletes_the_slice_without_asking(running):
     running.end_training()
     running.pod("delete", *SLICE)
     assert running.calls() == [
@@ -314,16 +314,16 @@ def test_a_dry_run_prints_the_commands_that_the_real_run_runs(cloud, before, wor
         (("create", *SLICE, "--accelerator-type=v5e-16"), "unknown accelerator type v5e-16; known are"),
         (("create", *SLICE, "--accelerator-type"), "--accelerator-type has no value"),
         (("create", *REQUEST, "--preemptible"), "unknown argument --preemptible"),
-        (("create", *REQUEST, *TRAINING), "create takes nothing behind --"),
-        (("run", *SLICE), "no --config=FILE behind --"),
-        (("run", *SLICE, "--", "--config=configs/vit_l14.py"), "no --workdir=/FOLDER behind --"),
-        (("run", *SLICE, "--", "--config=c", "--workdir=gs://pairs/run"), "no --workdir=/FOLDER behind --"),
+        (("create", *REQUEST, *TRAINING), "create takes nothing after --"),
+        (("run", *SLICE), "no --config=FILE after --"),
+        (("run", *SLICE, "--", "--config=configs/vit_l14.py"), "no --workdir=/FOLDER after --"),
+        (("run", *SLICE, "--", "--config=c", "--workdir=gs://pairs/run"), "no --workdir=/FOLDER after --"),
         (("run", *SLICE, "--", "--config=c", "--workdir=/mnt/bucket/run"), "--bucket=BUCKET"),
         (("run", *SLICE, "--bucket=gs://pairs", *TRAINING), "--bucket=gs://pairs must be"),
         (("resume", *SLICE, *TRAINING), "--accelerator-type=TYPE is missing"),
     ],
 )
-def test_a_mistake_is_told_in_a_line_before_anything_is_called(cloud, words, message):
+def test_a_mistake_is_reported_in_one_line_before_anything_is_called(cloud, words, message):
     done = cloud.pod(*words, code=2)
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and message in done.stderr
     assert done.stdout == "" and cloud.calls() == []
