@@ -101,7 +101,10 @@ def test_a_worker_that_is_killed_is_told_in_one_line(tmp_path):
     os.kill(workers_of(process)[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=trial.DEADLINE)
     assert process.returncode == 1
-    assert without_progress(errors) == "failed: a worker process was killed, perhaps for memory; start again to go on\n"
+    assert (
+        without_progress(errors)
+        == "failed: a worker process was killed, perhaps for lack of memory; run the command again to continue\n"
+    )
 
 
 def test_ctrl_c_ends_it_at_once_and_in_one_line(tmp_path):
@@ -111,7 +114,7 @@ def test_ctrl_c_ends_it_at_once_and_in_one_line(tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the workers as well
     _, errors = process.communicate(timeout=trial.DEADLINE)
     assert process.returncode == 3
-    assert without_progress(errors) == "interrupted; the same command goes on from here\n"
+    assert without_progress(errors) == "interrupted; the same command continues from here\n"
     assert not list((tmp_path / "out/parts").glob(".unfinished-*-pairs-*"))
 
 
@@ -120,7 +123,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path):
     process = start("convert", EMOJI, str(tmp_path / "out"), "--workers=2", "--pairs-per-shard=205", preexec_fn=limit)
     _, errors = process.communicate(timeout=trial.DEADLINE)
     assert process.returncode == 1
-    expected = f"failed: {tmp_path}/out: write() failed: File too large; the same command goes on from here\n"
+    expected = f"failed: {tmp_path}/out: write() failed: File too large; the same command continues from here\n"
     assert without_progress(errors) == expected
     assert not list((tmp_path / "out/parts").glob(".unfinished-*"))
 
@@ -255,7 +258,7 @@ def test_the_facts_are_those_of_the_source(facts):
     assert set(facts.characters) == {len(Mixed.caption), 5, 6}
     assert sorted(set(facts.tokens))[:2] == [3, 4]
     lines = inspection.format_facts(facts)
-    assert lines[0] == "300 records; all of them were looked at"
+    assert lines[0] == "300 records; all of them were read"
     assert lines[1].split(maxsplit=1) == ["bad", "33.33%: damaged_record 50, undecodable 50"]
     assert "formats           PNG 50.0%, JPEG 50.0%" in lines
     assert "long side, px             400        400        400        400        400" in lines
@@ -279,7 +282,7 @@ def test_long_captions_count_as_truncated():
 def test_a_large_source_is_sampled_and_it_says_so():
     one, same = (inspection.inspect_source(Mixed(), 60) for _ in range(2))
     assert inspection.format_facts(one) == inspection.format_facts(same)
-    assert inspection.format_facts(one)[0] == "300 records; 60 of them, drawn with seed 0, were looked at"
+    assert inspection.format_facts(one)[0] == "300 records; 60 of them, drawn with seed 0, were read"
     assert sum(one.bad.values()) + len(one.image_bytes) == 60
 
 
@@ -316,12 +319,12 @@ def test_the_sheet_is_one_page_in_which_captions_are_text(facts):
         "li",
         "p",
     }
-    pictures = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert 60 < len(pictures) == len(facts.samples) < 120  # two of three are not bad
-    assert all(picture["src"].startswith("data:image/jpeg;base64,") for picture in pictures)
-    assert all(max(int(picture["width"]), int(picture["height"])) <= 256 for picture in pictures)
-    assert pictures[0]["alt"] == Mixed.caption
-    assert page.texts.count(Mixed.caption) == len(pictures)
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert 60 < len(images) == len(facts.samples) < 120  # two of three are not bad
+    assert all(image["src"].startswith("data:image/jpeg;base64,") for image in images)
+    assert all(max(int(image["width"]), int(image["height"])) <= 256 for image in images)
+    assert images[0]["alt"] == Mixed.caption
+    assert page.texts.count(Mixed.caption) == len(images)
     assert "<title> & more" in page.texts
     assert any("<key> " in line for line in page.texts)
     assert "http://" not in text and "https://" not in text
@@ -342,7 +345,7 @@ def test_an_empty_source_is_refused():
         def __len__(self):
             return 0
 
-    with pytest.raises(ValueError, match="the source holds no pairs"):
+    with pytest.raises(ValueError, match="the source has no pairs"):
         inspection.inspect_source(Empty(), 10)
 
 
@@ -350,8 +353,8 @@ def test_inspect_prints_the_facts_and_writes_the_sheet(tmp_path, capsys):
     sheet = tmp_path / "sheet.html"
     assert prepare.main(["inspect", "emoji:noto/held_out", f"--sheet={sheet}", "--samples=50"]) == 0
     output = capsys.readouterr().out
-    assert "205 records; 50 of them, drawn with seed 0, were looked at" in output
-    assert f"50 pictures and their captions are in {sheet}" in output
+    assert "205 records; 50 of them, drawn with seed 0, were read" in output
+    assert f"50 images and their captions are in {sheet}" in output
     assert sheet.read_text(encoding="utf-8").count("<figure>") == 50
 
 

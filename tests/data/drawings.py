@@ -38,7 +38,7 @@ def noise(width: int, height: int) -> Image.Image:
 
 
 def drawing(size: int = 32) -> Image.Image:
-    """A red square on white: something whose edges, colour and place can be told."""
+    """A red square on white: something whose edges, color and place can be told."""
     image = Image.new("RGB", (size, size), "white")
     image.paste((220, 30, 40), (size // 4, size // 4, size // 2, size // 2))
     return image

@@ -10,8 +10,8 @@ from PIL import Image
 from clip_jax.data.sources import PairError
 
 
-def picture(number: int, size: int = 8, kind: str = "PNG") -> bytes:
-    """A picture of one colour that tells its number below 65,536."""
+def image_bytes(number: int, size: int = 8, kind: str = "PNG") -> bytes:
+    """An image of one color that tells its number below 65,536."""
     stream = io.BytesIO()
     Image.new("RGB", (size, size), (number % 256, number // 256, 7)).save(stream, kind)
     return stream.getvalue()
@@ -26,12 +26,12 @@ def write_tar(path: pathlib.Path, members: list[tuple[str, bytes]], kind: int = 
 
 
 def pair_members(numbers: range) -> list[tuple[str, bytes]]:
-    """What img2dataset writes for each pair: the picture, its caption, and a JSON."""
+    """What img2dataset writes for each pair: the image, its caption, and a JSON."""
     members = []
     for number in numbers:
         told = {"caption": f"told {number}", "alt": f"instead {number}", "label": f"class {number % 3}"}
         members += [
-            (f"{number:06d}.png", picture(number)),
+            (f"{number:06d}.png", image_bytes(number)),
             (f"{number:06d}.txt", f"number {number}".encode()),
             (f"{number:06d}.json", json.dumps(told).encode()),
         ]

@@ -16,7 +16,7 @@ def generator(seed: int = 0) -> np.random.Generator:
 
 
 @pytest.mark.parametrize("strengths", EACH_ALONE, ids=lambda it: next(k for k, v in vars(it).items() if v))
-def test_each_augmentation_alone_changes_the_picture_and_leaves_the_original(strengths):
+def test_each_augmentation_alone_changes_the_image_and_leaves_the_original(strengths):
     image = drawing()
     before = image.tobytes()
     rng = generator()
@@ -73,7 +73,7 @@ def test_rotation_turns_by_its_bound_at_most():
     assert -22 < min(angles) < -15 and 15 < max(angles) < 22
 
 
-def test_grey_levels_survive_hue_and_saturation_and_colours_do_not():
+def test_gray_levels_survive_hue_and_saturation_and_colors_do_not():
     rng = generator()
     for _ in range(20):
         change = Augmentation(hue=180, saturation=1.0)
@@ -93,13 +93,13 @@ def test_grayscale_weighs_channels_as_pillow_does():
     np.testing.assert_allclose(gray, np.asarray(image.convert("L").convert("RGB")), atol=1)
 
 
-def test_tint_colours_white_and_keeps_black():
+def test_tint_colors_white_and_keeps_black():
     tinted = augment(Image.new("RGB", (2, 2), "white"), generator(), Augmentation(tint=0.5)).getpixel((0, 0))
     assert len(set(tinted)) == 3 and min(tinted) >= 127
     assert augment(Image.new("RGB", (2, 2)), generator(), Augmentation(tint=0.5)).getpixel((0, 0)) == (0, 0, 0)
 
 
-def test_outlines_are_black_where_colours_meet_and_nowhere_else():
+def test_outlines_are_black_where_colors_meet_and_nowhere_else():
     image = drawing()
     lines = np.asarray(draw_outlines(image, Image.new("RGB", image.size, "white")))
     expected = np.full((32, 32), 255)
@@ -114,7 +114,7 @@ def test_soft_shading_draws_no_outline():
     assert draw_outlines(shading, shading) == shading
 
 
-def test_erasing_covers_one_rectangle_of_one_colour():
+def test_erasing_covers_one_rectangle_of_one_color():
     image = Image.new("RGB", (40, 40), "white")
     rng = generator()
     for _ in range(50):

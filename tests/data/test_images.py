@@ -1,4 +1,4 @@
-"""Pictures in, pixels out: Pillow and hand-computed pixels are the reference, every picture is made here."""
+"""Images in, pixels out: Pillow and hand-computed pixels are the reference, every image is made here."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,7 @@ PAPER = Augmentation()
 
 
 def photograph(width: int, height: int) -> Image.Image:
-    """Coloured noise whose power falls with frequency as a photograph's does, hard-edged shapes, a sensor's noise."""
+    """Colored noise whose power falls with frequency as a photograph's does, hard-edged shapes, a sensor's noise."""
     rng = np.random.default_rng(width * height)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width) * width)
     frequency[0, 0] = np.inf
@@ -81,13 +81,13 @@ def test_a_palettes_transparent_entry_becomes_white():
     assert np.asarray(decoded).tolist() == [[[255, 255, 255], [200, 100, 50]]]
 
 
-def test_a_transparent_colour_of_an_opaque_mode_becomes_white():
+def test_a_transparent_color_of_an_opaque_mode_becomes_white():
     image = Image.new("RGB", (2, 1), (1, 2, 3))
     image.putpixel((1, 0), (9, 8, 7))
     assert np.asarray(decode_image(encoded(image, transparency=(1, 2, 3)))).tolist() == [[[255] * 3, [9, 8, 7]]]
 
 
-def test_a_palette_without_transparency_keeps_its_colours():
+def test_a_palette_without_transparency_keeps_its_colors():
     image = Image.new("P", (2, 1))
     image.putpalette([10, 20, 30, 200, 100, 50])
     image.putdata([0, 1])
@@ -153,12 +153,12 @@ def test_a_jpeg_whose_faults_can_be_mended_is_what_pillow_makes_of_it():
     np.testing.assert_array_equal(decode_pixels(data), Image.open(io.BytesIO(data)))
 
 
-def test_sixteen_bit_greys_keep_their_range():
+def test_sixteen_bit_grays_keep_their_range():
     image = Image.fromarray(np.array([[0, 32_896, 65_535]], np.uint16))
     assert np.asarray(decode_image(encoded(image)))[0].tolist() == [[0] * 3, [128] * 3, [255] * 3]
 
 
-def test_greys_bilevel_and_cmyk_become_rgb():
+def test_grays_bilevel_and_cmyk_become_rgb():
     assert decode_image(encoded(Image.new("L", (2, 2), 77))).getpixel((0, 0)) == (77, 77, 77)
     assert decode_image(encoded(Image.new("1", (2, 2), 1))).getpixel((0, 0)) == (255, 255, 255)
     cyan = decode_image(encoded(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "JPEG", quality=95)).getpixel((4, 4))
@@ -199,7 +199,7 @@ def test_damaged_bytes_never_raise_anything_else():
                 assert decode_image(bytes(data)).mode == "RGB"
 
 
-def test_pictures_too_large_or_too_thin_are_refused_before_their_pixels_are_decoded(monkeypatch):
+def test_images_too_large_or_too_thin_are_refused_before_their_pixels_are_decoded(monkeypatch):
     monkeypatch.setattr(images, "MAX_PIXELS", 99)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(ImageError, match="10 x 10 pixels are more than 99"):
@@ -211,7 +211,7 @@ def test_pictures_too_large_or_too_thin_are_refused_before_their_pixels_are_deco
 
 
 def claiming(kind: str, width: int, height: int) -> bytes:
-    """A small picture of this kind whose header says that it is larger."""
+    """A small image of this kind whose header says that it is larger."""
     data = encoded(noise(8, 8), kind)
     place, layout = {
         "PNG": (data.find(b"IHDR") + 4, ">II"),
@@ -267,7 +267,7 @@ def test_an_image_error_survives_pickling_with_its_reason():
     assert (str(error), error.reason) == ("2 x 2", "too_small")
 
 
-PICTURES = [
+IMAGES = [
     *(encoded(photograph(40, 30), kind) for kind in ("JPEG", "PNG", "WEBP", "GIF")),
     encoded(photograph(40, 30), "JPEG", progressive=True),
     jpeg_with_segment(photograph(40, 30), b"Exif\0\0" + Image.Exif().tobytes()),
@@ -275,8 +275,8 @@ PICTURES = [
 
 
 @st.composite
-def damaged_pictures(draw) -> bytes:
-    data = bytearray(draw(st.sampled_from(PICTURES)))
+def damaged_images(draw) -> bytes:
+    data = bytearray(draw(st.sampled_from(IMAGES)))
     for place in draw(st.lists(st.integers(0, 8 * len(data) - 1), max_size=8)):
         data[place // 8] ^= 1 << place % 8
     return bytes(data[: draw(st.integers(0, len(data)) | st.just(len(data)))])
@@ -284,7 +284,7 @@ def damaged_pictures(draw) -> bytes:
 
 @pytest.mark.filterwarnings("ignore")
 @settings(max_examples=400, deadline=None)
-@given(st.one_of(damaged_pictures(), st.binary(max_size=200), st.builds(b"\xff\xd8\xff".__add__, st.binary())))
+@given(st.one_of(damaged_images(), st.binary(max_size=200), st.builds(b"\xff\xd8\xff".__add__, st.binary())))
 def test_whatever_the_bytes_there_are_pixels_or_an_image_error(data):
     with contextlib.suppress(ImageError):
         pixels = training_pixels(data, 8, generator(), PAPER)
@@ -293,11 +293,11 @@ def test_whatever_the_bytes_there_are_pixels_or_an_image_error(data):
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_a_picture_cut_anywhere_is_refused(data):
-    picture = data.draw(st.sampled_from(PICTURES))
+def test_an_image_cut_anywhere_is_refused(data):
+    image = data.draw(st.sampled_from(IMAGES))
     with pytest.raises(ImageError):
         # Without the last 20 to 24 bytes, checksums and the end marker, all pixels of a PNG can still be there.
-        decode_pixels(picture[: data.draw(st.integers(0, len(picture) - 32))])
+        decode_pixels(image[: data.draw(st.integers(0, len(image) - 32))])
 
 
 def encoded_without_load(width: int, height: int) -> bytes:
@@ -339,7 +339,7 @@ def test_the_crops_half_pixels_are_rounded_to_even_as_torchvision_rounds_them():
     ("mode", "resize_size"), [("squash", 0), ("squash", 20), ("longest", 0), ("longest", 12), ("shortest", 24)]
 )
 def test_training_resizes_as_evaluation_does_and_crops_at_random(mode, resize_size, shape, interpolation):
-    """Seen from what evaluation gives of the whole picture, each crop of training is a part of it."""
+    """Seen from what evaluation gives of the whole image, each crop of training is a part of it."""
     way = Preprocessing(resize_mode=mode, resize_size=resize_size, interpolation=interpolation, fill_color=77)
     image, rng = (
         ImageOps.autocontrast(noise(*shape).resize((5, 4)).resize(shape, Image.Resampling.BICUBIC)),
@@ -413,7 +413,7 @@ def test_the_crop_alone_resized_is_what_pillow_makes_of_the_whole_and_then_crops
 
 
 @pytest.mark.parametrize("size", [(48, 48), (101, 48), (48, 77)])
-def test_a_picture_of_the_asked_size_keeps_its_pixels(size):
+def test_an_image_of_the_asked_size_keeps_its_pixels(size):
     image = noise(*size)
     pixels = resized_and_cropped_by_pillow(image, 48, generator())
     np.testing.assert_array_equal(training_transform(image, 48, generator(), PAPER), pixels)
@@ -435,14 +435,14 @@ def test_a_large_jpeg_decoded_at_a_lower_resolution_gives_nearly_the_same_crop(s
         assert (mean > 0) == (min(size) >= 480 / (0.475 if crop_scale == 0.3 else 1))
 
 
-def test_a_picture_of_another_kind_is_decoded_whole():
+def test_an_image_of_another_kind_is_decoded_whole():
     image = photograph(800, 700)
     np.testing.assert_array_equal(
         training_pixels(encoded(image), 64, generator(), STRONG), training_transform(image, 64, generator(), STRONG)
     )
 
 
-def test_nothing_is_drawn_for_a_picture_that_cannot_be_used():
+def test_nothing_is_drawn_for_an_image_that_cannot_be_used():
     rng = generator()
     with pytest.raises(ImageError):
         training_pixels(encoded(noise(30, 9)), 8, rng, STRONG, min_side=10)
@@ -461,7 +461,7 @@ def test_threads_do_not_disturb_each_other():
 
 @settings(max_examples=200, deadline=None)
 @given(st.tuples(st.integers(1, 400), st.integers(1, 400)), st.integers(1, 100), st.sampled_from([0.0, 0.01, 0.9, 1.0]))
-def test_every_crop_lies_in_the_picture(size, image_size, crop_scale):
+def test_every_crop_lies_in_the_image(size, image_size, crop_scale):
     pixels = np.full((*size, 3), 77, np.uint8)
     cropped = training_transform(pixels, image_size, generator(), Augmentation(crop_scale=crop_scale))
     assert cropped.shape == (image_size, image_size, 3) and (cropped == 77).all()
@@ -474,7 +474,7 @@ def test_random_resized_crops_have_torchvisions_areas_ratios_and_places():
     areas, ratios = widths * heights / side**2, widths / heights
     assert boxes.min() >= 0 and boxes.max() <= side and areas.min() >= least - 1e-3
     assert ratios.min() >= 0.75 - 1e-3 and ratios.max() <= 4 / 3 + 1e-3
-    # Both uniform at first, the ratio in its logarithm; draws that exceed the picture, |log ratio| > -log area, are
+    # Both uniform at first, the ratio in its logarithm; draws that exceed the image, |log ratio| > -log area, are
     # made again. So an area's density goes with min(log 4/3, -log area).
     grid = np.linspace(least, 1, 10_001)[:-1]
     density = np.minimum(math.log(4 / 3), -np.log(grid))
@@ -485,7 +485,7 @@ def test_random_resized_crops_have_torchvisions_areas_ratios_and_places():
     assert abs(places.mean() - 0.5) < 5 * math.sqrt(1 / 12 / len(places)) and places.max() > 0.99
 
 
-def test_a_picture_too_long_for_any_random_resized_crop_gives_its_middle():
+def test_an_image_too_long_for_any_random_resized_crop_gives_its_middle():
     assert images._random_resized_crop(300, 30, generator(), 0.9) == (130, 0, 170, 30)
     assert images._random_resized_crop(30, 300, generator(), 0.9) == (0, 130, 30, 170)
 
@@ -521,11 +521,11 @@ for _ in range(1_500):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_pictures_smaller_than_the_model_wants_crash_no_process(seed):
+def test_images_smaller_than_the_model_wants_crash_no_process(seed):
     done = subprocess.run([sys.executable, "-c", ENLARGE, str(seed)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout.splitlines()[-1]
 
 
 def test_a_program_for_printers_is_no_picture():
-    with pytest.raises(ImageError, match="no picture, or of a format"):
+    with pytest.raises(ImageError, match="not an image, or in an unsupported format"):
         decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from clip_jax.data.openclipart import LICENCE, PARTS, Metadata, OpenClipart, captions_of, name_of, read_metadata
+from clip_jax.data.openclipart import LICENSE, PARTS, Metadata, OpenClipart, captions_of, name_of, read_metadata
 from clip_jax.data.sources import PairError
 
 PUBLIC_DOMAIN = "http://web.resource.org/cc/PublicDomain"
@@ -22,7 +22,7 @@ SVG = """<?xml version="1.0"?>
 
 
 class Library:
-    """A small one in two folders; each drawing has its own colour."""
+    """A small one in two folders; each drawing has its own color."""
 
     def __init__(self, root):
         self.png, self.svg, self._count = root / "png", root / "svg", 0
@@ -129,7 +129,7 @@ def test_captions_are_all_different_and_have_the_name(name, keywords, category):
     assert len(set(captions)) == len(captions) <= 9
 
 
-def test_the_fingerprint_follows_pictures_and_words(library):
+def test_the_fingerprint_follows_images_and_words(library):
     library.add("animals/cat", "Cat", color=1)
     fingerprints = {library.open().fingerprint(), library.open().fingerprint()}
     assert len(fingerprints) == 1
@@ -152,8 +152,8 @@ def test_missing_folders_are_named(tmp_path, library):
         OpenClipart(tmp_path, tmp_path)
 
 
-def test_the_licence_is_the_public_domain():
-    assert "public domain" in LICENCE
+def test_the_license_is_the_public_domain():
+    assert "public domain" in LICENSE
 
 
 def test_a_tenth_of_the_names_is_held_out_and_no_name_is_in_both_parts(library):
@@ -178,5 +178,5 @@ def test_a_tenth_of_the_names_is_held_out_and_no_name_is_in_both_parts(library):
 
 def test_a_part_that_is_not_there_is_named(library):
     library.add("things/pear", "pear")
-    with pytest.raises(ValueError, match="no part 'test' of the clip art; there are all, train, held_out"):
+    with pytest.raises(ValueError, match="no part 'test' of the clip art; the parts are all, train, held_out"):
         library.open("test")

@@ -10,12 +10,12 @@ from PIL import Image
 from clip_jax.data.bad_samples import REASONS
 from clip_jax.data.decoded_cache import DecodedCache
 from clip_jax.data.images import Augmentation
-from clip_jax.data.pipeline import Batches, InputError, LoadPair, Transform
+from clip_jax.data.pipeline import Batches, Host, InputError, LoadPair, Transform, Workers
 from clip_jax.data.sources import Mixture, Pair, open_source
 
 
 class Numbered:
-    """Eleven pictures that each have one colour, a caption with their number, and some broken ones."""
+    """Eleven images that each have one color, a caption with their number, and some broken ones."""
 
     def __init__(self, broken: tuple[int, ...] = ()):
         self._broken = broken
@@ -115,7 +115,7 @@ def test_a_cache_keeps_what_fits_and_a_copy_starts_empty():
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_workers_do_not_change_the_batches(num_workers):
     source = open_source("emoji:noto/held_out")  # pickles, as whatever goes to a worker must
-    assert_equal(take(batches(source), 3), take(batches(source, num_workers=num_workers), 3))
+    assert_equal(take(batches(source), 3), take(batches(source, workers=Workers(num_workers)), 3))
 
 
 def test_the_position_restores_the_stream():
@@ -131,15 +131,15 @@ def test_the_position_restores_the_stream():
 
 def test_hosts_share_each_global_batch_and_any_of_their_positions_restores_all():
     alone = take(batches(), 3)
-    hosts = [take(batches(host=host, hosts=2), 3) for host in range(2)]
+    hosts = [take(batches(host=Host(host, 2)), 3) for host in range(2)]
     for step, batch in enumerate(alone):
         assert sorted(numbers([batch])) == sorted(numbers([host[step] for host in hosts]))
     assert numbers(take(batches(position=4), 1)) == numbers([alone[1]])
-    joined = numbers([take(batches(host=host, hosts=2, position=4), 1)[0] for host in range(2)])
+    joined = numbers([take(batches(host=Host(host, 2), position=4), 1)[0] for host in range(2)])
     assert sorted(joined) == sorted(numbers([alone[1]]))
 
 
-def test_a_broken_picture_becomes_its_next_neighbour_and_is_reported():
+def test_a_broken_image_becomes_its_next_neighbor_and_is_reported():
     taken = take(batches(Numbered(broken=(5, 6))), 3)
     drawn = numbers(taken)[:11]
     assert sorted(drawn) == sorted([*range(5), 7, 7, *range(7, 11)])
@@ -150,8 +150,8 @@ def test_a_broken_picture_becomes_its_next_neighbour_and_is_reported():
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_pictures_that_are_all_broken_end_the_stream_with_an_error(num_workers):
-    stream = batches(Numbered(broken=tuple(range(11))), num_workers=num_workers)
+def test_images_that_are_all_broken_end_the_stream_with_an_error(num_workers):
+    stream = batches(Numbered(broken=tuple(range(11))), workers=Workers(num_workers))
     with pytest.raises(InputError, match="11 samples in a row"):
         take(stream, 1)
     stream.close()

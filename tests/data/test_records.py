@@ -17,13 +17,13 @@ from clip_jax.data.records import Settings, WriteError, write_records
 from clip_jax.data.sources import Pair, PairError, open_source
 
 
-def picture(width: int = 4, height: int = 4, kind: str = "PNG", color: int = 0) -> bytes:
+def image_bytes(width: int = 4, height: int = 4, kind: str = "PNG", color: int = 0) -> bytes:
     stream = io.BytesIO()
     Image.new("RGB", (width, height), (color, 0, 0)).save(stream, kind)
     return stream.getvalue()
 
 
-PICTURE = picture()
+IMAGE = image_bytes()
 
 
 class Listed:
@@ -46,7 +46,7 @@ class Listed:
 
 def pairs_of(folder: pathlib.Path) -> list[Pair]:
     source = open_source(f"array_record:{folder}/pairs-*")
-    return [source[index]._replace(weights=()) for index in range(len(source))]
+    return [source[index]._replace(proportions=()) for index in range(len(source))]
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
@@ -56,12 +56,12 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 def ten_pairs() -> Listed:
     """Ten records, of which 0, 1, 4, 6 and 9 can be used."""
     good = [
-        Pair(picture(color=index), [f"number {index}", "a number"], f"key {index}", "number") for index in range(10)
+        Pair(image_bytes(color=index), [f"number {index}", "a number"], f"key {index}", "number") for index in range(10)
     ]
     pairs = [*good[:2], None, Pair(b"broken", ["a caption"], "broken"), *good[4:]]
-    pairs[5] = Pair(PICTURE, [" ", "\n"], "blank")
-    pairs[7] = pairs[1]._replace(captions=["again"], image=PICTURE)
-    pairs[8] = pairs[6]._replace(captions=["again"], image=PICTURE)
+    pairs[5] = Pair(IMAGE, [" ", "\n"], "blank")
+    pairs[7] = pairs[1]._replace(captions=["again"], image=IMAGE)
+    pairs[8] = pairs[6]._replace(captions=["again"], image=IMAGE)
     return Listed(pairs)
 
 
@@ -92,12 +92,12 @@ def test_what_is_written_reads_back_without_what_is_bad(tmp_path):
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), min_size=1, max_size=12), st.integers(1, 5))
-def test_pairs_of_a_key_and_picture_become_one_and_other_pictures_of_the_key_are_left_out(
+def test_pairs_of_a_key_and_image_become_one_and_other_images_of_the_key_are_left_out(
     tmp_path_factory, drawn, pairs_per_shard
 ):
     folder = tmp_path_factory.mktemp("drawn")
-    pictures = [b"broken", PICTURE, picture(color=9)]
-    pairs = [Pair(pictures[which], [f"place {place}"], str(key)) for place, (key, which) in enumerate(drawn)]
+    images = [b"broken", IMAGE, image_bytes(color=9)]
+    pairs = [Pair(images[which], [f"place {place}"], str(key)) for place, (key, which) in enumerate(drawn)]
     expected: dict[str, Pair] = {}
     for pair in pairs:
         first = expected.get(pair.key)
@@ -115,10 +115,10 @@ def test_pairs_of_a_key_and_picture_become_one_and_other_pictures_of_the_key_are
     assert manifest["pairs"] + manifest["merged"] + sum(manifest["bad_samples"].values()) == len(pairs)
 
 
-def test_a_table_of_a_row_a_caption_becomes_a_record_a_picture(tmp_path):
-    """As COCO's captions are often written: all of a picture's rows in one place, or far apart."""
+def test_a_table_of_a_row_a_caption_becomes_a_record_an_image(tmp_path):
+    """As COCO's captions are often written: all of an image's rows in one place, or far apart."""
     for number in range(4):
-        (tmp_path / f"{number}.png").write_bytes(picture(color=number))
+        (tmp_path / f"{number}.png").write_bytes(image_bytes(color=number))
     rows = [f"{number}.png,caption {turn} of {number}\n" for turn in range(5) for number in range(4)]
     (tmp_path / "pairs.csv").write_text("image,caption\n" + "".join(rows) + rows[0])
     source = f"csv:{tmp_path}/pairs.csv"
@@ -129,13 +129,13 @@ def test_a_table_of_a_row_a_caption_becomes_a_record_a_picture(tmp_path):
     assert (manifest["pairs"], manifest["merged"], manifest["bad_samples"]) == (4, 17, {})
 
 
-def test_merged_pairs_keep_weights_and_classes():
+def test_merged_pairs_keep_proportions_and_classes():
     pairs = [
-        Pair(PICTURE, ["a", "b"], "key", "cat", [3.0, 1.0]),
-        Pair(PICTURE, ["b", "c"], "key", "dog\ncat"),
+        Pair(IMAGE, ["a", "b"], "key", "cat", [3.0, 1.0]),
+        Pair(IMAGE, ["b", "c"], "key", "dog\ncat"),
     ]
     merged = merging.merge(pairs)
-    assert (merged.captions, merged.weights, merged.label) == (["a", "b", "c"], [3.0, 1.5, 0.5], "cat\ndog")
+    assert (merged.captions, merged.proportions, merged.label) == (["a", "b", "c"], [3.0, 1.5, 0.5], "cat\ndog")
 
 
 class Killed(BaseException):
@@ -261,7 +261,7 @@ def test_a_damaged_manifest_is_named(tmp_path, text):
 
 
 def test_an_empty_source_and_one_of_bad_pairs_alone_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="nothing holds no pairs"):
+    with pytest.raises(ValueError, match="nothing has no pairs"):
         write_records(Listed([]), "nothing", tmp_path / "a", Settings())
     assert not (tmp_path / "a").exists()
     with pytest.raises(WriteError, match="none of the 3 pairs of bad can be used: damaged_record 3"):
@@ -270,15 +270,15 @@ def test_an_empty_source_and_one_of_bad_pairs_alone_are_refused(tmp_path):
 
 
 def test_a_shard_without_a_usable_pair_has_no_file(tmp_path):
-    source = Listed([None, None, Pair(PICTURE, ["one"], "one")])
+    source = Listed([None, None, Pair(IMAGE, ["one"], "one")])
     manifest = write_records(source, "late", tmp_path, Settings(pairs_per_shard=2))
     assert [shard["name"] for shard in manifest["shards"]] == ["pairs-00001.array_record"]
     assert sorted(contents(tmp_path)) == ["bad_samples.jsonl", "manifest.json", "pairs-00001.array_record"]
 
 
-def test_larger_pictures_become_jpegs_of_the_short_side_and_others_stay(tmp_path):
+def test_larger_images_become_jpegs_of_the_short_side_and_others_stay(tmp_path):
     sizes = [(90, 45), (45, 90), (20, 300), (30, 30), (31, 31)]
-    pairs = [Pair(picture(*size), ["a picture"], str(size)) for size in sizes]
+    pairs = [Pair(image_bytes(*size), ["an image"], str(size)) for size in sizes]
     write_records(Listed(pairs), "sizes", tmp_path, Settings(image_size=30))
     written = pairs_of(tmp_path)
     shown = [Image.open(io.BytesIO(pair.image)) for pair in written]
@@ -299,14 +299,14 @@ def test_quality_sets_the_size_of_the_jpegs(tmp_path):
     assert sizes[0] < sizes[1] < len(stream.getvalue())
 
 
-def test_weights_and_blank_captions_stay_in_step():
-    pair = Pair(PICTURE, ["first", " ", "third"], "key", weights=[1, 2, 3])
+def test_removing_blank_captions_removes_their_proportions():
+    pair = Pair(IMAGE, ["first", " ", "third"], "key", proportions=[1, 2, 3])
     record = msgpack.unpackb(shards.pack(shards.checked(pair, Settings())))
     assert (record["captions"], record["weights"]) == (["first", "third"], [1.0, 3.0])
 
 
 def test_half_a_character_is_a_bad_sample(tmp_path):
-    source = Listed([Pair(PICTURE, ["fine"], "a"), Pair(PICTURE, ["\ud83d"], "b"), Pair(PICTURE, ["key"], "\ud83d")])
+    source = Listed([Pair(IMAGE, ["fine"], "a"), Pair(IMAGE, ["\ud83d"], "b"), Pair(IMAGE, ["key"], "\ud83d")])
     manifest = write_records(source, "halves", tmp_path, Settings())
     assert manifest["pairs"] == 1
     assert manifest["bad_samples"] == {"damaged_record": 2}

@@ -128,7 +128,7 @@ def test_the_ways_around_ftfy_and_around_merging_change_nothing(text):
     for piece in tokenizer._PIECES.findall(html.unescape(html.unescape(ftfy.fix_text(text))).lower()):
         special = {"<|startoftext|>": START_OF_TEXT, "<|endoftext|>": END_OF_TEXT}.get(piece)
         slow += [special] if special else tokenizer._merge(piece, tokenizer._vocabulary().merges)
-    tokenizer._remembered.cache_clear()
+    tokenizer._encode_cached.cache_clear()
     assert text_tokens(text) == slow
     assert text_tokens(text) == slow
 
@@ -161,9 +161,9 @@ def test_decoded_text_gives_the_same_ids_again_and_the_same_letters(text):
 
 
 def test_the_word_cache_is_bounded_and_long_words_stay_out_of_it():
-    tokenizer._remembered.cache_clear()
+    tokenizer._encode_cached.cache_clear()
     tokenize("antelope " + "z" * 5000, truncate=True)
-    information = tokenizer._remembered.cache_info()
+    information = tokenizer._encode_cached.cache_info()
     assert information.currsize == 1
     assert information.maxsize == 1 << 16
 

@@ -1,4 +1,4 @@
-"""Where pairs come from: random access by index to encoded pictures and their captions.
+"""Where pairs come from: random access by index to encoded images and their captions.
 
 A source is named by one string, ``kind:where``, with options as in a web address; several are joined by `` + ``:
 
@@ -7,10 +7,10 @@ A source is named by one string, ``kind:where``, with options as in a web addres
 ``array_record:/data/pairs-*``              ArrayRecord files of msgpack maps with ``image`` (bytes) and ``captions``,
                                             and, if wanted, ``key`` and ``label``: what ``clip_jax.prepare`` writes
 ``tfds:coco_captions/train``                TensorFlow Datasets, prepared as ArrayRecord files
-``parquet:/data/*.parquet``                 Parquet files with the pictures' bytes, as Hugging Face writes them
+``parquet:/data/*.parquet``                 Parquet files with the images' bytes, as Hugging Face writes them
 ``csv:/pairs.csv``, ``tsv:``, ``jsonl:``    a table of paths, relative to its file, and captions
-``folder:/pictures``                        pictures, each beside a ``.txt`` of the same name with a caption a line
-``image_folder:/pictures``                  pictures in a folder a class, whose name is the caption
+``folder:/images``                        images, each beside a ``.txt`` of the same name with a caption a line
+``image_folder:/images``                  images in a folder a class, whose name is the caption
 ``karpathy:/dataset.json?split=test``       Karpathy's annotations of COCO or Flickr30k; ``images`` is their folder
 ``emoji:noto,twemoji/train``                the pairs that ship: styles (noto, twemoji, openmoji, fluent_flat,
                                             fluent_color, emojione, fxemoji, noto_v1), then a split (train,

@@ -61,9 +61,9 @@ class ArrayRecordSource:
         get = nested(record, name)
         image = next((value for field in self._fields.image if (value := get(field)) is not None), None)
         if image is None:
-            raise PairError(f"record {index} has no picture in {', '.join(self._fields.image)}", "no_picture")
+            raise PairError(f"record {index} has no image in {', '.join(self._fields.image)}", "no_picture")
         if not isinstance(image, bytes):
-            raise PairError(f"record {index}: the picture must be bytes")
+            raise PairError(f"record {index}: the image must be bytes")
         captions, weights = self._fields.captions_of(get, name)
         given = record.get("weights")  # as the source had them that these files were written from
         if self._fields.captions == DEFAULT_FIELDS.captions and _are_weights(given, len(captions)):

@@ -7,7 +7,7 @@ from clip_jax.errors import FailedError
 
 
 class Pair(NamedTuple):
-    """An encoded picture, at least one caption of it, a name for it in messages, and its class if it has one.
+    """An encoded image, at least one caption of it, a name for it in messages, and its class if it has one.
 
     Several classes stand one a line in ``label``.
     ``weights`` say how often each caption is drawn, relative to the others; empty: all alike.

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1,797 pictures of 8 x 8, for a task of one second."""
+"""scikit-learn's handwritten digits: 1,797 images of 8 x 8, for a task of one second."""
 
 import io
 

@@ -1,6 +1,6 @@
-"""Which fields of a record are its picture, its captions and its class, as the options of a source's name say.
+"""Which fields of a record are its image, its captions and its class, as the options of a source's name say.
 
-``image=url,picture`` are tried in that order. Of ``caption=txt:3,json.alt:1`` each that a record has gives captions;
+``image=url,image`` are tried in that order. Of ``caption=txt:3,json.alt:1`` each that a record has gives captions;
 the numbers say how often one of that field is drawn. ``json.alt`` is the field of that name; where there is none, the
 entry ``alt`` of the JSON in the field ``json``. Each ``template=a photo of a {}`` is filled in with every caption.
 ``clean=1`` cleans them (:func:`clean_caption`). With ``caption=`` and nothing after it a record's caption is its class,
@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from clip_jax.data.sources.base import PairError
 
 TAG = re.compile(r"<[^<>]{1,500}>")
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".tif", ".tiff", ".bmp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".tif", ".tiff", ".bmp")
 LONGEST_CAPTION = 16_384  # characters: far more than any context length, and little enough for whatever reads it
 
 
@@ -79,14 +79,14 @@ def _values(value: object) -> list:
 
 
 def clean_caption(text: str) -> str:
-    """Without HTML tags, entities, addresses and names of picture files; blanks as single spaces."""
+    """Without HTML tags, entities, addresses and names of image files; blanks as single spaces."""
     words = html.unescape(TAG.sub(" ", html.unescape(text))).split()
     return " ".join(word for word in words if not _is_address(word.lower().strip("()[]<>\"',;:!?")))
 
 
 def _is_address(word: str) -> bool:
     mail = "@" in word[1:] and "." in word.partition("@")[2]
-    return mail or "://" in word or word.startswith("www.") or word.rstrip(".").endswith(PICTURE_SUFFIXES)
+    return mail or "://" in word or word.startswith("www.") or word.rstrip(".").endswith(IMAGE_SUFFIXES)
 
 
 def split_options(where: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Pairs of pictures in a folder: each beside a text file of its captions, or in a folder a class."""
+"""Pairs of images in a folder: each beside a text file of its captions, or in a folder a class."""
 
 import os
 import pathlib
@@ -17,28 +17,28 @@ TEXT = ".txt"
 
 
 def open_folder(where: str) -> TableSource:
-    """Pictures below a folder, each with a text file of the same name beside it that holds a caption a line.
+    """Images below a folder, each with a text file of the same name beside it that holds a caption a line.
 
     Raises:
       FileNotFoundError: there is no such folder.
-      ValueError: there are no pictures, or none has a text file.
+      ValueError: there are no images, or none has a text file.
     """
     place, options = split_options(where)
     fields, others = parse_fields(options, Fields((), ()), f"folder:{where}", also=("index",))
     folder = _existing(place)
     files, passed_over = _files_below(folder)
-    pictures = _pictures(folder, files)
+    images = _images(folder, files)
     # .txt before .TXT
     by_stem = {os.path.splitext(name)[0]: name for name in sorted(files) if _suffix(name) == TEXT}
-    texts = {name: by_stem.get(os.path.splitext(name)[0], "") for name in pictures}
+    texts = {name: by_stem.get(os.path.splitext(name)[0], "") for name in images}
     if not any(texts.values()):
-        expected = folder / (os.path.splitext(pictures[0])[0] + TEXT)
-        raise ValueError(f"{folder / pictures[0]} has no caption: write at least one line into {expected}")
-    used = {*pictures, *texts.values()}
+        expected = folder / (os.path.splitext(images[0])[0] + TEXT)
+        raise ValueError(f"{folder / images[0]} has no caption: write at least one line into {expected}")
+    used = {*images, *texts.values()}
 
     def rows(_: Counter) -> Iterator[Row]:
         lines = Fields((), (("its .txt", 1.0),), "", fields.templates, fields.clean)
-        for name in pictures:
+        for name in images:
             try:
                 found = _captions(folder / texts[name]) if texts[name] else []
             except ValueError as error:
@@ -46,8 +46,8 @@ def open_folder(where: str) -> TableSource:
                 continue
             yield make_row(name, str(folder / name), lines, lambda _, found=found: found)
 
-    what = [[name, files[name].size, files.get(texts[name])] for name in pictures]
-    sizes = [[name, files[name].size] for name in pictures]
+    what = [[name, files[name].size, files.get(texts[name])] for name in images]
+    sizes = [[name, files[name].size] for name in images]
     notes = _notes([name for name in files if name not in used], passed_over)
     root = os.path.abspath(folder)
     return open_rows("folder", [what, repr(fields)], [root], [rows], others.get("index", ""), sizes, notes)
@@ -62,39 +62,39 @@ def _captions(path: pathlib.Path) -> list[str]:
 
 
 def open_image_folder(where: str) -> TableSource:
-    """Pictures in a folder a class; the class is the folder's name, and the caption (torchvision's ImageFolder).
+    """Images in a folder a class; the class is the folder's name, and the caption (torchvision's ImageFolder).
 
     Raises:
       FileNotFoundError: there is no such folder.
-      ValueError: it has no folders, or no pictures in them.
+      ValueError: it has no folders, or no images in them.
     """
     place, options = split_options(where)
     fields, others = parse_fields(options, Fields((), (), label="its folder"), f"image_folder:{where}", also=("index",))
     folder = _existing(place)
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     if not classes:
-        raise ValueError(f"{folder} has no folders; it must have one for each class, with pictures in it")
+        raise ValueError(f"{folder} has no folders; it must have one for each class, with images in it")
     files, passed_over = {}, Counter()
     for name in classes:
         found, passed = _files_below(folder / name)
         files |= {f"{name}/{path}": stamp for path, stamp in found.items()}
         passed_over += passed
-    pictures = []
+    images = []
     for name in classes:
-        pictures += sorted((path, name) for path in files if path.startswith(f"{name}/") and _is_picture(path))
-    if not pictures:
+        images += sorted((path, name) for path in files if path.startswith(f"{name}/") and _is_image(path))
+    if not images:
         raise ValueError(_no_pictures(folder, files))
-    without = set(classes) - {name for _, name in pictures}
-    passed_over |= Counter({f"folder {name} without a picture": 1 for name in without})
-    used = {path for path, _ in pictures}
+    without = set(classes) - {name for _, name in images}
+    passed_over |= Counter({f"folder {name} without an image": 1 for name in without})
+    used = {path for path, _ in images}
     unused = [path for path in files if path not in used]
     unused += [entry.name for entry in folder.iterdir() if not entry.is_dir()]
 
     def rows(_: Counter) -> Iterator[Row]:
-        for path, name in pictures:
+        for path, name in images:
             yield make_row(path, str(folder / path), fields, lambda _, name=name: name)
 
-    sizes = [[path, files[path].size] for path, _ in pictures]
+    sizes = [[path, files[path].size] for path, _ in images]
     root = os.path.abspath(folder)
     what, notes = [sizes, repr(fields)], _notes(unused, passed_over)
     return open_rows("image_folder", what, [root], [rows], others.get("index", ""), sizes, notes)
@@ -134,23 +134,23 @@ def _files_below(folder: pathlib.Path) -> tuple[dict[str, Stamp], Counter]:
     return files, +passed_over
 
 
-def _pictures(folder: pathlib.Path, files: dict[str, Stamp]) -> list[str]:
-    pictures = sorted(filter(_is_picture, files))
-    if not pictures:
+def _images(folder: pathlib.Path, files: dict[str, Stamp]) -> list[str]:
+    images = sorted(filter(_is_image, files))
+    if not images:
         raise ValueError(_no_pictures(folder, files))
-    return pictures
+    return images
 
 
 def _no_pictures(folder: pathlib.Path, files: dict[str, Stamp]) -> str:
     found = "; ".join(_notes(list(files), Counter())).replace("not used: ", "only ") or "nothing at all"
-    return f"no pictures below {folder}, {found}; looked for .jpg, .png, .webp and all else that Pillow reads"
+    return f"no images below {folder}, {found}; looked for .jpg, .png, .webp and all else that Pillow reads"
 
 
 def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _is_picture(name: str) -> bool:
+def _is_image(name: str) -> bool:
     return _suffix(name) in image_suffixes()
 
 

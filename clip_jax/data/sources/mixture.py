@@ -100,7 +100,7 @@ class Mixture:
         source, place = self.locate(index)
         return self.sources[source][place]
 
-    def neighbours(self, index: int, most: int) -> Iterator[int]:
+    def neighbors(self, index: int, most: int) -> Iterator[int]:
         """The pair itself and those after it in the same source, whose end is followed by its start."""
         source, place = self.locate(index)
         size = len(self.sources[source])

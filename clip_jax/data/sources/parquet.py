@@ -1,7 +1,7 @@
-"""Pairs from Parquet files as Hugging Face writes them: a column of pictures as bytes, or as ``{bytes, path}``.
+"""Pairs from Parquet files as Hugging Face writes them: a column of images as bytes, or as ``{bytes, path}``.
 
-Parquet has no random access below a row group, so a picture costs the reading of its group; the last few are kept. With
-groups of more than some tens of pictures, write ArrayRecord files from it once (``python -m clip_jax.prepare``).
+Parquet has no random access below a row group, so an image costs the reading of its group; the last few are kept. With
+groups of more than some tens of images, write ArrayRecord files from it once (``python -m clip_jax.prepare``).
 """
 
 import functools
@@ -83,7 +83,7 @@ class ParquetSource:
             image = image.get("bytes")
         if not isinstance(image, bytes):
             wanted = ", ".join(self._fields.image)
-            raise PairError(f"{name} has no picture's bytes in {wanted}{elsewhere}", "no_picture")
+            raise PairError(f"{name} has no image's bytes in {wanted}{elsewhere}", "no_picture")
         captions, weights = self._fields.captions_of(get, name)
         return Pair(image, captions, name, self._fields.label_of(get), weights)
 

@@ -1,4 +1,4 @@
-"""Pairs whose pictures are files of their own: named by a table or an annotation file, or found in a folder.
+"""Pairs whose images are files of their own: named by a table or an annotation file, or found in a folder.
 
 What the table says is kept in a mapped index, so that its size costs memory once a machine and not once a process.
 """
@@ -44,7 +44,7 @@ MOST_KEYS = 1_000  # of JSON objects, that are named
 
 
 class Row(NamedTuple):
-    """Where a picture is, seen from the table's folder, and what is said of it; or ``problem``: a reason and a text."""
+    """Where an image is, seen from the table's folder, and what is said of it; or ``problem``: a reason and a text."""
 
     image: str
     captions: list[str]
@@ -58,10 +58,10 @@ Part = Callable[[Counter], Iterable[Row]]
 
 
 class TableSource:
-    """Pairs by the rows of an index; pictures are read when they are asked for.
+    """Pairs by the rows of an index; images are read when they are asked for.
 
     Args:
-      roots: the folder of each file, from which the paths of its pictures start.
+      roots: the folder of each file, from which the paths of its images start.
       index: ``rows`` uint8, packed one after the other; ``ends`` int64 ``[rows]`` of each; ``files`` int64 ``[files]``,
         the number of rows up to the end of each file.
       notes: lines on what is not used, next to those that the index has.
@@ -194,10 +194,10 @@ def _pack(row: Row) -> tuple[bytes, tuple[str, str] | None]:
 
 
 def open_karpathy(where: str) -> TableSource:
-    """Karpathy's annotations of Flickr30k and COCO: one JSON file of pictures with their sentences, in splits.
+    """Karpathy's annotations of Flickr30k and COCO: one JSON file of images with their sentences, in splits.
 
     ``split`` picks one of ``train``, ``restval``, ``val`` and ``test`` (else all are taken), ``images`` names the
-    folder of the pictures (else that of the file).
+    folder of the images (else that of the file).
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -222,10 +222,10 @@ def open_karpathy(where: str) -> TableSource:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{place} is not Karpathy's JSON of images with sentences: {type(error).__name__}") from None
     if not found:
-        raise ValueError(f"{place} has no pictures of the split {split!r}")
+        raise ValueError(f"{place} has no images of the split {split!r}")
 
     others_found = Counter(str(entry["split"]) for entry in entries if split not in ("", entry["split"]))
-    notes = [f"not used: {count:,} pictures of the split {name}" for name, count in others_found.items()]
+    notes = [f"not used: {count:,} images of the split {name}" for name, count in others_found.items()]
     keys = Counter(key for entry in entries for key in entry)
     unread = [f"{key} ({count:,})" for key, count in keys.items() if key not in KARPATHY_KEYS]
     notes += [f"not used: entries {name_some(unread)}"] * bool(unread)
@@ -294,7 +294,7 @@ def _table_row(name: str, fields: Fields, get: Callable[[str], object]) -> Row:
 
 
 def make_row(image: str, name: str, fields: Fields, get: Callable[[str], object]) -> Row:
-    """The row of a picture whose captions and class ``get`` gives by field."""
+    """The row of an image whose captions and class ``get`` gives by field."""
     try:
         captions, weights = fields.captions_of(get, name)
         return Row(image, captions, weights, fields.label_of(get))

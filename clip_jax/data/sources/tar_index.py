@@ -129,7 +129,7 @@ def _find_headers(data: np.ndarray) -> _Headers | None:
     """The files of a tar, found all at once by the magic word of each header.
 
     None if the headers so found do not follow one another exactly to the end of the file, or leave something to others,
-    as with long names, sizes over 8 GiB, or a picture that holds what looks like a header.
+    as with long names, sizes over 8 GiB, or an image that holds what looks like a header.
     """
     blocks = data[: len(data) // BLOCK * BLOCK].reshape(-1, BLOCK)
     # The first letter alone first: one byte of a block tells most of them apart.
@@ -252,7 +252,7 @@ def _combinations(
 
 
 def _records(members: Iterable[Member], size: int, contents: Counter) -> Iterator[int]:
-    """Runs of neighbours with one key, as numbers; a field that comes twice begins another record.
+    """Runs of neighbors with one key, as numbers; a field that comes twice begins another record.
 
     ``contents`` counts them as :class:`ShardIndex` does.
     """

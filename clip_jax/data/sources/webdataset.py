@@ -80,9 +80,9 @@ class WebDatasetSource:
         except tarfile.TarError as error:
             raise PairError(f"{where}: {error}") from None
         name = f"{path}: {key}"
-        picture = self._picture_of(contents)
-        if picture is None:
-            raise PairError(f"{name} has no picture, only {', '.join(contents)}", "no_picture")
+        image = self._image_of(contents)
+        if image is None:
+            raise PairError(f"{name} has no image, only {', '.join(contents)}", "no_picture")
 
         def text(field: str, content: bytes) -> str:
             try:
@@ -92,7 +92,7 @@ class WebDatasetSource:
 
         get = nested(contents, name, text)
         captions, weights = self._fields.captions_of(get, name)
-        return Pair(contents[picture], captions, name, self._fields.label_of(get), weights)
+        return Pair(contents[image], captions, name, self._fields.label_of(get), weights)
 
     def _problem_text(self, shard: int, start: int, problem: str) -> str:
         if problem != "truncated_file":
@@ -101,7 +101,7 @@ class WebDatasetSource:
         found = self._index.meta["problems"].get(self._paths[shard], "the shard ends here, too early, or is damaged")
         return f"{lost:,} bytes from here on are lost: {found}"
 
-    def _picture_of(self, fields: Collection[str]) -> str | None:
+    def _image_of(self, fields: Collection[str]) -> str | None:
         """The first field of the options that a record has; without an option, any whose ending Pillow reads."""
         named = next((field for field in self._fields.image if field in fields), None)
         if named or self._fields.image != DEFAULT_FIELDS.image:
@@ -116,10 +116,10 @@ class WebDatasetSource:
                 continue
             fields = kind.split("/")
             used = {column_of(fields, field) for field in self._fields.names()[len(self._fields.image) :]}
-            picture = self._picture_of(fields)
-            missing["no_picture"] += count * (picture is None)
-            missing["empty_caption"] += count * (picture is not None and used <= {None})
-            unused.update({field: count for field in fields if field != picture and field not in used})
+            image = self._image_of(fields)
+            missing["no_picture"] += count * (image is None)
+            missing["empty_caption"] += count * (image is not None and used <= {None})
+            unused.update({field: count for field in fields if field != image and field not in used})
         notes = [f"not used: files {name_some(f'.{field} ({count:,})' for field, count in unused.items())}"]
         notes = notes * bool(unused)
         if passed:

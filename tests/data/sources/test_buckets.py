@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from shards import pair_members, picture, write_shards, write_tar
+from shards import image_bytes, pair_members, write_shards, write_tar
 
 from clip_jax.data.pipeline import LoadPair
 from clip_jax.data.sources import Mixture, PairError, ShardError, buckets, open_source
@@ -66,13 +66,13 @@ def test_a_shard_in_a_bucket_that_is_written_anew_is_indexed_anew(tmp_path, buck
         bucket.put(f"{tmp_path}/a.tar", "bucket/a.tar")
         bucket.invalidate_cache()
         source = open_source("wds:s3://bucket/a.tar")
-        assert pairs(source) == [(picture(number), (f"number {number}",)) for number in numbers]
+        assert pairs(source) == [(image_bytes(number), (f"number {number}",)) for number in numbers]
 
 
-def test_a_table_in_a_bucket_names_pictures_beside_it(bucket):
+def test_a_table_in_a_bucket_names_images_beside_it(bucket):
     bucket.pipe("bucket/table/pairs.csv", b"image,caption\nfolder/a.png,words\n")
-    bucket.pipe("bucket/table/folder/a.png", picture(3))
-    assert pairs(open_source("csv:s3://bucket/table/pairs.csv")) == [(picture(3), ("words",))]
+    bucket.pipe("bucket/table/folder/a.png", image_bytes(3))
+    assert pairs(open_source("csv:s3://bucket/table/pairs.csv")) == [(image_bytes(3), ("words",))]
 
 
 @contextlib.contextmanager
@@ -166,9 +166,9 @@ def test_a_mistake_about_a_bucket_is_one_line(bucket, impatient, monkeypatch, tm
 
 def test_a_bucket_that_falls_silent_ends_the_reading_after_five_records(bucket, impatient, monkeypatch):
     bucket.pipe("bucket/silent/pairs.csv", b"image,caption\n" + b"a.png,words\n" * 9)
-    bucket.pipe("bucket/silent/a.png", picture(3))
+    bucket.pipe("bucket/silent/a.png", image_bytes(3))
     source = open_source("csv:s3://bucket/silent/pairs.csv")
-    assert source[0].image == picture(3)
+    assert source[0].image == image_bytes(3)
     with server(lambda connection: None) as endpoint:
         pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
         buckets.filesystem.cache_clear()

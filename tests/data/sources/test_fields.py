@@ -48,7 +48,7 @@ def test_an_entry_of_json_is_a_field():
         ("3.5 miles", "3.5 miles"),
     ],
 )
-def test_cleaning_removes_what_no_one_sees_in_a_picture(dirty, clean):
+def test_cleaning_removes_what_no_one_sees_in_an_image(dirty, clean):
     assert clean_caption(dirty) == clean
     assert "https" not in captions("clean=1", {"caption": [dirty, "x"]})[0][0]
 

@@ -16,7 +16,7 @@ from clip_jax.data.sources.mixture import Mixture, Schedule
 
 
 class Numbers:
-    """So many pairs without a picture."""
+    """So many pairs without an image."""
 
     def __init__(self, size: int):
         self.size = size
@@ -110,9 +110,9 @@ def test_every_epoch_is_a_permutation_also_where_grains_shuffle_is_none(size):
     assert epochs[0] != epochs[1]
 
 
-def test_a_bad_samples_neighbours_stay_in_its_source():
-    assert list(mixture_of(3, 4).neighbours(5, 10)) == [5, 6, 3, 4]
-    assert list(mixture_of(3, 4).neighbours(2, 2)) == [2, 0]
+def test_a_bad_samples_neighbors_stay_in_its_source():
+    assert list(mixture_of(3, 4).neighbors(5, 10)) == [5, 6, 3, 4]
+    assert list(mixture_of(3, 4).neighbors(2, 2)) == [2, 0]
 
 
 def test_a_name_joins_sources_and_a_copy_of_them_is_small(tmp_path):

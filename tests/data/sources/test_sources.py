@@ -137,7 +137,7 @@ def test_a_tsv_is_read_by_its_ending(tmp_path):
     assert decode_image(source[0].image).size == (3, 3)
 
 
-def test_a_missing_picture_of_a_csv_is_a_broken_pair_rather_than_fatal(tmp_path):
+def test_a_missing_image_of_a_csv_is_a_broken_pair_rather_than_fatal(tmp_path):
     (tmp_path / "pairs.csv").write_text("image,caption\nnone.png,nothing\n")
     source = open_source(f"csv:{tmp_path}/pairs.csv")
     with pytest.raises(PairError, match=r"none\.png"):
@@ -148,7 +148,7 @@ def test_a_missing_picture_of_a_csv_is_a_broken_pair_rather_than_fatal(tmp_path)
     ("record", "expected"),
     [
         (b"not msgpack", "record 0 is damaged"),
-        (msgpack.packb({"captions": ["a"]}), "record 0 has no picture in image"),
+        (msgpack.packb({"captions": ["a"]}), "record 0 has no image in image"),
         (msgpack.packb({"image": "text", "captions": ["a"]}), "must be bytes"),
         (msgpack.packb({"image": b"", "captions": []}), "has no caption"),
         (msgpack.packb({"image": b"", "captions": [3]}), "captions is int, not text"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shards import pair_members, picture, write_tar
+from shards import image_bytes, pair_members, write_tar
 
 from clip_jax.data.sources import tar_index
 from clip_jax.data.sources.tar_index import index_shard, pack, unpack
@@ -50,14 +50,14 @@ def test_names_that_do_not_fit_a_header_are_read_whole(tmp_path, kind, name):
 
 
 def test_a_long_name_of_a_plain_posix_header_is_put_together(tmp_path):
-    name = "/".join(["folder" * 5] * 4) + "/picture"
+    name = "/".join(["folder" * 5] * 4) + "/image"
     found, _ = records_of(tar_bytes([(f"{name}.png", b"1"), (f"{name}.txt", b"2")], tarfile.USTAR_FORMAT, tmp_path))
     assert [list(record) for record, _ in found] == [[f"{name}.png", f"{name}.txt"]]
 
 
 def test_a_tar_inside_a_tar_is_not_taken_for_part_of_it(tmp_path):
     inner = tar_bytes(pair_members(range(3)), tarfile.USTAR_FORMAT, tmp_path)
-    members = [("a.png", inner), ("a.txt", b"words"), ("b.png", picture(1)), ("b.txt", b"more")]
+    members = [("a.png", inner), ("a.txt", b"words"), ("b.png", image_bytes(1)), ("b.txt", b"more")]
     found, problem = records_of(tar_bytes(members, tarfile.USTAR_FORMAT, tmp_path))
     assert ([record for record, _ in found], problem) == ([dict(members[:2]), dict(members[2:])], "")
 

@@ -10,7 +10,7 @@ import os
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shards import captions_or_reasons, picture
+from shards import captions_or_reasons, image_bytes
 
 from clip_jax.data.sources import open_source, text_rows
 from clip_jax.data.sources.text_rows import delimited_rows
@@ -20,7 +20,7 @@ from clip_jax.data.sources.text_rows import delimited_rows
 def own_index(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in "abcd":
-        (tmp_path / f"{name}.png").write_bytes(picture(ord(name)))
+        (tmp_path / f"{name}.png").write_bytes(image_bytes(ord(name)))
 
 
 def read(tmp_path, kind: str, data: bytes | str, options: str = "", name: str = "pairs"):
@@ -177,16 +177,16 @@ def test_a_column_with_a_dot_comes_before_an_entry_of_json_and_this_is_said(tmp_
         read(tmp_path, "csv", data, "?caption=text.en")
 
 
-def test_a_pattern_is_several_tables_whose_pictures_are_beside_each(tmp_path):
+def test_a_pattern_is_several_tables_whose_images_are_beside_each(tmp_path):
     for number in range(2):
         folder = tmp_path / f"part{number}"
         folder.mkdir()
-        (folder / "a.png").write_bytes(picture(number))
+        (folder / "a.png").write_bytes(image_bytes(number))
         (folder / "pairs.csv").write_text(f"image,caption{',width' * number}\na.png,number {number}{',5' * number}\n")
     for name in ("part{0..1}/pairs.csv", "part*/pairs.csv", f"part0/pairs.csv,{tmp_path}/part1/pairs.csv"):
         source = open_source(f"csv:{tmp_path}/{name}")
         assert captions_or_reasons(source) == [["number 0"], ["number 1"]]
-        assert [source[index].image for index in range(2)] == [picture(0), picture(1)]
+        assert [source[index].image for index in range(2)] == [image_bytes(0), image_bytes(1)]
         assert source.notes() == ["not used: columns width (in 1 of 2 files)"]
     with pytest.raises(FileNotFoundError, match=r"no file .*part2/pairs\.csv"):
         open_source(f"csv:{tmp_path}/part{{0..2}}/pairs.csv")

@@ -10,7 +10,7 @@ import sys
 import tarfile
 
 import pytest
-from shards import captions_or_reasons, pair_members, picture, write_shards, write_tar
+from shards import captions_or_reasons, image_bytes, pair_members, write_shards, write_tar
 
 from clip_jax.data.sources import PairError, ShardError, open_source
 
@@ -22,7 +22,7 @@ def captions(source) -> list[str]:
 def test_pairs_come_in_the_order_of_the_shards(tmp_path):
     source = open_source(write_shards(tmp_path, shards=3, pairs=4))
     assert captions(source) == [f"number {number}" for number in range(12)]
-    assert source[7].image == picture(7)
+    assert source[7].image == image_bytes(7)
     assert source[7].key == f"{tmp_path}/00001.tar: 000007"
 
 
@@ -108,7 +108,7 @@ def test_processes_that_build_one_index_at_once_all_get_it(tmp_path):
 @pytest.mark.parametrize(
     ("members", "reason", "expected"),
     [
-        ([("a.txt", b"words")], "no_picture", "a has no picture, only txt"),
+        ([("a.txt", b"words")], "no_picture", "a has no image, only txt"),
         ([("a.jpg", b"1"), ("a.json", b"[" * 100_000)], "empty_caption", "txt is missing"),
         ([("a.jpg", b"1")], "empty_caption", "txt is missing or empty"),
         ([("a.jpg", b"1"), ("a.txt", b" \n")], "empty_caption", "txt is missing or empty"),
@@ -199,8 +199,8 @@ def test_a_compressed_tar_says_that_it_must_be_unpacked(tmp_path):
 ODD = [
     *pair_members(range(2)),
     *[("README", b"x"), ("__meta__", b"x"), ("folder/.DS_Store", b"x")],
-    *[("a.png", picture(1)), ("a.jpg", picture(2)), ("a.outputs.txt", b"dotted"), ("a.cls", b"3")],
-    *[("b.avif", picture(3, 16, "AVIF")), ("b.txt", b"b"), ("c.txt", b"alone")],
+    *[("a.png", image_bytes(1)), ("a.jpg", image_bytes(2)), ("a.outputs.txt", b"dotted"), ("a.cls", b"3")],
+    *[("b.avif", image_bytes(3, 16, "AVIF")), ("b.txt", b"b"), ("c.txt", b"alone")],
 ]
 
 
@@ -234,7 +234,7 @@ def test_links_and_sparse_files_are_named(tmp_path):
 
 def test_a_dot_is_part_of_a_fields_name_where_there_is_such_a_field(tmp_path):
     told = json.dumps({"txt": "from JSON", "a": {"b": ["x", None, "y"]}}).encode()
-    members = [("a.png", picture(1)), ("a.outputs.txt", b"field"), ("b.png", picture(2)), ("b.outputs", told)]
+    members = [("a.png", image_bytes(1)), ("a.outputs.txt", b"field"), ("b.png", image_bytes(2)), ("b.outputs", told)]
     write_tar(tmp_path / "a.tar", members)
     assert captions_or_reasons(open_source(f"wds:{tmp_path}/a.tar?caption=outputs.txt")) == [["field"], ["from JSON"]]
     found = captions_or_reasons(open_source(f"wds:{tmp_path}/a.tar?caption=outputs.a.b"))
