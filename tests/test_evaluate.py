@@ -135,7 +135,7 @@ def test_the_list_says_what_is_there_and_how_to_get_the_rest(capsys, tmp_path):
         ({"source": None}, "a task needs source"),
         ({"source": "image_folder:{data}/empty"}, "empty has no folders; it must have one for each class"),
         ({"source": "image_folder:{data}/nothing"}, "none of these tasks has its data here"),
-        ({"source": "pictures"}, "'pictures' names no source"),
+        ({"source": "pictures"}, "'pictures' is not a source"),
         ({"name": "../animals"}, "a task's name is letters, digits, _, - and . only, not '../animals'"),
     ],
 )

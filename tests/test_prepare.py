@@ -101,10 +101,8 @@ def test_a_worker_that_is_killed_is_told_in_one_line(tmp_path):
     os.kill(workers_of(process)[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=trial.DEADLINE)
     assert process.returncode == 1
-    assert (
-        without_progress(errors)
-        == "failed: a worker process was killed, perhaps for lack of memory; run the command again to continue\n"
-    )
+    reason = "a worker process was killed, perhaps for lack of memory; run the command again to continue"
+    assert without_progress(errors) == f"failed: {reason}\n"
 
 
 def test_ctrl_c_ends_it_at_once_and_in_one_line(tmp_path):
@@ -168,7 +166,7 @@ def test_openclipart_becomes_shards(tmp_path, capsys):
         (["convert", "emoji:noto/all", "out", "--workers=0"], "argument --workers: 0 must be a whole number above 0"),
         (["convert", "emoji:noto/all", "out", "--image-size=a"], "--image-size: a must be a whole number above 0"),
         (["convert", "emoji:noto/all", "out", "--quality=101"], "argument --quality: 101 must be in [1, 100]"),
-        (["convert", "emojis", "out"], "'emojis' names no source"),
+        (["convert", "emojis", "out"], "'emojis' is not a source"),
         (["convert", "folder:/nowhere/at/all", "out"], "no folder /nowhere/at/all"),
         (["convert", "emoji:noto/all", __file__], f"{__file__}: "),
         (["convert", "emoji:noto/all", f"{__file__}/out"], f"{__file__}/out"),
@@ -180,7 +178,7 @@ def test_openclipart_becomes_shards(tmp_path, capsys):
         (["bench", "emoji:noto/all", "--config=quickstart", "--config.steps=a"], "--config.steps=a: not a value"),
         (["bench", "emoji:noto/all", "--config=quickstart", "--samples=2"], "unknown argument --samples=2"),
         (["bench", "emoji:noto/all", "--config=quickstart", "--pairs-per-second=nan"], "nan must be a number above 0"),
-        (["bench", "nothing", "--config=quickstart"], "'nothing' names no source"),
+        (["bench", "nothing", "--config=quickstart"], "'nothing' is not a source"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, line, capsys):

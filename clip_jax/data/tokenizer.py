@@ -73,8 +73,9 @@ def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: boo
         if len(row) > room:
             if not truncate:
                 raise ValueError(
-                    f"texts[{index}], {_shortened(text)!r}, has {len(row) // _TOKEN_BYTES} tokens with start-of-text and "
-                    f"end-of-text, more than context_length={context_length}: shorten it, or cut it with truncate=True"
+                    f"texts[{index}], {_shortened(text)!r}, has {len(row) // _TOKEN_BYTES} tokens with "
+                    f"start-of-text and end-of-text, more than context_length={context_length}: shorten it, or set "
+                    "truncate=True"
                 )
             row = row[: room - _TOKEN_BYTES] + _END
         rows.append(row.ljust(room, b"\0"))
@@ -133,9 +134,9 @@ _encode_cached = functools.lru_cache(_CACHED_WORDS)(_encode_word)
 
 
 def _merge(piece: str, merges: dict[tuple[int, int], int]) -> list[int]:
-    # A merge's id is also its rank. No merge creates a pair of lower rank than its own, since each symbol is made by one
-    # merge before another merge uses it. So taking the least (rank, position) in turn gives the same as passes over all
-    # positions, and the heap makes it n log n for a long text without blanks.
+    # A merge's id is also its rank. No merge creates a pair of lower rank than its own, since each symbol is made by
+    # one merge before another merge uses it. So taking the least (rank, position) in turn gives the same as passes
+    # over all positions, and the heap makes it n log n for a long text without blanks.
     symbols = [_BYTE_IDS[byte] for byte in piece.encode()]
     symbols[-1] += 256
     end = len(symbols)

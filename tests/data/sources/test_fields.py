@@ -85,7 +85,7 @@ def test_a_question_mark_begins_options_only_before_an_equals_sign(where, expect
         ("caption=a&text=b", "the same option"),
         ("image=a&image=b", "given 2 times"),
         ("caption=a:-1", "above 0"),
-        ("caption=", "without captions there must be classes"),
+        ("caption=", "caption= without a value needs classes"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, expected):

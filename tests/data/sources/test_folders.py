@@ -70,8 +70,8 @@ def test_what_gives_no_pair_is_named_by_its_ending(tmp_path):
     source = open_source(name)
     assert captions_or_reasons(source) == [["a"], "empty_caption"]
     [said, _] = source.notes()
-    assert said.startswith("not used: 2 files .heic, 2 files without an ending, 1 file .txt, ")
-    for kind in ("link to nothing", "link to a folder", "pipe, socket or device"):
+    assert said.startswith("not used: 2 files .heic, 2 files without a suffix, 1 file .txt, ")
+    for kind in ("broken link", "link to a folder", "pipe, socket or device"):
         assert f"1 x {kind}" in said
 
 
@@ -86,9 +86,9 @@ def test_an_image_folder_names_what_is_in_no_class_and_classes_without_images(tm
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ({}, "no images below .*, nothing at all"),
-        ({"a__heic": b"x"}, "only 1 file .heic; looked for"),
-        ({"a__png": b"x"}, r"a\.png has no caption: write at least one line into .*a\.txt"),
+        ({}, "no images below .*, it is empty"),
+        ({"a__heic": b"x"}, "only 1 file .heic; supported are"),
+        ({"a__png": b"x"}, r"a\.png has no captions: write at least one line to .*a\.txt"),
     ],
 )
 def test_a_folder_without_a_pair_says_what_it_has(tmp_path, files, expected):

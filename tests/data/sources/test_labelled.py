@@ -73,7 +73,7 @@ def test_the_digits_are_scikit_learns_in_halves():
     assert labels == [str(label) for label in data.target]
     pixels = np.array(decode_image(test[0].image))[..., 0]
     np.testing.assert_allclose(255 - pixels, data.images[898] * 255 / 16, atol=0.5)
-    with pytest.raises(ValueError, match="there is train and test"):
+    with pytest.raises(ValueError, match="the splits are train and test"):
         open_source("digits:all")
 
 

@@ -85,7 +85,7 @@ def test_what_pythons_csv_writes_is_read_back(tmp_path_factory, rows):
 
 
 def test_a_quote_that_is_never_closed_takes_neither_memory_nor_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_rows, "QUOTED_MOST", 1_000)
+    monkeypatch.setattr(text_rows, "MAX_QUOTED", 1_000)
     rows = 'a.png,"open\n' + "b.png,x\n" * 500
     assert captions_or_reasons(read(tmp_path, "csv", "image,caption\n" + rows)) == [BAD, *[["x"]] * 500]
 
@@ -142,7 +142,7 @@ def test_a_compressed_table_is_the_same_data_and_its_damage_is_counted(tmp_path,
         ("csv", b"\xef\xbb\xbf\n", "only an empty first line"),
         ("csv", "image,caption\n".encode("utf-16"), "is UTF-16; save it as UTF-8"),
         ("csv", b"PK\x03\x04 and so on", "is a ZIP archive"),
-        ("csv", b"image,caption,caption\na.png,x,y\n", "has 2 columns 'caption'; name them apart"),
+        ("csv", b"image,caption,caption\na.png,x,y\n", "has 2 columns 'caption'; rename all but one"),
         ("csv", b"\0" * 600, "line 1: it holds a zero byte"),
         ("csv", gzip.compress(b"image,caption\n", mtime=0)[:12], "line 1: the compressed data end here"),
         ("tsv", b'"image"\t"caption"\n"a.png"\t"x"\n', "read its quotes with csv:"),
@@ -160,7 +160,7 @@ def test_quotes_in_a_tsv_that_a_csv_writer_wrote_are_mentioned_and_can_be_read(t
     source = read(tmp_path, "tsv", data, name="pairs.tsv")
     assert source[0].captions == ['"he said ""hi"""']
     assert source.notes() == [
-        f"1 rows have values in quotes, which stay; to take them off as CSV does, write csv:{tmp_path}/pairs.tsv"
+        f"1 rows have quoted values, whose quotes are kept; to remove them, write csv:{tmp_path}/pairs.tsv"
     ]
     assert open_source(f"csv:{tmp_path}/pairs.tsv")[0].captions == ['he said "hi"']
 

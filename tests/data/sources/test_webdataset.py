@@ -69,7 +69,7 @@ def test_a_damaged_index_is_built_anew(tmp_path, damage):
 
 def test_an_index_that_cannot_be_written_says_where_else_it_could_be(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"cannot be written to .*/file: Not a directory; name another folder"):
+    with pytest.raises(ValueError, match=r"cannot be written to .*/file: Not a directory; choose another folder"):
         open_source(f"{write_shards(tmp_path, shards=1, pairs=4)}?index={tmp_path}/file")
 
 
@@ -84,7 +84,7 @@ def test_a_shard_that_is_deleted_or_rewritten_later_is_lost_by_name(tmp_path):
     source = open_source(write_shards(tmp_path, shards=2, pairs=4))
     write_tar(tmp_path / "00000.tar", pair_members(range(4, 8)))  # of the same size
     (tmp_path / "00001.tar").unlink()
-    for index, expected in ((3, "has been written anew"), (5, "No such file")):
+    for index, expected in ((3, "has changed since the start"), (5, "No such file")):
         with pytest.raises(ShardError, match=rf"0000{index // 4}\.tar.*{expected}"):
             source[index]
 
@@ -113,7 +113,7 @@ def test_processes_that_build_one_index_at_once_all_get_it(tmp_path):
         ([("a.jpg", b"1")], "empty_caption", "txt is missing or empty"),
         ([("a.jpg", b"1"), ("a.txt", b" \n")], "empty_caption", "txt is missing or empty"),
         ([("a.jpg", b"1"), ("a.txt", b"\xff")], "damaged_record", "txt is not UTF-8"),
-        ([("../a.jpg", b"1"), ("../a.txt", b"x")], "unsafe_name", "leads out of"),
+        ([("../a.jpg", b"1"), ("../a.txt", b"x")], "unsafe_name", "is a path outside of"),
     ],
 )
 def test_a_bad_record_says_what_is_wrong(tmp_path, members, reason, expected):
@@ -148,7 +148,7 @@ def test_json_that_is_none_is_a_bad_record(tmp_path):
         ("{tmp}/*.tar", "no files match"),
         ("{tmp}/empty", "has no records"),
         ("{tmp}/a.tar?captions=txt", "there is no option 'captions', only image, caption"),
-        ("{tmp}/a.tar?caption=txt:0", "a weight above 0"),
+        ("{tmp}/a.tar?caption=txt:0", "a proportion above 0"),
         ("{tmp}/a.tar?template=a photo", "one {}"),
         ("{tmp}/a.tar?clean=yes", "must be 0 or 1"),
     ],
@@ -211,7 +211,7 @@ def test_members_that_give_no_pair_are_named_with_their_number(tmp_path, kind):
     assert captions_or_reasons(source) == [["number 0"], ["number 1"], "empty_caption", ["b"], "no_picture"]
     notes = source.notes()
     assert notes[0] == "not used: files .json (2), .cls (1), .outputs.txt (1), .png (1)"
-    assert notes[1] == "not used: members without an ending (1), called __NAME__ (1), hidden (1)"
+    assert notes[1] == "not used: members without a dot (1), called __NAME__ (1), hidden (1)"
     assert notes[2] == "bad records in all shards: no_picture 1, empty_caption 1"
     write_tar(tmp_path / "b.tar", ODD, kind)  # takes over what is known of the first
     both = open_source(f"wds:{tmp_path}/{{a,b}}.tar?index={tmp_path}/index")
@@ -229,7 +229,7 @@ def test_links_and_sparse_files_are_named(tmp_path):
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
     notes = open_source(f"wds:{tmp_path}/a.tar").notes()
-    assert "symbolic links (1), hard links (1), devices, pipes and kinds that are not known (1)" in notes[1]
+    assert "symbolic links (1), hard links (1), devices, pipes and unknown kinds (1)" in notes[1]
 
 
 def test_a_dot_is_part_of_a_fields_name_where_there_is_such_a_field(tmp_path):
