@@ -32,7 +32,7 @@ test-nightly: $(VENV)/.test  ## the slow ones as well
 
 # The tests of two minutes: towers, loss, weights, sources, decoding, and a training that is saved, resumed, evaluated
 # and converted. They show whether a newer version of a library breaks something, not all that is right.
-SHORT_TESTS = tests/models/test_clip.py tests/weights tests/data/sources tests/data/test_images.py tests/data/test_tokenizer.py \
+SHORT_TESTS = tests/models/test_clip.py tests/weights tests/data/sources tests/data/test_images.py tests/data/test_crops.py tests/data/test_tokenizer.py \
 	tests/training/test_loss.py tests/test_relative_paths.py \
 	tests/training/test_step.py::test_a_batch_seen_again_and_again_is_learnt_by_heart
 
