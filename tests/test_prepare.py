@@ -1,4 +1,4 @@
-"""Pairs can be looked at, written and measured from the command line, and written on after any end."""
+"""The command line inspects, converts and measures pairs, and continues interrupted conversions."""
 
 import functools
 import html.parser
@@ -46,7 +46,7 @@ def start(*arguments: str, **options) -> subprocess.Popen:
 
 
 def without_progress(errors: str) -> str:
-    """A slow machine is told every few seconds how far it is."""
+    """Removes progress lines, which a slow machine prints every few seconds."""
     return re.sub(r"^[\d,]+ of [\d,]+ pairs .*\n", "", errors, flags=re.MULTILINE)
 
 
@@ -64,7 +64,7 @@ def wait_until(happened, process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
-def test_kills_at_random_moments_lose_and_change_nothing(tmp_path):
+def test_kills_at_random_moments_change_nothing(tmp_path):
     undisturbed, folder, moments = tmp_path / "undisturbed", tmp_path / "killed", random.Random(0)
     write_records(open_source(EMOJI), EMOJI, undisturbed, Settings(pairs_per_shard=20, image_size=40))
     whole: dict[pathlib.Path, int] = {}
@@ -95,7 +95,7 @@ def test_kills_at_random_moments_lose_and_change_nothing(tmp_path):
     assert contents(folder) == contents(undisturbed)
 
 
-def test_a_worker_that_is_killed_is_told_in_one_line(tmp_path):
+def test_a_killed_worker_is_reported_in_one_line(tmp_path):
     process = start("convert", EMOJI, str(tmp_path / "out"), *CONVERT)
     wait_until(lambda: list((tmp_path / "out").glob("parts/*.note")), process)
     os.kill(workers_of(process)[0], signal.SIGKILL)
@@ -105,8 +105,8 @@ def test_a_worker_that_is_killed_is_told_in_one_line(tmp_path):
     assert without_progress(errors) == f"failed: {reason}\n"
 
 
-def test_ctrl_c_ends_it_at_once_and_in_one_line(tmp_path):
-    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background ignores it
+def test_ctrl_c_ends_a_conversion_at_once_with_one_line(tmp_path):
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background processes ignore SIGINT
     process = start("convert", "emoji:noto,twemoji,openmoji/all", str(tmp_path / "out"), *CONVERT, preexec_fn=heard)
     wait_until(lambda: list((tmp_path / "out").glob("parts/*.note")), process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the workers as well
@@ -116,7 +116,7 @@ def test_ctrl_c_ends_it_at_once_and_in_one_line(tmp_path):
     assert not list((tmp_path / "out/parts").glob(".unfinished-*-pairs-*"))
 
 
-def test_a_full_disk_is_told_in_one_line(tmp_path):
+def test_a_full_disk_is_reported_in_one_line(tmp_path):
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (200_000, 200_000))
     process = start("convert", EMOJI, str(tmp_path / "out"), "--workers=2", "--pairs-per-shard=205", preexec_fn=limit)
     _, errors = process.communicate(timeout=trial.DEADLINE)
@@ -126,7 +126,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path):
     assert not list((tmp_path / "out/parts").glob(".unfinished-*"))
 
 
-def test_convert_tells_what_it_wrote_and_how_to_use_it(tmp_path, capsys):
+def test_convert_prints_what_it_wrote_and_how_to_train_on_it(tmp_path, capsys):
     arguments = ["convert", "emoji:noto/held_out", str(tmp_path / "out"), "--workers=1", "--licence=Apache-2.0"]
     assert prepare.main(arguments) == 0
     output, errors = capsys.readouterr()
@@ -185,12 +185,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, line, capsys):
     assert prepare.main(arguments) == 2
     output, errors = capsys.readouterr()
     assert output == ""
-    [said] = errors.splitlines()
-    assert said.startswith("error: ") and line in said
+    [printed] = errors.splitlines()
+    assert printed.startswith("error: ") and line in printed
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
-def test_a_folder_that_may_not_be_written_is_one_line(tmp_path, capsys):
+def test_a_folder_without_write_permission_is_one_line(tmp_path, capsys):
     tmp_path.chmod(0o500)
     assert prepare.main(["convert", "emoji:noto/held_out", str(tmp_path / "out"), "--workers=1"]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path / 'out'}: Permission denied\n"
@@ -201,7 +201,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_is_one_line_on_a_terminal_and_few_elsewhere(monkeypatch):
+def test_progress_is_one_line_on_a_terminal_and_a_few_lines_elsewhere(monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     terminal, file = Terminal(), io.StringIO()
@@ -219,7 +219,7 @@ def test_progress_is_one_line_on_a_terminal_and_few_elsewhere(monkeypatch):
 
 
 class Mixed:
-    """Three hundred pairs: of each six one is damaged, one undecodable; captions try to be more than text."""
+    """Three hundred pairs. Of six, one is damaged and one undecodable. Captions have HTML and control characters."""
 
     caption = "</li><script>alert('&')</script> \"quoted\" \x1b[2J" + "!" * 200
 
@@ -246,7 +246,7 @@ def facts():
     return inspection.inspect_source(Mixed(), 1_000)
 
 
-def test_the_facts_are_those_of_the_source(facts):
+def test_the_facts_describe_the_source(facts):
     assert (facts.records, facts.looked_at, facts.labels) == (300, 300, 1)
     assert facts.bad == {"damaged_record": 50, "undecodable": 50}
     assert facts.formats == {"PNG": 100, "JPEG": 100}
@@ -264,7 +264,7 @@ def test_the_facts_are_those_of_the_source(facts):
     assert not any(character in line for line in lines for character in "\x1b\ud83d")
 
 
-def test_tokens_are_counted_with_markers_and_exclamation_marks():
+def test_token_counts_include_both_markers_and_exclamation_marks():
     assert inspection._token_counts(["a cat", "a cat!", "!" * 9 + "a", "cat " * 300]) == [4, 5, 4, 302]
 
 
@@ -277,7 +277,7 @@ def test_long_captions_count_as_truncated():
     assert "truncated at 77   50.00% of the captions" in lines
 
 
-def test_a_large_source_is_sampled_and_it_says_so():
+def test_a_large_source_is_sampled():
     one, same = (inspection.inspect_source(Mixed(), 60) for _ in range(2))
     assert inspection.format_facts(one) == inspection.format_facts(same)
     assert inspection.format_facts(one)[0] == "300 records; 60 of them, drawn with seed 0, were read"
@@ -297,7 +297,7 @@ class Page(html.parser.HTMLParser):
         self.texts.append(data)
 
 
-def test_the_sheet_is_one_page_in_which_captions_are_text(facts):
+def test_the_sheet_is_one_page_with_escaped_captions(facts):
     text = inspection.contact_sheet("<title> & more", facts)
     text.encode("utf-8")
     page = Page(text)
@@ -328,7 +328,7 @@ def test_the_sheet_is_one_page_in_which_captions_are_text(facts):
     assert "http://" not in text and "https://" not in text
 
 
-def test_a_source_of_bad_pairs_alone_has_facts_and_a_sheet():
+def test_a_source_of_only_bad_pairs_has_facts_and_a_sheet():
     class Bad(Mixed):
         def __getitem__(self, index):
             return super().__getitem__(0)

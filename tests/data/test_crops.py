@@ -75,9 +75,9 @@ def test_training_resizes_as_evaluation_does_and_crops_at_random(mode, resize_si
             for top in range(len(whole) - 15)
             for left in range(len(whole) - 15)
         }
-        place = min(differences, key=differences.get)
-        assert differences[place] < (8 if interpolation == "nearest" else 1.5)
-        seen.add(place)
+        position = min(differences, key=differences.get)
+        assert differences[position] < (8 if interpolation == "nearest" else 1.5)
+        seen.add(position)
     assert (len(seen) > 1) == (size > 16)
 
 
@@ -200,8 +200,8 @@ def test_random_resized_crops_have_torchvisions_areas_ratios_and_positions():
     mean = (grid * density).sum() / density.sum()
     assert abs(areas.mean() - mean) < 5 * areas.std() / math.sqrt(len(areas))
     assert abs(np.log(ratios).mean()) < 5 * np.log(ratios).std() / math.sqrt(len(ratios))
-    places = boxes[:, 0] / np.maximum(1, side - widths)
-    assert abs(places.mean() - 0.5) < 5 * math.sqrt(1 / 12 / len(places)) and places.max() > 0.99
+    offsets = boxes[:, 0] / np.maximum(1, side - widths)
+    assert abs(offsets.mean() - 0.5) < 5 * math.sqrt(1 / 12 / len(offsets)) and offsets.max() > 0.99
 
 
 def test_an_image_too_long_for_a_random_resized_crop_gives_its_center():

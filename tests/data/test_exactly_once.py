@@ -1,4 +1,4 @@
-"""Whatever the format, an epoch holds each pair once, on any number of hosts and workers, through any interruption."""
+"""In every format, an epoch has each pair once, on any number of hosts and workers and after any interruption."""
 
 import csv
 import itertools
@@ -20,7 +20,7 @@ PAIRS = 6  # of each source; seven of them make 42
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> list[str]:
-    """One source of each kind; the numbers of their pairs follow one another."""
+    """One source of each kind. Their pairs are numbered consecutively."""
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -62,13 +62,13 @@ def sources(tmp_path_factory) -> list[str]:
     return [*names, f"folder:{folder}/images"]
 
 
-def batches(sources: list[str], weights: str = "", **arguments) -> Batches:
-    load_pair = LoadPair(open_mixture(" + ".join(sources), weights), Transform(8, 8, Augmentation()))
+def batches(sources: list[str], proportions: str = "", **arguments) -> Batches:
+    load_pair = LoadPair(open_mixture(" + ".join(sources), proportions), Transform(8, 8, Augmentation()))
     return Batches(load_pair, **({"global_batch_size": 12, "seed": 5} | arguments))
 
 
 def seen(batch: dict[str, np.ndarray]) -> list[int]:
-    """The numbers of a batch's pairs, after a look at whether image and caption belong together."""
+    """Returns the numbers of a batch's pairs, and checks that image and caption belong together."""
     numbers = (batch["image"][:, 0, 0, 0].astype(int) + 256 * batch["image"][:, 0, 0, 1].astype(int)).tolist()
     for number, tokens in zip(numbers, batch["tokens"], strict=True):
         np.testing.assert_array_equal(tokens, tokenize(f"number {number}", 8)[0])
@@ -109,13 +109,13 @@ def test_four_workers_draw_the_same_batches_in_the_same_order(sources, undisturb
     assert take(batches(sources, workers=Workers(4)), 14) == undisturbed
 
 
-def test_kills_and_resumptions_on_other_numbers_of_hosts_change_nothing(sources, undisturbed):
+def test_resuming_on_another_number_of_hosts_changes_nothing(sources, undisturbed):
     rng = np.random.default_rng(0)
     step, hosts_of_each, drawn = 0, [], []
     while step < 14:
         hosts, steps = int(rng.choice([1, 2, 3, 4])), int(rng.integers(1, 5))
         steps = min(steps, 14 - step)
-        # A killed run has drawn more than it has saved: what was read ahead is drawn again.
+        # A killed run has drawn more than it has saved, so it draws some pairs again.
         parts = [take(batches(sources, host=Host(host, hosts), position=12 * step), steps + 1) for host in range(hosts)]
         drawn += [sorted(joined(part[number] for part in parts)) for number in range(steps)]
         step += steps
@@ -124,13 +124,13 @@ def test_kills_and_resumptions_on_other_numbers_of_hosts_change_nothing(sources,
     assert drawn == [sorted(batch) for batch in undisturbed]
 
 
-def test_another_global_batch_size_goes_on_with_the_next_pair(sources, undisturbed):
+def test_another_global_batch_size_continues_with_the_next_pair(sources, undisturbed):
     drawn = joined(undisturbed)
     assert joined(take(batches(sources, global_batch_size=7, position=36), 6)) == drawn[36:78]
 
 
-def test_weights_are_exact_over_the_period_and_each_source_has_epochs_of_its_own(sources):
-    drawn = joined(take(batches(sources, weights="6:1:1:1:1:1:1"), 12))
+def test_proportions_are_exact_over_a_period_and_each_source_has_its_own_epochs(sources):
+    drawn = joined(take(batches(sources, proportions="6:1:1:1:1:1:1"), 12))
     of = [[number for number in drawn if number // PAIRS == source] for source in range(7)]
     assert [len(part) for part in of] == [72, 12, 12, 12, 12, 12, 12]
     for source, part in enumerate(of):

@@ -157,8 +157,8 @@ def test_damaged_bytes_only_raise_image_errors():
         original = encoded(noise(32, 32), kind)
         for _ in range(100):
             data = bytearray(original)
-            for place in rng.integers(len(data), size=4):
-                data[place] = rng.integers(256)
+            for offset in rng.integers(len(data), size=4):
+                data[offset] = rng.integers(256)
             with contextlib.suppress(ImageError):
                 assert decode_image(bytes(data)).mode == "RGB"
 
@@ -177,7 +177,7 @@ def test_too_large_or_too_thin_images_are_refused_before_decoding(monkeypatch):
 def claiming(kind: str, width: int, height: int) -> bytes:
     """A small image whose header states a larger size."""
     data = encoded(noise(8, 8), kind)
-    place, layout = {
+    offset, layout = {
         "PNG": (data.find(b"IHDR") + 4, ">II"),
         "JPEG": (data.find(b"\xff\xc0") + 5, ">HH"),
         "GIF": (6, "<HH"),
@@ -185,9 +185,9 @@ def claiming(kind: str, width: int, height: int) -> bytes:
     }[kind]
     sides = (height, width) if kind == "JPEG" else (width, height)
     changed = bytearray(data)
-    struct.pack_into(layout, changed, place, *sides)
+    struct.pack_into(layout, changed, offset, *sides)
     if kind == "PNG":
-        struct.pack_into(">I", changed, place + 13, zlib.crc32(changed[place - 4 : place + 13]))
+        struct.pack_into(">I", changed, offset + 13, zlib.crc32(changed[offset - 4 : offset + 13]))
     return bytes(changed)
 
 
@@ -241,8 +241,8 @@ IMAGES = [
 @st.composite
 def damaged_images(draw) -> bytes:
     data = bytearray(draw(st.sampled_from(IMAGES)))
-    for place in draw(st.lists(st.integers(0, 8 * len(data) - 1), max_size=8)):
-        data[place // 8] ^= 1 << place % 8
+    for offset in draw(st.lists(st.integers(0, 8 * len(data) - 1), max_size=8)):
+        data[offset // 8] ^= 1 << offset % 8
     return bytes(data[: draw(st.integers(0, len(data)) | st.just(len(data)))])
 
 

@@ -1,4 +1,4 @@
-"""Folders give every image that Pillow reads, and name all else."""
+"""Every image in a folder that Pillow reads is found; all other files are named."""
 
 import os
 
@@ -46,7 +46,7 @@ def test_only_a_line_feed_ends_a_caption(tmp_path, text, expected):
         *[("tga", "TGA"), ("ppm", "PPM"), ("ico", "ICO"), ("dib", "DIB"), ("mpo", "MPO"), ("qoi", "QOI")],
     ],
 )
-def test_every_ending_of_an_image_is_found(tmp_path, ending, kind):
+def test_every_suffix_of_an_image_is_found(tmp_path, ending, kind):
     name = f"a__{ending}"
     write(tmp_path / "f/class", **{name: image_bytes(1, 16, kind), "a__txt": b"words"})
     for source in (open_source(f"folder:{tmp_path}/f"), open_source(f"image_folder:{tmp_path}/f")):
@@ -54,11 +54,11 @@ def test_every_ending_of_an_image_is_found(tmp_path, ending, kind):
         assert decode_image(source[0].image).size == (16, 16)
 
 
-def test_endings_of_formats_that_are_not_decoded_are_none():
+def test_suffixes_of_unsupported_formats_are_not_images():
     assert image_suffixes().isdisjoint({".eps", ".pdf", ".mpg", ".wmf", ".h5", ".txt", ".svg", ".heic", ""})
 
 
-def test_what_gives_no_pair_is_named_by_its_ending(tmp_path):
+def test_unused_files_are_named_by_their_suffix(tmp_path):
     folder = tmp_path / "f"
     name = write(
         folder, a__png=image_bytes(1), a__TXT=b"a", b__png=image_bytes(2), c__txt=b"c", d__heic=b"x", README=b"x"
@@ -69,18 +69,18 @@ def test_what_gives_no_pair_is_named_by_its_ending(tmp_path):
     os.mkfifo(folder / "pipe.png")
     source = open_source(name)
     assert captions_or_reasons(source) == [["a"], "empty_caption"]
-    [said, _] = source.notes()
-    assert said.startswith("not used: 2 files .heic, 2 files without a suffix, 1 file .txt, ")
+    [note, _] = source.notes()
+    assert note.startswith("not used: 2 files .heic, 2 files without a suffix, 1 file .txt, ")
     for kind in ("broken link", "link to a folder", "pipe, socket or device"):
-        assert f"1 x {kind}" in said
+        assert f"1 x {kind}" in note
 
 
-def test_an_image_folder_names_what_is_in_no_class_and_classes_without_images(tmp_path):
+def test_an_image_folder_names_files_without_class_and_classes_without_images(tmp_path):
     write(tmp_path / "f", top__png=image_bytes(1))
     write(tmp_path / "f/a", x__png=image_bytes(1), x__txt=b"x")
     (tmp_path / "f/b").mkdir()
-    [said] = open_source(f"image_folder:{tmp_path}/f").notes()
-    assert said == "not used: 1 file .txt, 1 file .png, 1 x folder b without an image"
+    [note] = open_source(f"image_folder:{tmp_path}/f").notes()
+    assert note == "not used: 1 file .txt, 1 file .png, 1 x folder b without an image"
 
 
 @pytest.mark.parametrize(
@@ -91,6 +91,6 @@ def test_an_image_folder_names_what_is_in_no_class_and_classes_without_images(tm
         ({"a__png": b"x"}, r"a\.png has no captions: write at least one line to .*a\.txt"),
     ],
 )
-def test_a_folder_without_a_pair_says_what_it_has(tmp_path, files, expected):
+def test_the_error_for_a_folder_without_pairs_names_its_files(tmp_path, files, expected):
     with pytest.raises(ValueError, match=expected):
         open_source(write(tmp_path / "f", **files))

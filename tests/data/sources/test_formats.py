@@ -1,4 +1,4 @@
-"""JSON lines, Parquet and TensorFlow Datasets give the pairs that were put into them."""
+"""Pairs in JSON lines, Parquet and TensorFlow Datasets are read back."""
 
 import json
 import pickle
@@ -38,7 +38,7 @@ def test_json_lines_name_images_relative_to_their_file(tmp_path):
         ('{"image": "nonsense://a.png", "caption": "x"}', "nonsense"),
     ],
 )
-def test_a_line_that_is_no_pair_is_a_bad_sample_and_the_next_one_a_good_one(tmp_path, text, expected):
+def test_a_bad_line_is_a_bad_sample_and_the_next_line_is_good(tmp_path, text, expected):
     (tmp_path / "b.png").write_bytes(image_bytes(1))
     (tmp_path / "pairs.jsonl").write_text(f'{text}\n{{"image": "b.png", "caption": "x"}}\n')
     source = open_source(f"jsonl:{tmp_path}/pairs.jsonl")
@@ -47,7 +47,7 @@ def test_a_line_that_is_no_pair_is_a_bad_sample_and_the_next_one_a_good_one(tmp_
     assert source[1].captions == ["x"]
 
 
-def test_one_table_with_other_options_is_another_source_also_in_a_worker(tmp_path):
+def test_a_table_with_other_options_is_another_source_also_in_a_worker(tmp_path):
     (tmp_path / "a.png").write_bytes(image_bytes(1))
     (tmp_path / "pairs.csv").write_text("image,short,long\na.png,s,l\n")
     both = open_source(f"csv:{tmp_path}/pairs.csv?caption=short + csv:{tmp_path}/pairs.csv?caption=long")
@@ -60,7 +60,7 @@ def test_a_field_longer_than_pythons_csv_reader_takes_is_read(tmp_path):
     assert open_source(f"csv:{tmp_path}/pairs.csv")[0].captions[0].startswith("word word")
 
 
-def test_a_folders_fingerprint_knows_the_images_sizes(tmp_path):
+def test_a_folders_fingerprint_depends_on_the_images_sizes(tmp_path):
     prints = set()
     for size in (8, 64):
         (tmp_path / "a.png").write_bytes(image_bytes(1, size))
@@ -71,13 +71,13 @@ def test_a_folders_fingerprint_knows_the_images_sizes(tmp_path):
     assert len(prints) == 2
 
 
-def test_a_table_that_changes_is_read_again(tmp_path):
-    place = f"csv:{tmp_path}/pairs.csv?index={tmp_path}/index"
+def test_a_changed_table_is_read_again(tmp_path):
+    name = f"csv:{tmp_path}/pairs.csv?index={tmp_path}/index"
     (tmp_path / "a.png").write_bytes(image_bytes(1))
     (tmp_path / "pairs.csv").write_text("image,caption\na.png,one\n")
-    before = open_source(place)
+    before = open_source(name)
     (tmp_path / "pairs.csv").write_text("image,caption\na.png,another\n")
-    after = open_source(place)
+    after = open_source(name)
     assert (before[0].captions, after[0].captions) == (["one"], ["another"])
     assert before.fingerprint() != after.fingerprint()
 
@@ -114,7 +114,7 @@ def test_parquet_as_hugging_face_writes_it(parquet_file):
         open_source(f"parquet:{parquet_file}")[4]
 
 
-def test_a_parquet_file_that_is_written_anew_is_lost(parquet_file):
+def test_a_changed_parquet_file_is_lost(parquet_file):
     source = open_source(f"parquet:{parquet_file}?caption=texts")
     assert source[0].captions
     parquet_file.write_bytes(parquet_file.read_bytes() + b"x")
@@ -125,7 +125,7 @@ def test_a_parquet_file_that_is_written_anew_is_lost(parquet_file):
         source[5]
 
 
-def test_a_parquet_file_that_is_none_or_lacks_a_column_is_refused(parquet_file, tmp_path):
+def test_a_damaged_parquet_file_or_one_without_the_column_is_refused(parquet_file, tmp_path):
     with pytest.raises(ValueError, match="has no column 'title', only image, caption, texts, label"):
         open_source(f"parquet:{parquet_file}?caption=title")
     (tmp_path / "b.parquet").write_bytes(b"PAR1 and nothing else")
@@ -137,14 +137,14 @@ CLASSES = {"names": ["cat", "dog"], "_type": "ClassLabel"}
 
 
 def write_parquet(file, columns: dict, features: dict | None = None):
-    """A file as Hugging Face's datasets write it: with the features in the schema's metadata."""
+    """Writes a file as Hugging Face's datasets do, with the features in the schema's metadata."""
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
     table = pyarrow.table({"image": [{"bytes": image_bytes(n), "path": None} for n in range(4)]} | columns)
     if features:
-        told = json.dumps({"info": {"features": features}}).encode()
-        table = table.replace_schema_metadata({b"huggingface": told})
+        metadata = json.dumps({"info": {"features": features}}).encode()
+        table = table.replace_schema_metadata({b"huggingface": metadata})
     parquet.write_table(table, file)
 
 
@@ -181,7 +181,7 @@ def test_files_that_name_classes_differently_are_refused(tmp_path):
         open_source(f"parquet:{tmp_path}/*.parquet?caption=one")
 
 
-def test_gaps_of_parquet_are_bad_samples_and_unread_columns_are_named(tmp_path):
+def test_missing_values_in_parquet_are_bad_samples_and_unused_columns_are_named(tmp_path):
     image = [
         None,
         {"bytes": None, "path": "a.png"},
@@ -201,7 +201,7 @@ def test_gaps_of_parquet_are_bad_samples_and_unread_columns_are_named(tmp_path):
     assert "caption.en is the column of that name, not the entry en of caption" in source.notes()
 
 
-def test_fields_of_array_records_that_are_not_read_are_named(tmp_path):
+def test_unused_fields_of_array_records_are_named(tmp_path):
     writer = ArrayRecordWriter(str(tmp_path / "pairs"), "group_size:1")
     for record in ({"image": b"x", "captions": ["a"], "url": "u", "json": '{"alt": "b"}'}, [1], {"captions": ["a"]}):
         writer.write(msgpack.packb(record))

@@ -16,7 +16,7 @@ def own_index(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def test_an_image_folder_has_a_class_a_folder_in_order(tmp_path):
+def test_an_image_folder_has_one_class_per_folder_in_order(tmp_path):
     for name in ("b/2.png", "b/1.jpg", "a/deep/3.png", "c/note.txt"):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name).write_bytes(image_bytes(1))
@@ -33,7 +33,7 @@ def test_an_image_folder_has_a_class_a_folder_in_order(tmp_path):
 
 
 @pytest.mark.parametrize(("made", "expected"), [("", "has no folders"), ("a", "no images below")])
-def test_an_empty_image_folder_is_a_line(tmp_path, made, expected):
+def test_an_empty_image_folder_is_refused(tmp_path, made, expected):
     (tmp_path / "data" / made).mkdir(parents=True)
     with pytest.raises(ValueError, match=expected):
         open_source(f"image_folder:{tmp_path}/data")
@@ -65,7 +65,7 @@ def test_karpathys_annotations_give_the_images_of_a_split_with_all_sentences(tmp
         open_source(name)
 
 
-def test_the_digits_are_scikit_learns_in_halves():
+def test_the_digits_are_the_halves_of_scikit_learns():
     load_digits = pytest.importorskip("sklearn.datasets").load_digits
     data, train, test = load_digits(), open_source("digits:train"), open_source("digits:test")
     assert (len(train), len(test)) == (898, 899)
@@ -100,7 +100,7 @@ def test_clip_benchmarks_webdatasets_have_a_number_as_class(tmp_path):
     ]
 
 
-def test_several_classes_stand_one_a_line(tmp_path):
+def test_several_classes_are_one_per_line(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
     row = {"image": "1.png", "labels": ["cat", "black dog"], "caption": "x"}
     (tmp_path / "t.jsonl").write_text(json.dumps(row))
