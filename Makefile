@@ -33,7 +33,7 @@ test-nightly: $(VENV)/.test  ## the slow ones as well
 
 # The short unit tests of every subsystem: two minutes on two cores. With the newest versions of all libraries they show
 # whether one of these breaks something.
-FAST_TESTS = tests/data/sources tests/data/test_images.py tests/data/test_tokenizer.py tests/evaluation/test_labels.py \
+FAST_TESTS = tests/data/sources tests/data/test_images.py tests/data/test_crops.py tests/data/test_tokenizer.py tests/evaluation/test_labels.py \
 	tests/evaluation/test_metrics.py tests/evaluation/test_registry.py tests/evaluation/test_retrieval.py \
 	tests/evaluation/test_robustness.py tests/launch/test_gke_jobset.py tests/losses tests/models/test_attention.py \
 	tests/models/test_execution.py tests/models/test_clip.py tests/test_lock.py tests/test_plan.py \

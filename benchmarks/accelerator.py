@@ -6,8 +6,8 @@ python -m benchmarks.accelerator --table=runs/accelerator.json
 
 Data is random. Each measurement runs in its own process with a deadline, warms up, and takes the median of rounds that
 end when the device has finished. clip_jax and open_clip take turns. Batches double until one does not fit. clip_jax is
-measured with each remat policy and form of the loss, and without the choices of :mod:`clip_jax.models.execution` for the
-device; open_clip with and without compilation and gradient checkpointing. Before all measurements, one step with
+measured with each remat policy and form of the loss, and without the choices of :mod:`clip_jax.models.execution` for
+the device; open_clip with and without compilation and gradient checkpointing. Before all measurements, one step with
 cuDNN's attention is compared with one without.
 
 Tables are printed to stdout. All results are in a JSON report, which is written after each measurement. With

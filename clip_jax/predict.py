@@ -102,11 +102,11 @@ def main(argv: list[str], program: str) -> int:
         report("error", printable(problem))
     if not found.paths:
         if not found.problems:
-            raise ValueError(f"there are no images among {_listed(found.passed_over)}")
+            raise ValueError(f"there are no images among {_listed(found.skipped)}")
         return MISTAKE
-    if found.passed_over:
-        kind = "file that is not an image" if len(found.passed_over) == 1 else "files that are not images"
-        report("note", f"passed over {len(found.passed_over):,} {kind}: {_listed(found.passed_over)}")
+    if found.skipped:
+        kind = "file that is not an image" if len(found.skipped) == 1 else "files that are not images"
+        report("note", f"passed over {len(found.skipped):,} {kind}: {_listed(found.skipped)}")
     from PIL import Image
 
     from clip_jax.loading import load

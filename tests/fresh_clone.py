@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 from goldens import unpack
 from PIL import Image
-from shards import pair_members, picture, write_tar
+from shards import image_bytes, pair_members, write_tar
 from trial import QUICK_COMPILATION
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
@@ -147,12 +147,12 @@ class Clone:
         (self.root / "mnt/shared").mkdir(parents=True)
         self.home.mkdir()
         (self.home / "data").symlink_to(data)
-        rows = {"image": [picture(number) for number in range(40)], "caption": [f"number {n}" for n in range(40)]}
+        rows = {"image": [image_bytes(number) for number in range(40)], "caption": [f"number {n}" for n in range(40)]}
         pyarrow.parquet.write_table(pyarrow.table(rows), data / "0.parquet")
         lines = ["image,caption"]
         (self.root / "images").mkdir()
         for number in range(20):
-            (self.root / f"images/{number}.png").write_bytes(picture(number))
+            (self.root / f"images/{number}.png").write_bytes(image_bytes(number))
             lines.append(f"images/{number}.png,number {number}")
         (self.root / "pairs.csv").write_text("\n".join(lines) + "\n")
         self._write_flickr(data / "flickr30k")
@@ -166,7 +166,7 @@ class Clone:
             for n in range(3)
         ]
         for number, entry in enumerate(images):
-            (folder / entry["filename"]).write_bytes(picture(number))
+            (folder / entry["filename"]).write_bytes(image_bytes(number))
         (folder / "dataset_flickr30k.json").write_text(json.dumps({"images": images}))
 
     @staticmethod
@@ -174,7 +174,7 @@ class Clone:
         for kind in ("png", "svg"):
             (folder / kind / "animals").mkdir(parents=True)
         for number, title in enumerate(("Red bird", "Black cat", "Dog")):
-            (folder / f"png/animals/{title}.png").write_bytes(picture(number))
+            (folder / f"png/animals/{title}.png").write_bytes(image_bytes(number))
             (folder / f"svg/animals/{title}.svg").write_text(SVG.format(title=title))
 
     def _write_models(self, parent: pathlib.Path) -> None:

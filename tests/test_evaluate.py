@@ -135,7 +135,7 @@ def test_the_list_says_what_is_there_and_how_to_get_the_rest(capsys, tmp_path):
         ({"source": None}, "a task needs source"),
         ({"source": "image_folder:{data}/empty"}, "empty has no folders; it must have one for each class"),
         ({"source": "image_folder:{data}/nothing"}, "none of these tasks has its data here"),
-        ({"source": "pictures"}, "'pictures' names no source"),
+        ({"source": "pictures"}, "'pictures' is not a source"),
         ({"name": "../animals"}, "a task's name is letters, digits, _, - and . only, not '../animals'"),
     ],
 )
@@ -192,10 +192,10 @@ def test_what_was_scored_is_kept_when_another_task_fails(run, task_file, tmp_pat
     (tmp_path / "broken.json").write_text(json.dumps({"name": "broken", "kind": "retrieval", "source": "nothing"}))
     assert main([f"--model={run}", f"--tasks={tasks}", f"--data={tmp_path}", f"--output={output}"]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 2 and errors[0].startswith("error: broken: ") and "1.png: no picture" in errors[1]
+    assert len(errors) == 2 and errors[0].startswith("error: broken: ") and "1.png: not an image" in errors[1]
     results = json.loads((output / "results.json").read_text())
     assert results["tasks"].keys() == {"animals"} and results["missing"].keys() == {"torn", "broken"}
-    assert "1.png: no picture" in (output / "report.html").read_text()
+    assert "1.png: not an image" in (output / "report.html").read_text()
 
 
 def test_an_output_that_cannot_be_is_told_before_anything_is_scored(run, tmp_path, capsys):

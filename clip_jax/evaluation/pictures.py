@@ -122,7 +122,7 @@ def read_said(name: str, source: Source) -> list[Said]:
     """
     hosts, host = jax.process_count(), jax.process_index()
     rows = range(len(source) * host // hosts, len(source) * (host + 1) // hosts)
-    said = getattr(source, "said", None)  # of a source that knows without reading the picture
+    said = getattr(source, "metadata", None)  # of a source that need not read the image for it
 
     def read(index: int) -> Said:
         label, captions, image = said(index) if said else _label_and_captions(source[index])

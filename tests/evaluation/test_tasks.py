@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from shards import picture, write_tar
+from shards import image_bytes, write_tar
 
 from clip_jax.data.sources import open_source
 from clip_jax.evaluation.embedding import Embedder
@@ -303,7 +303,7 @@ def test_always_answering_the_largest_class_is_a_baseline_in_each_metric(embedde
 def test_a_table_with_a_row_for_each_caption_is_a_set_of_images(embedder_on, tmp_path):
     captions, rows = {}, ["image,caption"]
     for number in range(6):
-        (tmp_path / f"{number}.png").write_bytes(picture(number))
+        (tmp_path / f"{number}.png").write_bytes(image_bytes(number))
         captions[number] = [f"caption {number} {way}" for way in "ab"]
         rows += [f"{number}.png,{caption}" for caption in captions[number]]
     (tmp_path / "rows.csv").write_text("\n".join(rows))
@@ -321,8 +321,8 @@ def test_copies_and_equal_texts_are_counted(embedder_on, tmp_path):
     for name, number in (("cat", 1), ("dog", 2)):
         (tmp_path / name).mkdir()
         for copy in "ab":
-            (tmp_path / name / f"{copy}.png").write_bytes(picture(number))
-    (tmp_path / "dog/c.png").write_bytes(picture(1))
+            (tmp_path / name / f"{copy}.png").write_bytes(image_bytes(number))
+    (tmp_path / "dog/c.png").write_bytes(image_bytes(1))
     source = f"image_folder:{tmp_path}"
     result = score(embedder_on((1, 1)), colours_task(source=source, class_names=("cat", "dog", "DOG")))
     assert result.notes == [
@@ -350,7 +350,7 @@ def test_copies_and_equal_texts_are_counted(embedder_on, tmp_path):
 def test_clip_benchmarks_layout_brings_names_and_templates(embedder_on, tmp_path):
     members = []
     for number in range(6):
-        members += [(f"s{number}.png", picture(number)), (f"s{number}.cls", str(number % 3).encode())]
+        members += [(f"s{number}.png", image_bytes(number)), (f"s{number}.cls", str(number % 3).encode())]
     (tmp_path / "test").mkdir()
     write_tar(tmp_path / "test/0.tar", members)
     (tmp_path / "classnames.txt").write_text("cat\ndog\nbird\n")
@@ -365,7 +365,7 @@ def test_clip_benchmarks_layout_brings_names_and_templates(embedder_on, tmp_path
 def test_numbers_as_labels_in_json_lines_are_labels(embedder_on, tmp_path):
     lines = []
     for number in range(4):
-        (tmp_path / f"{number}.png").write_bytes(picture(number))
+        (tmp_path / f"{number}.png").write_bytes(image_bytes(number))
         lines.append(json.dumps({"img": f"{number}.png", "label": number % 2, "text": "as Hateful Memes has it"}))
     (tmp_path / "dev.jsonl").write_text("\n".join(lines))
     task = colours_task(
@@ -388,7 +388,7 @@ def test_a_task_that_fails_leaves_the_others_their_results(embedder_on, folders,
     )
     assert [task.name for task in results.tasks] == ["colours"] and told == [0, 1]
     (failed,) = results.missing
-    assert failed.name == "torn" and failed.reason.endswith("torn.png: no picture, or of a format that is not read")
+    assert failed.name == "torn" and failed.reason.endswith("torn.png: not an image, or in an unsupported format")
 
 
 def test_a_probe_that_cannot_be_is_a_note(embedder_on, folders):

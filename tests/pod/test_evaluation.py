@@ -85,7 +85,7 @@ def test_what_one_host_cannot_read_is_told_by_all_and_what_it_knows_is_known_to_
     arguments = [f"--model={trained}", f"--tasks={twice}/tasks.json", f"--output={tmp_path}/out", "--batch-size=24"]
     outputs, codes = start_hosts(*arguments, processes=2, devices=1, caches=tmp_path / "caches")
     assert codes == [2, 2], outputs
-    assert "error: torn: " in outputs[0] and "11.png: no picture" in outputs[0]
+    assert "error: torn: " in outputs[0] and "11.png: not an image" in outputs[0]
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["tasks"]["one"]["metrics"] == results["tasks"]["other"]["metrics"]
     assert not (tmp_path / "caches/1/clip_jax/classifiers").exists()

@@ -9,7 +9,7 @@ import signal
 import numpy as np
 import pytest
 from PIL import Image
-from shards import pair_members, picture, write_shards, write_tar
+from shards import image_bytes, pair_members, write_shards, write_tar
 from trial import SMALL, finish, kill, start, wait_for_step
 
 from clip_jax.data import bad_samples
@@ -40,14 +40,14 @@ def write_worse_shard(folder, every: int) -> str:
 
 
 def test_each_kind_of_bad_sample_is_counted_and_listed_by_name(capsys, tmp_path):
-    small = picture(2, size=1)
+    small = image_bytes(2, size=1)
     Image.new("RGB", (64, 4)).save(tmp_path / "thin.png")
     thin = (tmp_path / "thin.png").read_bytes()
     members = [
         *pair_members(range(51)),
-        *[("a.png", b"nothing"), ("a.txt", b"x"), ("b.png", picture(1)), ("b.txt", b" "), ("c.txt", b"x")],
-        *[("d.png", thin), ("d.txt", b"x"), ("e.png", small), ("e.txt", b"x"), ("../f.png", picture(1))],
-        *[("000001.png", picture(1)), ("000001.txt", b"again")],
+        *[("a.png", b"nothing"), ("a.txt", b"x"), ("b.png", image_bytes(1)), ("b.txt", b" "), ("c.txt", b"x")],
+        *[("d.png", thin), ("d.txt", b"x"), ("e.png", small), ("e.txt", b"x"), ("../f.png", image_bytes(1))],
+        *[("000001.png", image_bytes(1)), ("000001.txt", b"again")],
     ]
     write_tar(tmp_path / "a.tar", members)
     write_tar(tmp_path / "b.tar", pair_members(range(100, 106)))
@@ -80,7 +80,7 @@ def test_each_kind_of_bad_sample_is_counted_and_listed_by_name(capsys, tmp_path)
 
 
 def test_too_many_bad_samples_end_the_run_with_a_line_and_a_checkpoint_that_goes_on(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(bad_samples, "FEWEST_SAMPLES", 100)
+    monkeypatch.setattr(bad_samples, "MIN_SAMPLES", 100)
     source = write_worse_shard(tmp_path, every=5)
     flags = arguments(source, tmp_path / "run", STEPS)
     assert main(flags) == 1
