@@ -15,7 +15,6 @@ from shards import picture, write_tar
 from clip_jax.data.sources import open_source
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.evaluations import Evaluations
-from clip_jax.evaluation.images import Annotation, Images, read_annotations
 from clip_jax.evaluation.measuring import Extras
 from clip_jax.evaluation.metrics import average_precision_11
 from clip_jax.evaluation.task import Task
@@ -402,39 +401,6 @@ def test_a_note_says_why_there_is_no_probe(embedder_on, folders):
     task = colors_task(train="image_folder:{data}/nowhere")
     result = score(embedder, task, folders, linear_probe=True)
     assert result.notes == [f"no linear probe: train: no folder {folders}/nowhere"] and "top_1" in result.metrics
-
-
-def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
-    (tmp_path / "a").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "a/good.png")
-    (tmp_path / "a/torn.png").write_bytes((tmp_path / "a/good.png").read_bytes()[:40])
-    source = open_source(f"image_folder:{tmp_path}")
-    images = Images("folder", source, 8)
-    assert images[0].shape == (8, 8, 3)
-    with pytest.raises(ValueError, match=r"folder: .*torn\.png: "):
-        images[1]
-
-
-def test_annotations_are_in_the_order_of_the_source():
-    source = open_source("emoji:noto/held_out")
-    expected = [Annotation([source[index].label], list(source[index].captions)) for index in range(len(source))]
-    assert read_annotations("emoji", source) == expected
-
-
-def test_cached_images_are_decoded_once(folders, monkeypatch):
-    reads = []
-    images = Images("colors", open_source(f"image_folder:{folders}/test"), 16)
-    monkeypatch.setattr(images, "_read", lambda row: reads.append(row) or np.zeros((16, 16, 3), np.uint8))
-    for _ in range(3):
-        list(images)
-        list(images.select([3, 1]))
-    assert sorted(reads) == list(range(37))
-    monkeypatch.setattr("clip_jax.evaluation.images.CACHE_BYTES", 0)
-    images, before = Images("colors", open_source(f"image_folder:{folders}/test"), 16), len(reads)
-    monkeypatch.setattr(images, "_read", lambda row: reads.append(row) or np.zeros((16, 16, 3), np.uint8))
-    for _ in range(2):
-        list(images)
-    assert len(reads) == before + 2 * 37
 
 
 def test_missing_data_is_reported_with_how_to_get_it(tmp_path):
