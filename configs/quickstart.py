@@ -3,7 +3,7 @@
 python -m clip_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 1,265 CPU seconds; on OpenMoji, never trained on, 25 % top-1 and 45 % top-5 among 1,906 names, against 12 % and 25 % for
-the nearest mean picture (docs/quickstart.md).
+the nearest mean image (docs/quickstart.md).
 """
 
 from clip_jax.config import default_config
