@@ -6,7 +6,7 @@ python -m benchmarks.accelerator --table=runs/accelerator.json
 
 Random data. Each measurement has a process of its own with a deadline, warms up, and takes the median of rounds that
 end when the device is done; ours and open_clip's take turns. Batches double until one does not fit. Ours is measured
-with each remat policy and form of the loss, and without what :mod:`clip_jax.models.backends` chose for the device;
+with each remat policy and form of the loss, and without what :mod:`clip_jax.models.execution` chose for the device;
 open_clip's with and without compiling and gradient checkpointing.
 Before all, one step with cuDNN's attention is compared with one without. Tables go to stdout, and all of it to a JSON
 report, which is written anew after each measurement. With ``--minutes`` the most important comes first, and what was
@@ -39,15 +39,17 @@ from benchmarks.accelerator_report import (
     tables,
     with_shares,
 )
-from clip_jax.config import LOSS_FORMS, REMAT_POLICIES, default_config
+from clip_jax.config import default_config
+from clip_jax.losses.softmax import FORMS
+from clip_jax.models.execution import REMAT_POLICIES
 from clip_jax.models.presets import PRESETS, model_preset
 from clip_jax.settings import DTYPES
 
 MODELS = ("ViT-L/14", "ViT-B/32", "ViT-B/16", "RN50")  # the most important first
 FIRST_BATCH = {"ViT-L/14": 128, "ViT-B/16": 256, "ViT-B/32": 512, "RN50": 256}
 LARGEST_BATCH = 32_768  # the paper's
-LOSSES = tuple(form for form in LOSS_FORMS if form != "auto")  # which is one of the others
-BLOCK_SIZES = (1_024, 4_096, 16_384)  # beside the one that clip_jax.models.backends chose
+LOSSES = tuple(form for form in FORMS if form != "auto")  # which is one of the others
+BLOCK_SIZES = (1_024, 4_096, 16_384)  # beside the one that clip_jax.models.execution chose
 SMALLEST_BATCH = 8
 CHECKED_BATCH = 8
 SMALL_MODEL = "ViT-tiny"
@@ -154,7 +156,7 @@ def steps(model: str) -> list[Duel]:
 
 
 def choices(model: str, batch_size: int | None = None) -> list[Duel]:
-    """Ours without what ``clip_jax.models.backends`` chose for the device, at one batch size."""
+    """Ours without what ``clip_jax.models.execution`` chose for the device, at one batch size."""
     batch_size = batch_size or FIRST_BATCH.get(model, 128)
     taken_back = ({"scan_unroll": 1}, {"fused_attention": False})
     settings = tuple(("clip_jax", {"remat": "lite", "loss": LOSSES[0]} | one) for one in taken_back)

@@ -393,16 +393,14 @@ def our_loss(spec: dict) -> dict:
     import jax.numpy as jnp
 
     from benchmarks.loss import embeddings
+    from clip_jax.losses import default_section, make_loss
     from clip_jax.sharding import make_mesh
-    from clip_jax.training.loss import contrastive_loss
 
-    mesh = make_mesh(1, jax.devices()[:1])
-    form, block_size = spec["setting"]["loss"], spec["setting"].get("block_size", 0)
-
-    def loss(*inputs: jax.Array):
-        return contrastive_loss(*inputs, mesh, form, block_size, "bfloat16")  # as in the default training
-
-    inputs = *map(jnp.array, embeddings(spec["case"]["pairs"], spec["case"]["width"])), jnp.float32(LOGIT_SCALE)
+    section = default_section()
+    section.update(form=spec["setting"]["loss"], block_size=spec["setting"].get("block_size", 0))
+    mesh, pairs = make_mesh(1, jax.devices()[:1]), spec["case"]["pairs"]
+    loss = make_loss(section, mesh, pairs, "bfloat16")  # as in the default training
+    inputs = *map(jnp.array, embeddings(pairs, spec["case"]["width"])), {"logit_scale": jnp.float32(LOGIT_SCALE)}
     function = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)).lower(*inputs).compile()
     result = timed(run_of(function, *inputs), jax.block_until_ready, spec, lambda: program_peak(function))
     return result | {"rate": 1 / result["seconds"], "loss": float(function(*inputs)[0][0])}

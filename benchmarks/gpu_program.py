@@ -26,13 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from clip_jax.config import REMAT_POLICIES, default_config
+from clip_jax.config import default_config
+from clip_jax.losses import default_section, make_loss
 from clip_jax.models import attention, layers
+from clip_jax.models.execution import REMAT_POLICIES
 from clip_jax.planning.hlo import Computation, Instruction, parse_module
 from clip_jax.planning.model_flops import step_flops
 from clip_jax.planning.program import FREE, Walk
 from clip_jax.sharding import batch_sharding, make_mesh, replicated
-from clip_jax.training.loss import contrastive_loss
 from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.state import abstract_state, make_model
 from clip_jax.training.step import make_train_step
@@ -187,13 +188,12 @@ def compile_step(
 def compile_loss(mesh: jax.sharding.Mesh, pairs: int, form: str, block_size: int) -> jax.stages.Compiled:
     """Value and gradients of the loss alone, of embeddings of 768 numbers."""
     embeddings = jax.ShapeDtypeStruct((pairs, 768), jnp.float32, sharding=batch_sharding(mesh))
-    logit_scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
-
-    def loss(*arguments: jax.Array):
-        return contrastive_loss(*arguments, mesh, form, block_size, "bfloat16")  # as in the default training
-
+    scalars = {"logit_scale": jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))}
+    section = default_section()
+    section.update(form=form, block_size=block_size)
+    loss = make_loss(section, mesh, pairs, "bfloat16")  # as in the default training
     function = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
-    return compile_for_gpu(function, embeddings, embeddings, logit_scale)
+    return compile_for_gpu(function, embeddings, embeddings, scalars)
 
 
 def function_of(compiled: jax.stages.Compiled) -> str:

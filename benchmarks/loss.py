@@ -40,15 +40,14 @@ def our_loss(arguments: argparse.Namespace) -> Callable[[], float]:
     import jax
     import jax.numpy as jnp
 
+    from clip_jax.losses import default_section, make_loss
     from clip_jax.sharding import make_mesh
-    from clip_jax.training.loss import contrastive_loss
 
-    mesh = make_mesh(fsdp=1)
-
-    def loss(*inputs: jax.Array):
-        return contrastive_loss(*inputs, mesh, form="blockwise", block_size=arguments.block_size)
-
-    inputs = *map(jnp.array, embeddings(arguments.batch_size, arguments.width)), jnp.float32(LOGIT_SCALE)
+    section = default_section()
+    section.update(form="blockwise", block_size=arguments.block_size)
+    loss = make_loss(section, make_mesh(fsdp=1), arguments.batch_size, "float32")
+    scalars = {"logit_scale": jnp.float32(LOGIT_SCALE)}
+    inputs = *map(jnp.array, embeddings(arguments.batch_size, arguments.width)), scalars
     compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)).lower(*inputs).compile()
 
     def run() -> float:

@@ -14,14 +14,15 @@ from collections.abc import Iterator
 
 import ml_collections
 
+from clip_jax import losses
 from clip_jax.data.settings import DataSettings
 from clip_jax.data.tokenizer import VOCAB_SIZE
 from clip_jax.errors import one_line
 from clip_jax.evaluation.settings import EvaluationSettings
-from clip_jax.models.preprocessing import Preprocessing
-from clip_jax.models.presets import ACTIVATIONS, BATCH_NORMS, RESNET_REDUCTION, ResNetPreset, get_preset
+from clip_jax.models.presets import CLIPPreset, ModelSettings, get_preset, model_preset, preset_from_dict
+from clip_jax.models.presets import problems as model_problems
+from clip_jax.models.towers.base import ImageTower
 from clip_jax.settings import (
-    DTYPES,
     changeable,
     may_change,
     must_be,
@@ -31,10 +32,6 @@ from clip_jax.settings import (
 )
 from clip_jax.sharding import MeshSettings
 from clip_jax.training.optimizer import OptimizerSettings
-
-LOSS_KINDS = ("softmax", "sigmoid")
-LOSS_FORMS = ("auto", "gather", "blockwise")
-REMAT_POLICIES = ("none", "lite", "attention", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +74,25 @@ class ProgressiveResolutionSettings:
     image_size: int = 0  # px, of the first steps' images
     steps: int = 0  # how many steps those are
 
+    def problems(self, vision: ImageTower) -> list[str]:
+        """One line for each value that cannot be used with this image tower."""
+        name, unit = "config.progressive_resolution", vision.side_unit
+        return [
+            *must_be(self.steps >= 0, f"{name}.steps must not be negative"),
+            *must_be(
+                bool(self.image_size) == bool(self.steps),
+                f"{name} needs both image_size and steps, or neither; they are {self.image_size} and {self.steps}",
+            ),
+            *must_be(
+                self.image_size % unit == 0 and 0 <= self.image_size < vision.image_size,
+                f"{name}.image_size={self.image_size} must be a multiple of {unit} below the model's "
+                f"{vision.image_size}",
+            ),
+        ]
+
 
 SECTIONS = {
+    "model": ModelSettings,  # and the fields of the preset
     "optimizer": OptimizerSettings,
     "mesh": MeshSettings,
     "progressive_resolution": ProgressiveResolutionSettings,
@@ -88,39 +102,25 @@ SECTIONS = {
 MAY_CHANGE = {
     *changeable(RunSettings),
     *(f"{section}.{name}" for section, settings in SECTIONS.items() for name in changeable(settings)),
-    "loss.form",
-    "loss.block_size",
-    "model.remat",
-    "model.scan_unroll",
-    "model.fused_attention",
 }
 
 
-def default_config(preset: str) -> ml_collections.ConfigDict:
+def default_config(preset: str | CLIPPreset) -> ml_collections.ConfigDict:
     """The paper's training of this preset (tables 18 to 20), with no data named and no evaluation.
+
+    Args:
+      preset: its name in :data:`clip_jax.models.presets.PRESETS`, or a preset of your own, whose name becomes "custom".
 
     Raises:
       ValueError: the preset is unknown.
     """
+    name, preset = ("custom", preset) if isinstance(preset, CLIPPreset) else (preset, get_preset(preset))
     config = ml_collections.ConfigDict(dataclasses.asdict(RunSettings()))
-    config.model = ml_collections.ConfigDict(dataclasses.asdict(get_preset(preset)))
-    config.model.name = preset
-    config.model.remat = "none"  # or "lite", "attention", "full": how much of a layer the backward pass recomputes
-    config.model.patch_dropout = 0.0  # share of an image's patches that training leaves out, other ones in each step
-    config.model.dtype = "bfloat16"  # of the computation; parameters are float32
-    config.model.scan_unroll = 0  # layers in one step of the scan over layers; 0: by the kind of device
-    config.model.fused_attention = True  # by cuDNN where that can be: on a GPU, in bfloat16; the same function
-
-    config.loss = ml_collections.ConfigDict()
-    config.loss.kind = "softmax"  # the paper's; or "sigmoid", SigLIP's
-    # Of the softmax loss: "gather", or "blockwise" for batches whose similarities do not fit; auto: by their size.
-    config.loss.form = "auto"
-    config.loss.block_size = 0  # of the blockwise form, and of the sigmoid loss; 0: by the kind of device
-
-    for name, section in SECTIONS.items():
-        config[name] = ml_collections.ConfigDict(dataclasses.asdict(section()))
-    if isinstance(get_preset(preset).vision, ResNetPreset):
-        config.optimizer.update(beta2=0.999, epsilon=1e-8)
+    for section, settings in SECTIONS.items():
+        config[section] = ml_collections.ConfigDict(dataclasses.asdict(settings()))
+    config.model.update(dataclasses.asdict(preset), name=name)
+    config.optimizer.update(preset.vision.optimizer_defaults)
+    config.loss = losses.default_section()  # kind, "softmax", and each loss's keys: see the classes in clip_jax.losses
     config.lock()
     return config
 
@@ -193,121 +193,47 @@ def override(config: ml_collections.ConfigDict, name: str, text: str) -> None:
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Checks all that can be known without data and devices, and reports all that is wrong together.
+    """Checks all that can be known without data and devices, and reports all mistakes together.
 
     Raises:
-      ValueError: one line for each mistake: which key, what is wrong, the mend.
+      ValueError: one line for each mistake: which key, what is wrong, how to fix it.
     """
-    problems = []
-
-    def check(condition: bool, problem: str) -> None:
-        if not condition:
-            problems.append(problem)
-
-    def check_transformer(tower: str, part: ml_collections.ConfigDict) -> None:
-        prefix = f"config.model.{tower}"
-        check(part.width % part.num_heads == 0, f"{prefix}.num_heads={part.num_heads} must divide width={part.width}")
-        check(
-            round(part.width * part.mlp_ratio) > 0,
-            f"{prefix}.mlp_ratio={part.mlp_ratio} leaves nothing of width={part.width}",
-        )
-        check(
-            part.activation in ACTIVATIONS,
-            f"{prefix}.activation={part.activation!r} must be one of {', '.join(ACTIVATIONS)}",
-        )
-
-    def check_resnet(vision: ml_collections.ConfigDict) -> None:
-        prefix, channels = "config.model.vision", RESNET_REDUCTION * vision.width
-        check(
-            vision.image_size % RESNET_REDUCTION == 0,
-            f"{prefix}.image_size={vision.image_size} must be a multiple of {RESNET_REDUCTION}",
-        )
-        check(vision.width % 2 == 0, f"{prefix}.width={vision.width} must be even: the stem starts with half of it")
-        check(
-            channels % vision.num_heads == 0,
-            f"{prefix}.num_heads={vision.num_heads} must divide the last stage's {channels} channels",
-        )
-        check(
-            len(vision.stage_sizes) == 4 and min(vision.stage_sizes) > 0,
-            f"{prefix}.stage_sizes={vision.stage_sizes} must be four positive numbers",
-        )
-        check(
-            vision.batch_norm in BATCH_NORMS,
-            f"{prefix}.batch_norm={vision.batch_norm!r} must be one of {', '.join(BATCH_NORMS)}",
-        )
-
-    def check_progressive_resolution(resnet: bool) -> None:
-        first, whole = config.progressive_resolution, config.model.vision.image_size
-        name = "config.progressive_resolution"
-        unit = RESNET_REDUCTION if resnet else config.model.vision.patch_size
-        check(first.steps >= 0, f"{name}.steps must not be negative")
-        check(
-            bool(first.image_size) == bool(first.steps),
-            f"{name} needs both image_size and steps, or neither; they are {first.image_size} and {first.steps}",
-        )
-        check(
-            first.image_size % unit == 0 and 0 <= first.image_size < whole,
-            f"{name}.image_size={first.image_size} must be a multiple of {unit} below the model's {whole}",
-        )
-
-    model, data = config.model, config.data
-    infinite = [
-        name
-        for name, value in flatten(config).items()
-        if any(
-            isinstance(one, float) and not math.isfinite(one) for one in (value if type(value) is tuple else [value])
-        )
-    ]
+    infinite = [name for name, value in flatten(config).items() if not _is_finite(value)]
     if infinite:
         raise ValueError("\n".join(f"config.{name} must be a finite number" for name in infinite))
-    problems += [
+    problems = [
         *read_section(RunSettings, config).problems(),
-        *read_section(DataSettings, data).problems(),
-        *read_section(OptimizerSettings, config.optimizer).problems(),
-        *read_section(MeshSettings, config.mesh).problems(),
-        *read_section(EvaluationSettings, config.evaluation).problems(),
+        *(
+            problem
+            for name, section in SECTIONS.items()
+            if name not in ("model", "progressive_resolution")  # their checks need both towers
+            for problem in read_section(section, config[name]).problems()
+        ),
+        *losses.problems(config.loss),
+        *_model_problems(config),
     ]
-    for key in ("model.scan_unroll", "loss.block_size"):
-        check(flatten(config)[key] >= 0, f"config.{key} must not be negative")
-    check(model.dtype in DTYPES, f"config.model.dtype={model.dtype!r} must be one of {', '.join(DTYPES)}")
-    check(
-        model.remat in REMAT_POLICIES, f"config.model.remat={model.remat!r} must be one of {', '.join(REMAT_POLICIES)}"
-    )
-    check(
-        config.loss.kind in LOSS_KINDS, f"config.loss.kind={config.loss.kind!r} must be one of {', '.join(LOSS_KINDS)}"
-    )
-    check(
-        config.loss.form in LOSS_FORMS, f"config.loss.form={config.loss.form!r} must be one of {', '.join(LOSS_FORMS)}"
-    )
-    problems += read_section(Preprocessing, model.preprocessing).problems(model.vision.image_size)
-    may_be_zero = ("scan_unroll", "preprocessing.resize_size", "preprocessing.fill_color")
-    sizes = {name: value for name, value in flatten(model).items() if type(value) is int and name not in may_be_zero}
-    too_small = [f"config.model.{name}={value} must be positive" for name, value in sizes.items() if value <= 0]
-    problems.extend(too_small)
-    if not too_small:
-        vision, text = model.vision, model.text
-        check(
-            text.vocab_size >= VOCAB_SIZE,
-            f"config.model.text.vocab_size={text.vocab_size} must be at least the tokenizer's {VOCAB_SIZE}",
-        )
-        check(text.context_length >= 2, "config.model.text.context_length must hold the two markers at least")
-        check(0 <= model.patch_dropout < 1, f"config.model.patch_dropout={model.patch_dropout} must be in [0, 1)")
-        if "stage_sizes" in vision:
-            check_resnet(vision)
-            check(
-                not model.patch_dropout,
-                "config.model.patch_dropout: a ResNet has no patches to leave out",
-            )
-        else:
-            check(
-                vision.image_size % vision.patch_size == 0,
-                f"config.model.vision.patch_size={vision.patch_size} must divide image_size={vision.image_size}",
-            )
-            check_transformer("vision", vision)
-        check_transformer("text", text)
-        check_progressive_resolution("stage_sizes" in vision)
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def _is_finite(value: object) -> bool:
+    numbers = value if isinstance(value, tuple) else (value,)
+    return all(math.isfinite(number) for number in numbers if isinstance(number, float))
+
+
+def _model_problems(config: ml_collections.ConfigDict) -> list[str]:
+    """What is wrong with the model, with its vocabulary for our tokenizer, and with its images' first sizes."""
+    problems = model_problems(config.model)
+    in_vision = any(problem.startswith("config.model.vision") for problem in problems)
+    vocab_size = config.model.text.get("vocab_size", VOCAB_SIZE)  # a section that lacks it is reported above
+    problems += must_be(
+        vocab_size >= VOCAB_SIZE,
+        f"config.model.text.vocab_size={vocab_size} must be at least the tokenizer's {VOCAB_SIZE}",
+    )
+    if not in_vision:
+        first = read_section(ProgressiveResolutionSettings, config.progressive_resolution)
+        problems += first.problems(model_preset(config).vision)
+    return problems
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:
@@ -328,12 +254,17 @@ def check_same_run(config: ml_collections.ConfigDict, saved: dict, where: str) -
     now = flatten(ml_collections.ConfigDict(json.loads(to_json(config))))  # JSON knows no tuples
     before = flatten(ml_collections.ConfigDict(saved))
     # Keys missing from an older config take their defaults. Keys that no longer exist are ignored.
-    defaults = flatten(ml_collections.ConfigDict(json.loads(to_json(default_config(config.model.name)))))
+    try:
+        default = default_config(preset_from_dict(saved["model"]))
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{where} holds a run of an unknown model ({error}); choose another --workdir") from None
+    defaults = flatten(ml_collections.ConfigDict(json.loads(to_json(default))))
     before |= {name: defaults[name] for name in now.keys() & defaults.keys() if name not in before}
+    may_change = MAY_CHANGE | {f"loss.{key}" for key in losses.keys_that_may_change()}
     different = [
         f"{name} was {before[name]!r} and is {now[name]!r}"
         for name in sorted(now.keys() & before.keys())
-        if now[name] != before[name] and name not in MAY_CHANGE
+        if now[name] != before[name] and name not in may_change
     ]
     if different:
         raise ValueError(f"{where} holds a run of another config ({'; '.join(different)}); choose another --workdir")

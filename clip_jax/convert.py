@@ -13,8 +13,8 @@ import os
 import shlex
 
 from clip_jax.command_line import DONE, Parser, command, report, run, set_up_logging
+from clip_jax.models.activations import ACTIVATIONS
 from clip_jax.models.preprocessing import Preprocessing
-from clip_jax.models.presets import ACTIVATIONS
 
 PROGRAM = "python -m clip_jax.convert"
 USES = {
@@ -39,7 +39,7 @@ def open_clip_arguments(name: str) -> str | None:
     return json.dumps(theirs if with_gelu else f"{theirs}-quickgelu")
 
 
-def use_of(name: str, with_logit_bias: bool, preprocessing: Preprocessing, destination: str, to: str) -> str:
+def use_of(name: str, params: dict, preprocessing: Preprocessing, destination: str, to: str) -> str:
     """How to use the model of this name that was written, in a line."""
     path = json.dumps(destination, ensure_ascii=False)[1:-1]  # as it is between quotes
     if not (to == "open_clip" and destination.endswith(".safetensors")):
@@ -49,10 +49,9 @@ def use_of(name: str, with_logit_bias: bool, preprocessing: Preprocessing, desti
         paths = shlex.join([destination, destination.removesuffix(".safetensors")])
         lacks = "name for it" if arguments is None else "argument for the color of its padding"
         return f"open_clip has no {lacks} and needs a folder: python -m clip_jax.convert {paths} --to=open_clip"
-    if with_logit_bias:
-        from clip_jax.models.clip import SIGMOID_INITIAL_LOGIT_BIAS
+    from clip_jax.weights.open_clip import constructor_arguments
 
-        arguments += f", init_logit_bias={SIGMOID_INITIAL_LOGIT_BIAS:g}"  # what makes open_clip's model have one
+    arguments += "".join(f", {key}={value:g}" for key, value in constructor_arguments(params).items())
     for field in dataclasses.fields(preprocessing):
         if (value := getattr(preprocessing, field.name)) != field.default:
             arguments += f", image_{field.name}={json.dumps(value) if isinstance(value, str) else value}"
@@ -92,8 +91,8 @@ def main(argv: list[str], program: str) -> int:
         report("note", weights.note)
     write_weights(weights, arguments.destination, arguments.to)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(weights.variables["params"]))
-    name, with_logit_bias = preset_name(weights.preset), "logit_bias" in weights.variables["params"]
-    use = use_of(name, with_logit_bias, weights.preset.preprocessing, arguments.destination, arguments.to)
+    name, params = preset_name(weights.preset), weights.variables["params"]
+    use = use_of(name, params, weights.preset.preprocessing, arguments.destination, arguments.to)
     print(f"{name}, {parameters:,} parameters, from {weights.format} to {arguments.destination}")
     print(f"Use it:  {use}")
     return DONE

@@ -28,7 +28,7 @@ from clip_jax.command_line import (
     start_distributed,
 )
 from clip_jax.evaluation.results import MissingTask, Results, main_metric, write_results
-from clip_jax.models.presets import ACTIVATIONS, CLIPPreset
+from clip_jax.models.activations import ACTIVATIONS
 
 if TYPE_CHECKING:
     from clip_jax.loading import LoadedModel
@@ -147,7 +147,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if first_host and results.tasks:
         print(f"\n{results.table()}")
         if output:
-            history, facts = _facts(arguments.model, model.preset)
+            history, facts = _facts(arguments.model, dataclasses.asdict(model.preset))
             facts["evaluation_time"] = f"{progress.seconds():,.1f}s"
             write_results(output, results)
             write_report(output, results, history, provenance=provenance("clip_jax.evaluate", arguments.given, **facts))
@@ -187,15 +187,15 @@ class _Progress:
             write_results(self._output, results)
 
 
-def _facts(model: str, preset: CLIPPreset) -> tuple[list[dict[str, float]], dict[str, str]]:
-    """Returns a run's metrics, and its steps, training time and config; for other weights the preset only."""
+def _facts(model: str, description: dict) -> tuple[list[dict[str, float]], dict[str, str]]:
+    """Returns a run's metrics, and its steps, training time and config; for other weights the description only."""
     from clip_jax.run_folder import read_config
     from clip_jax.training.metrics import format_duration, read_metrics, training_seconds
 
     run = epath.Path(model)
     config = read_config(run) if (run / "checkpoints").exists() else None
     if config is None:
-        return [], {"model": model, "config": json.dumps(dataclasses.asdict(preset), indent=2)}
+        return [], {"model": model, "config": json.dumps(description, indent=2)}
     facts = {"model": model, "config": json.dumps(config, indent=2)}
     steps = [int(entry.name) for entry in (run / "checkpoints").iterdir() if entry.name.isdecimal()]
     if steps:

@@ -1,5 +1,6 @@
 """Loads a trained model as a Python object that embeds images and texts, and classifies images by labels."""
 
+import dataclasses
 import itertools
 import logging
 import os
@@ -9,7 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -18,12 +18,12 @@ from clip_jax.data.tokenizer import VOCAB_SIZE, tokenize
 from clip_jax.errors import one_line
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.zero_shot import classifier_weights
-from clip_jax.models.backends import backend_of
-from clip_jax.models.clip import CLIP
-from clip_jax.models.presets import CLIPPreset, ResNetPreset
+from clip_jax.models.clip import CLIP, loss_parameters_of
+from clip_jax.models.execution import choose_execution
+from clip_jax.models.presets import CLIPPreset
 from clip_jax.models.transformer import unstack_layers
 from clip_jax.settings import DTYPES
-from clip_jax.sharding import batch_sharding, make_mesh
+from clip_jax.sharding import make_mesh
 from clip_jax.training.state import place_variables
 from clip_jax.weights import Weights, digest_of, preset_name, read_weights
 
@@ -65,14 +65,12 @@ class LoadedModel:
 
     def __init__(self, weights: Weights, batch_size: int, dtype: str, preprocessing: str = PREPROCESSINGS[0]):
         mesh = make_mesh(fsdp=1)
+        execution = choose_execution(mesh, weights.preset.fused_head_widths, dtype)
         model = CLIP(
             weights.preset,
-            scan_layers=False,
-            # The bias of a sigmoid loss is kept. It is the same for all labels, so it changes no ranking.
-            initial_logit_bias=0.0 if "logit_bias" in weights.variables["params"] else None,
-            dtype=jnp.dtype(dtype),
-            batch_sharding=batch_sharding(mesh),
-            **backend_of(mesh.devices.flat[0]).model_options(weights.preset, dtype),
+            dataclasses.replace(execution, scan_layers=False),
+            # Only logit_scale is used. The others, such as a bias, are the same for all labels; they are kept.
+            loss_parameters=loss_parameters_of(weights.variables["params"]),
         )
         variables = place_variables(unstack_layers(weights.variables), model, mesh)
         self.preset = weights.preset
@@ -84,10 +82,7 @@ class LoadedModel:
 
     def __repr__(self) -> str:
         vision, text = self.preset.vision, self.preset.text
-        tower = (
-            "ResNet" if isinstance(vision, ResNetPreset) else f"Vision Transformer with patches of {vision.patch_size}"
-        )
-        name = f"{self.name} ({tower})" if self.name == "custom" else self.name
+        name = f"{self.name} ({vision.title})" if self.name == "custom" else self.name
         parameters = sum(leaf.size for leaf in jax.tree.leaves(self._variables["params"]))
         return (
             f"<clip_jax model {name}: {parameters:,} parameters, images {vision.image_size} x {vision.image_size}, "

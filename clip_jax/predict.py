@@ -18,7 +18,7 @@ from clip_jax.command_line import DONE, FAILED, MISTAKE, Parser, command, report
 from clip_jax.data.image_files import find_image_files
 from clip_jax.data.images import MAX_ASPECT_RATIO, MAX_PIXELS
 from clip_jax.errors import printable, reason
-from clip_jax.models.presets import ACTIVATIONS
+from clip_jax.models.activations import ACTIVATIONS
 
 PROGRAM = "python -m clip_jax.predict"
 SHOWN = 3  # names that a line lists

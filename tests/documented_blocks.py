@@ -38,9 +38,11 @@ BLOCKS = (
     Run("README.md", "python -m clip_jax.evaluate", writes=("evaluations/b32/report.html",)),
     Run("README.md", "python -m clip_jax.convert", writes=("vit_b32/config.json", "vit_l14_hf/model.safetensors")),
     Run("README.md", "import clip_jax"),
+    Skip("docs/design.md", "import dataclasses", "tests/extending/test_adding_a_tower.py trains with it"),
     Run("docs/data.md", "python -m clip_jax.main --config=configs/vit_b32.py"),
     Run("docs/data.md", "python -m clip_jax.prepare inspect", writes=("pairs.html",)),
     Run("docs/data.md", "python -m clip_jax.prepare openclipart", writes=("data/openclipart/manifest.json",)),
+    Skip("docs/design.md", '"""The paper', "tests/losses/test_adding_a_loss.py trains with it"),
     Run("docs/evaluation.md", "python -m clip_jax.evaluate", writes=("evaluations/both/comparison.html",)),
     Skip("docs/pods.md", "pip install", "needs libtpu, which tests do without; tests/test_plan.py tries the command"),
     Run(

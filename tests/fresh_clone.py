@@ -17,6 +17,7 @@ import pyarrow.parquet
 from goldens import unpack
 from PIL import Image
 from shards import pair_members, picture, write_tar
+from trial import QUICK_COMPILATION
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 DEADLINE = 300  # seconds for one block
@@ -33,9 +34,10 @@ def get_config():
     config.evaluation.tasks = config.evaluation.tasks and "emoji_unseen_both"
     for name in config.data.augmentation:
         config.data.augmentation[name] = 0.0
-    config.optimizer.warmup_steps = 1
     config.data.num_workers = 0
-    config.model.update(embed_dim=16, dtype="float32", scan_unroll=1)
+    # The same in all, so that models of the same shape have the same program, which is then compiled once.
+    config.optimizer.update(warmup_steps=1, learning_rate=1e-3)
+    config.model.update(embed_dim=16, dtype="float32", scan_unroll=1, remat="none")
     # OpenAI's format has heads 64 wide; a pod of processes on busy cores is slow to add up the gradients of so many.
     width = 16 if config.model.name == "ViT-tiny" else 64
     config.model.text.update(width=width, num_layers=1, num_heads=1, context_length=16)
@@ -81,6 +83,7 @@ class Clone:
         self._write_programs(parent / "bin")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "PYTHON", "XLA"))}
         self.environment = kept | {
+            "XLA_FLAGS": QUICK_COMPILATION,
             "HOME": str(self.home),
             "XDG_CACHE_HOME": str(self.home / ".cache"),
             "PATH": f"{parent / 'bin'}:{os.environ['PATH']}",

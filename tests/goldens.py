@@ -13,7 +13,10 @@ from safetensors.numpy import load_file
 
 from clip_jax.models.clip import CLIP, normalize_images
 from clip_jax.models.preprocessing import Preprocessing
-from clip_jax.models.presets import CLIPPreset, ResNetPreset, TextTransformerPreset, VisionTransformerPreset
+from clip_jax.models.presets import CLIPPreset
+from clip_jax.models.towers.resnet import ResNetPreset
+from clip_jax.models.towers.text_transformer import TextTransformerPreset
+from clip_jax.models.towers.vision_transformer import VisionTransformerPreset
 from clip_jax.weights import Weights
 from clip_jax.weights.tensor_files import read_tensors
 

@@ -6,7 +6,8 @@ import torch
 import transformers
 from clip import model as openai
 
-from clip_jax.models.presets import CLIPPreset, ResNetPreset
+from clip_jax.models.presets import CLIPPreset
+from clip_jax.models.towers.resnet import ResNetPreset
 from clip_jax.weights import huggingface
 from clip_jax.weights import open_clip as open_clip_files
 

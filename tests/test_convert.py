@@ -84,17 +84,17 @@ def test_a_conversion_says_what_the_model_is_and_how_to_use_it(
 
 
 @pytest.mark.parametrize(
-    ("name", "bias", "arguments"),
+    ("name", "params", "arguments"),
     [
-        ("ViT-B/32", False, '"ViT-B-32-quickgelu"'),
-        ("ViT-L/14@336 with gelu", False, '"ViT-L-14-336"'),
-        ("RN50x4", False, '"RN50x4-quickgelu"'),
-        ("ViT-S/16", False, '"ViT-S-16", force_quick_gelu=True'),
-        ("ViT-S/16 with gelu", True, '"ViT-S-16", init_logit_bias=-10'),
+        ("ViT-B/32", {}, '"ViT-B-32-quickgelu"'),
+        ("ViT-L/14@336 with gelu", {}, '"ViT-L-14-336"'),
+        ("RN50x4", {}, '"RN50x4-quickgelu"'),
+        ("ViT-S/16", {}, '"ViT-S-16", force_quick_gelu=True'),
+        ("ViT-S/16 with gelu", {"logit_bias": -9.5}, '"ViT-S-16", init_logit_bias=-10'),
     ],
 )
-def test_a_file_for_open_clip_is_used_by_open_clips_name(name, bias, arguments):
-    use = use_of(name, bias, Preprocessing(), 'a "b.safetensors', "open_clip")
+def test_a_file_for_open_clip_is_used_by_open_clips_name(name, params, arguments):
+    use = use_of(name, params, Preprocessing(), 'a "b.safetensors', "open_clip")
     assert use == f'open_clip.create_model_and_transforms({arguments}, pretrained="a \\"b.safetensors")'
 
 

@@ -17,10 +17,11 @@ import clip_jax
 from clip_jax.data.tokenizer import tokenize
 from clip_jax.loading import LoadedModel
 from clip_jax.models.clip import CLIP, example_inputs
-from clip_jax.models.presets import PRESETS, CLIPPreset, TextTransformerPreset, VisionTransformerPreset
+from clip_jax.models.presets import PRESETS, CLIPPreset
+from clip_jax.models.towers.text_transformer import TextTransformerPreset
+from clip_jax.models.towers.vision_transformer import VisionTransformerPreset
 from clip_jax.weights import Weights
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 PRESET = CLIPPreset(
     16,
     VisionTransformerPreset(image_size=16, patch_size=8, width=16, num_layers=1, num_heads=2),
@@ -41,7 +42,7 @@ def random_model(preset=PRESET, dtype="float32"):
 
 
 @pytest.fixture(scope="module")
-def model(quick_compilation):
+def model():
     return random_model()
 
 
@@ -286,7 +287,7 @@ def test_bfloat16_computes_in_it_and_returns_float32(model):
     np.testing.assert_allclose(embeddings, model.encode_image(PIXELS), rtol=0, atol=0.02)
 
 
-def test_any_number_of_labels_and_pictures_compiles_a_few_programs(quick_compilation, caplog):
+def test_any_number_of_labels_and_pictures_compiles_a_few_programs(caplog):
     model = random_model()  # with batches of 64, on eight devices: 8 or 64 rows
     words = " ".join(["word"] * 30)
     caplog.set_level(logging.DEBUG, "jax")
@@ -306,7 +307,7 @@ def test_a_model_of_a_published_architecture_is_called_by_its_name(name):
     assert repr(model).startswith(f"<clip_jax model {name}: 0 parameters, images ")
 
 
-def test_a_model_whose_vocabulary_is_not_the_tokenizers_takes_tokens_alone(quick_compilation):
+def test_a_model_whose_vocabulary_is_not_the_tokenizers_takes_tokens_alone():
     model = random_model(dataclasses.replace(PRESET, text=dataclasses.replace(PRESET.text, vocab_size=100)))
     for call in (model.encode_text, model.tokenize):
         with pytest.raises(ValueError, match="vocabulary of 100"):

@@ -251,8 +251,7 @@ def test_a_transparent_image_is_the_same_by_path_and_as_a_pillow_image(run):
     np.testing.assert_array_equal(by_path, white)
 
 
-def test_one_label_and_one_template_are_not_split_into_letters(run):
-    model = clip_jax.load(run / "run")
+def test_one_label_and_one_template_are_not_split_into_letters(run, model):
     np.testing.assert_array_equal(model.classify(run / "photo.png", "cat", "a {}"), [[1]])
     images = (path for path in [run / "photo.png"] * 2)
     labels = (label for label in ["cat", "dog", "house"])
@@ -264,13 +263,12 @@ def test_one_label_and_one_template_are_not_split_into_letters(run):
     [np.zeros((0, 0, 3), np.uint8), np.zeros((4, 4, 3)), np.zeros((4, 4, 2), np.uint8), Image.new("RGB", (0, 5))],
     ids=["empty array", "floats", "two channels", "empty image"],
 )
-def test_an_invalid_image_is_refused(run, image):
+def test_an_invalid_image_is_refused(model, image):
     with pytest.raises(ValueError, match="image"):
-        clip_jax.load(run / "run").encode_image([image])
+        model.encode_image([image])
 
 
-def test_a_loaded_model_takes_texts_or_tokens(run):
-    model = clip_jax.load(run / "run", batch_size=2)
+def test_a_loaded_model_takes_texts_or_tokens(model):
     length = model.preset.text.context_length
     tokens = clip_jax.tokenize(["a cat", "a dog", "a house"], length)
     by_text = model.encode_text(["a cat", "a dog", "a house"])

@@ -2,8 +2,8 @@
 
 Training uses the paper's only augmentation, a random square crop (section 2.4 of arXiv 2103.00020), unless an
 :class:`~clip_jax.data.augmentation.Augmentation` asks for more; it resizes only what the crop keeps, and decodes large
-JPEGs at a lower resolution. Evaluation resizes and crops as a model's :class:`~clip_jax.models.presets.Preprocessing`
-says, by default as OpenAI's.
+JPEGs at a lower resolution. Evaluation resizes and crops as a model's
+:class:`~clip_jax.models.preprocessing.Preprocessing` says, by default as OpenAI's.
 """
 
 import contextlib

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from clip_jax.data.tokenizer import tokenize
 from clip_jax.evaluation.images import all_gather_objects, raise_first
 from clip_jax.models.clip import CLIP, normalize_images
-from clip_jax.models.presets import ResNetPreset
 from clip_jax.sharding import batch_sharding, replicated
 
 TOKENS_UNIT = 8  # texts are padded to a multiple of it, so that few lengths have to be compiled
@@ -33,8 +32,7 @@ class Embedder:
         self._batch_size = -(-batch_size // mesh.size) * mesh.size
         self._context_length = model.preset.text.context_length
         preprocessing = model.preset.preprocessing
-        # The classifier of the paper's linear probe takes what a Vision Transformer's projection takes (section A.3).
-        last = "vision" if isinstance(model.preset.vision, ResNetPreset) else "ln_post"
+        last = model.preset.vision.feature_layer
 
         def image_features(variables: dict, images: jax.Array) -> jax.Array:
             _, captured = model.apply(
@@ -80,10 +78,9 @@ class Embedder:
         return self._in_batches(self._encode_image, images)
 
     def image_features(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """The same to what a linear probe sees, float32 ``[M, W]``, not of unit length.
+        """Returns the features used by a linear probe, float32 ``[M, W]``, not of unit length.
 
-        Of a Vision Transformer that is the class token before the projection; of a ResNet, whose attention pool ends
-        with it, the embedding itself.
+        They are the output of the image tower's ``feature_layer``.
         """
         return self._in_batches(self._image_features, images)
 

@@ -17,8 +17,6 @@ Parts = tuple[jax.Array, ...]  # of sequences that attend to one another as if t
 class QueryKeyValue(Linear):
     """The projections ``[W, 3 * W]`` of a block, split into heads as :func:`attention` or the fused one takes them."""
 
-    for_fused_attention: bool = False
-
     @nn.compact
     def __call__(self, x: jax.Array, num_heads: int, which: Sequence[int] = (0, 1, 2)) -> Parts:
         """``[B, L, W]`` to those of query (0), key (1) and value (2) that are asked for, ``[B, heads, D, L]`` each.
@@ -26,20 +24,18 @@ class QueryKeyValue(Linear):
         For fused attention they are ``[B, L, heads, D]``.
         """
         kernel, bias = self.parameters(x.shape[-1])
-        split = into_heads_by_position if self.for_fused_attention else into_heads
+        split = into_heads_by_position if self.execution.fused_attention else into_heads
         projected = split(x, kernel, bias, num_heads, which)
-        return tuple(checkpoint_name(shard_batch(y, self.batch_sharding), "qkv") for y in projected)
+        return tuple(checkpoint_name(shard_batch(y, self.execution), "qkv") for y in projected)
 
 
 class AttentionOutput(Linear):
     """A linear layer over all heads' features, from what either form of attention returns to ``[B, L, features]``."""
 
-    for_fused_attention: bool = False
-
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """From ``[B, heads, D, L]``, or from ``[B, L, heads, D]`` for fused attention."""
-        if self.for_fused_attention:
+        if self.execution.fused_attention:
             x = x.reshape(*x.shape[:2], -1)  # [B, L, heads * D]
             kernel, bias = self.parameters(x.shape[-1])
             y = matrix_product(x, kernel) + bias
@@ -47,10 +43,10 @@ class AttentionOutput(Linear):
             _, num_heads, head_width, _ = x.shape
             kernel, bias = self.parameters(num_heads * head_width)
             y = out_of_heads(x, kernel.reshape(num_heads, head_width, -1)) + bias
-        return checkpoint_name(shard_batch(y, self.batch_sharding), "attention_output")
+        return checkpoint_name(shard_batch(y, self.execution), "attention_output")
 
 
-# On CPU products are of plain matrices, as in ``layers.matrix_product``.
+# On CPU products are of plain matrices, as in ``layers.matrix_product`` and chosen where it is, for the same reason.
 
 
 def into_heads(x: jax.Array, kernel: jax.Array, bias: jax.Array, num_heads: int, which: Sequence[int]) -> Parts:
@@ -151,6 +147,7 @@ def _mix(exponentials: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Arra
         return exponentials * value.astype(jnp.float32), exponentials
     if exponentials.shape[3] == 1:
         return summed(exponentials, value)
+    # Chosen where the program is lowered, as in ``layers.matrix_product``.
     return jax.lax.platform_dependent(exponentials, value, cpu=summed, default=with_ones)
 
 

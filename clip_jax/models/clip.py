@@ -1,23 +1,15 @@
 """CLIP: an image tower and a text tower into one space, and the temperature between them."""
 
-import dataclasses
 import math
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from clip_jax.models.execution import Execution
 from clip_jax.models.preprocessing import Preprocessing
-from clip_jax.models.presets import CLIPPreset, ResNetPreset
-from clip_jax.models.resnet import ResNet
-from clip_jax.models.text_transformer import TextTransformer
-from clip_jax.models.vision_transformer import VisionTransformer
-
-INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
-MAX_LOGIT_SCALE = math.log(100)
-# Where SigLIP's temperature and bias start (arXiv 2303.15343, section 3.2).
-SIGMOID_INITIAL_LOGIT_SCALE = math.log(10)
-SIGMOID_INITIAL_LOGIT_BIAS = -10.0
+from clip_jax.models.presets import CLIPPreset
 
 
 def normalize_images(images: jax.Array, preprocessing: Preprocessing) -> jax.Array:
@@ -39,52 +31,28 @@ def example_inputs(preset: CLIPPreset) -> tuple[jax.ShapeDtypeStruct, jax.ShapeD
     return jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32), jax.ShapeDtypeStruct((1, length), jnp.int32)
 
 
-class CLIP(nn.Module):
-    """Both towers; parameters float32, computation in ``dtype``.
+def loss_parameters_of(params: dict) -> tuple[tuple[str, float], ...]:
+    """``CLIP.loss_parameters`` of a model with these ``params``, whose values make the initial values irrelevant."""
+    return tuple((name, 0.0) for name, leaf in params.items() if not isinstance(leaf, Mapping))
 
-    ``remat``, of all scanned layers but the last, is "none", "full" to recompute each in the backward pass,
-    "attention" to do so but for what attention gave, or "lite" to recompute only what is cheap (in a ResNet all three
-    are "full"). ``scan_unroll`` is how many layers a scan step holds (1 compiles fastest; all of them let XLA work
-    across layers, which pays for small models on CPU).
-    Without ``scan_layers`` each layer of a transformer has parameters of its own (``unstack_layers``): a scan copies a
-    layer's parameters out of the stack at each step, which costs more than it saves where nothing is trained.
-    ``class_token_apart`` carries a Vision Transformer's class token beside its patches, which is the same function and
-    what a TPU is faster with; ``fused_attention`` is the same function by cuDNN, for GPUs, in bfloat16
-    (:mod:`clip_jax.models.backends` chooses both). ``batch_sharding`` says how the first axis of every activation is
-    split over devices; None leaves it open. With an ``initial_logit_bias`` there is a parameter ``logit_bias``, for the
-    sigmoid loss.
+
+class CLIP(nn.Module):
+    """The two towers of ``preset``, computed as ``execution`` says, and the temperature; parameters are float32.
+
+    ``loss_parameters`` are the names and initial values of the float32 scalars that the loss learns
+    (:mod:`clip_jax.losses`), by default those of the published models; the model only keeps them.
     """
 
     preset: CLIPPreset
-    remat: str = "none"
-    scan_layers: bool = True
-    scan_unroll: int = 1
-    class_token_apart: bool = False
-    fused_attention: bool = False
-    initial_logit_scale: float = INITIAL_LOGIT_SCALE
-    initial_logit_bias: float | None = None
-    dtype: jnp.dtype = jnp.float32
-    batch_sharding: jax.sharding.Sharding | None = None
+    execution: Execution = Execution()
+    loss_parameters: tuple[tuple[str, float], ...] = (("logit_scale", math.log(1 / 0.07)),)
 
     def setup(self):
-        shared = {
-            "embed_dim": self.preset.embed_dim,
-            "remat": self.remat,
-            "scan_unroll": self.scan_unroll,
-            "dtype": self.dtype,
-            "batch_sharding": self.batch_sharding,
+        self.vision = self.preset.vision.build(self.preset.embed_dim, self.execution)
+        self.text = self.preset.text.build(self.preset.embed_dim, self.execution)
+        self.scalars = {
+            name: self.param(name, nn.initializers.constant(initial), ()) for name, initial in self.loss_parameters
         }
-
-        layers = {"scan_layers": self.scan_layers, "fused_attention": self.fused_attention}
-        if isinstance(self.preset.vision, ResNetPreset):
-            self.vision = ResNet(**dataclasses.asdict(self.preset.vision), **shared)
-        else:
-            apart = {"class_token_apart": self.class_token_apart}
-            self.vision = VisionTransformer(**dataclasses.asdict(self.preset.vision), **shared, **layers, **apart)
-        self.text = TextTransformer(**dataclasses.asdict(self.preset.text), **shared, **layers)
-        self.logit_scale = self.param("logit_scale", nn.initializers.constant(self.initial_logit_scale), ())
-        if self.initial_logit_bias is not None:
-            self.logit_bias = self.param("logit_bias", nn.initializers.constant(self.initial_logit_bias), ())
 
     def encode_image(self, images: jax.Array, train: bool = False, kept_patches: jax.Array | None = None) -> jax.Array:
         """Normalised images ``[B, S, S, 3]`` to image_embeddings float32 ``[B, embed_dim]`` of unit length.
@@ -106,4 +74,4 @@ class CLIP(nn.Module):
 
         A ResNet has the collection ``batch_stats`` beside its parameters; with ``train`` it must be mutable.
         """
-        return self.encode_image(images, train, kept_patches), self.encode_text(tokens), self.logit_scale
+        return self.encode_image(images, train, kept_patches), self.encode_text(tokens), self.scalars["logit_scale"]

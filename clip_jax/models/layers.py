@@ -8,22 +8,23 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from clip_jax.models.backends import backend_of
+from clip_jax.models.execution import Execution
 
 Initializer = Callable[..., jax.Array]
 
 
-def shard_batch(x: jax.Array, sharding: jax.sharding.NamedSharding | None) -> jax.Array:
-    """Keeps the first axis split over the devices; without a sharding, as on one device, does nothing.
+def shard_batch(x: jax.Array, execution: Execution) -> jax.Array:
+    """Keeps the first axis split over the devices; without a ``batch_sharding`` does nothing.
 
     Said of every activation: parameters are split as well, and left to itself the compiler prefers to move the
     activations of the whole batch to where a parameter's part is, instead of gathering that parameter. For GPUs it also
     says that the features of a position lie together in memory.
     """
+    sharding = execution.batch_sharding
     if sharding is None:
         return x
     x = jax.lax.with_sharding_constraint(x, sharding)
-    if not backend_of(sharding.mesh.devices.flat[0]).row_major:
+    if not execution.row_major:
         return x
     # On each device's part: of several devices' the compiler would gather the whole.
     return jax.shard_map(row_major, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=sharding.spec)(x)
@@ -76,15 +77,15 @@ layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 class LayerNorm(nn.Module):
-    """:func:`layer_norm` with its parameters, computed in float32, returned in ``dtype``."""
+    """:func:`layer_norm` with its parameters, computed in float32, returned in the execution's dtype."""
 
-    dtype: jnp.dtype = jnp.float32
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (x.shape[-1],))
         bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)), (x.shape[-1],))
-        return layer_norm(x.astype(jnp.float32), scale, bias).astype(self.dtype)
+        return layer_norm(x.astype(jnp.float32), scale, bias).astype(self.execution.dtype)
 
 
 class Linear(nn.Module):
@@ -97,29 +98,30 @@ class Linear(nn.Module):
     axes: tuple[str, str]
     kernel_init: Initializer
     bias_init: Initializer | None = None
-    dtype: jnp.dtype = jnp.float32
-    batch_sharding: jax.sharding.Sharding | None = None
+    execution: Execution = Execution()
 
     def parameters(self, in_features: int) -> tuple[jax.Array, jax.Array | float]:
-        """The kernel and the bias, or 0 without one, in ``dtype``."""
+        """The kernel and the bias, or 0 without one, in the execution's dtype."""
+        dtype = self.execution.dtype
         kernel_init = nn.with_logical_partitioning(self.kernel_init, self.axes)
-        kernel = self.param("kernel", kernel_init, (in_features, self.features)).astype(self.dtype)
+        kernel = self.param("kernel", kernel_init, (in_features, self.features)).astype(dtype)
         if self.bias_init is None:
             return kernel, 0.0
         bias_init = nn.with_logical_partitioning(self.bias_init, self.axes[1:])
-        return kernel, self.param("bias", bias_init, (self.features,)).astype(self.dtype)
+        return kernel, self.param("bias", bias_init, (self.features,)).astype(dtype)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel, bias = self.parameters(x.shape[-1])
-        return shard_batch(matrix_product(x, kernel) + bias, self.batch_sharding)
+        return shard_batch(matrix_product(x, kernel) + bias, self.execution)
 
 
 def matrix_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """``[..., in]`` times ``[in, out]``.
 
     On CPU the leading axes are merged: XLA's CPU kernels are slow at a gradient that contracts two axes
-    (``benchmarks/cpu_gradients.py``). On a TPU merging would copy wherever the length isn't a multiple of 8.
+    (``benchmarks/cpu_gradients.py``). On a TPU merging would copy wherever the length isn't a multiple of 8. Chosen
+    where the program is lowered: a module may be built on one kind of device and lowered for another.
     """
 
     def merged(x, kernel):

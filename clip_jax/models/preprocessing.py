@@ -1,9 +1,7 @@
-"""How an image becomes what the image tower takes. Workers that decode images import this, so it imports no JAX."""
+"""How an image of any size becomes the square that the image tower sees, as data; the code is ``data/images.py``."""
 
 import dataclasses
 import math
-
-from clip_jax.settings import must_be, must_be_one_of
 
 # Mean and standard deviation of CLIP's training images, RGB in [0, 1], as published with its weights.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -33,29 +31,26 @@ class Preprocessing:
     resize_size: int = 0
     fill_color: int = 0
 
-    def problems(self, image_size: int) -> list[str]:
-        """One line for each value of ``config.model.preprocessing`` that a tower of this image size cannot use."""
-        prefix, problems = "config.model.preprocessing", []
+    def at_image_size(self, image_size: int, wanted: int) -> "Preprocessing":
+        """The same for images of ``wanted`` pixels, where this one is for ``image_size``: the same part is cropped."""
+        return dataclasses.replace(self, resize_size=round(self.resize_size * wanted / image_size))
+
+    def problems(self, prefix: str, image_size: int) -> list[str]:
+        """Returns what is wrong with these values, a line for each; ``prefix`` is the config section's name."""
+        problems = []
         for name, least in (("mean", -math.inf), ("std", SMALLEST_STD)):
             values = getattr(self, name)
             if len(values) != 3 or not all(isinstance(value, int | float) for value in values):
                 problems.append(f"{prefix}.{name}={values} must be three numbers, of red, green and blue")
-            else:
-                problems += must_be(min(values) >= least, f"{prefix}.{name}={values} must be at least {least:g}")
-        largest = MAX_RESIZE * image_size
-        return [
-            *problems,
-            *must_be_one_of(self, "resize_mode", RESIZE_MODES, prefix),
-            *must_be_one_of(self, "interpolation", INTERPOLATIONS, prefix),
-            *must_be(
-                0 <= self.resize_size <= largest, f"{prefix}.resize_size={self.resize_size} must be in [0, {largest}]"
-            ),
-            *must_be(0 <= self.fill_color <= 255, f"{prefix}.fill_color={self.fill_color} must be in [0, 255]"),
-        ]
-
-    def at_image_size(self, image_size: int, wanted: int) -> "Preprocessing":
-        """The same for images of ``wanted`` pixels, where this one is for ``image_size``: the same part is cropped."""
-        return dataclasses.replace(self, resize_size=round(self.resize_size * wanted / image_size))
+            elif min(values) < least:
+                problems.append(f"{prefix}.{name}={values} must be at least {least:g}")
+        for name, choices in (("resize_mode", RESIZE_MODES), ("interpolation", INTERPOLATIONS)):
+            if getattr(self, name) not in choices:
+                problems.append(f"{prefix}.{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
+        for name, largest in (("resize_size", MAX_RESIZE * image_size), ("fill_color", 255)):
+            if not 0 <= getattr(self, name) <= largest:
+                problems.append(f"{prefix}.{name}={getattr(self, name)} must be in [0, {largest}]")
+        return problems
 
 
 OPENAI_PREPROCESSING = Preprocessing()

@@ -5,58 +5,18 @@ Heads are 64 wide throughout, as in all of the paper's transformers, unless a pr
 """
 
 import dataclasses
+from typing import Any
 
 import ml_collections
 
+from clip_jax.models.execution import REMAT_POLICIES
 from clip_jax.models.preprocessing import OPENAI_PREPROCESSING, Preprocessing
-
-ACTIVATIONS = ("quick_gelu", "gelu")  # OpenAI's, and PyTorch's default, which most of open_clip's own models have
-BATCH_NORMS = ("global", "per_device")
-RESNET_REDUCTION = 32  # an image's side over that of the last stage's output; also its channels over the width
-
-
-@dataclasses.dataclass(frozen=True)
-class VisionTransformerPreset:
-    """A Vision Transformer: ``image_size`` and ``patch_size`` in pixels, ``width`` the token's feature count.
-
-    ``activation`` is one of :data:`ACTIVATIONS`; ``mlp_ratio`` is the MLP's width over ``width``.
-    """
-
-    image_size: int
-    patch_size: int
-    width: int
-    num_layers: int
-    num_heads: int
-    activation: str = "quick_gelu"
-    mlp_ratio: float = 4.0
-
-
-@dataclasses.dataclass(frozen=True)
-class ResNetPreset:
-    """A ResNet as CLIP has it: ``width`` channels after the stem, ``stage_sizes`` blocks in each of four stages.
-
-    ``num_heads`` are those of the attention pooling. ``batch_norm`` says over what a training step takes BatchNorm's
-    statistics: "global", the whole batch, or "per_device", each device's part of it, as open_clip trains.
-    """
-
-    image_size: int
-    width: int
-    stage_sizes: tuple[int, int, int, int]
-    num_heads: int
-    batch_norm: str = "global"
-
-
-@dataclasses.dataclass(frozen=True)
-class TextTransformerPreset:
-    """A text tower over ``context_length`` byte-pair tokens."""
-
-    width: int
-    num_layers: int
-    num_heads: int
-    context_length: int = 77
-    vocab_size: int = 49_408
-    activation: str = "quick_gelu"
-    mlp_ratio: float = 4.0
+from clip_jax.models.towers import IMAGE_TOWERS, TEXT_TOWERS, tower_from_dict
+from clip_jax.models.towers.base import ImageTower, TextTower
+from clip_jax.models.towers.resnet import ResNetPreset
+from clip_jax.models.towers.text_transformer import TextTransformerPreset
+from clip_jax.models.towers.vision_transformer import VisionTransformerPreset
+from clip_jax.settings import DTYPES, may_change, must_be, must_be_one_of, must_not_be_negative, read_section
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +24,35 @@ class CLIPPreset:
     """Two towers, the width ``embed_dim`` of the space that they share, and how images are prepared."""
 
     embed_dim: int
-    vision: VisionTransformerPreset | ResNetPreset
-    text: TextTransformerPreset
+    vision: ImageTower
+    text: TextTower
     preprocessing: Preprocessing = OPENAI_PREPROCESSING
+
+    @property
+    def fused_head_widths(self) -> tuple[float, ...]:
+        """Of the attention layers of both towers that cuDNN may compute."""
+        return self.vision.fused_head_widths + self.text.fused_head_widths
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """Defaults of the keys of ``config.model`` that are no field of the preset."""
+
+    remat: str = may_change("none")  # or "lite", "attention", "full": how much of a layer the backward pass recomputes
+    patch_dropout: float = 0.0  # share of an image's patches that training leaves out, other ones at each step
+    dtype: str = "bfloat16"  # of the computation; parameters are float32
+    scan_unroll: int = may_change(0)  # layers in one step of the scan over layers; 0: by the kind of device
+    fused_attention: bool = may_change(True)  # by cuDNN where possible: on a GPU, in bfloat16; the same function
+
+    def problems(self) -> list[str]:
+        """One line for each value that no model can use."""
+        prefix = "config.model"
+        return [
+            *must_be_one_of(self, "dtype", DTYPES, prefix),
+            *must_be_one_of(self, "remat", REMAT_POLICIES, prefix),
+            *must_not_be_negative(self, ("scan_unroll",), prefix),
+            *must_be(0 <= self.patch_dropout < 1, f"{prefix}.patch_dropout={self.patch_dropout} must be in [0, 1)"),
+        ]
 
 
 _TEXT_512 = TextTransformerPreset(width=512, num_layers=12, num_heads=8)
@@ -92,22 +78,22 @@ PRESETS: dict[str, CLIPPreset] = {
 }
 
 
-def preset_from_dict(model: dict) -> CLIPPreset:
+def preset_from_dict(model: dict[str, Any]) -> CLIPPreset:
     """Reads back what ``dataclasses.asdict`` made of a preset, through JSON or not; other keys are passed over.
 
     Without ``preprocessing``, as in runs of before there was a choice, it is OpenAI's.
+
+    Raises:
+      ValueError: the fields of ``vision`` or ``text`` are those of no tower.
     """
-    vision = dict(model["vision"])
-    if "stage_sizes" in vision:
-        vision["stage_sizes"] = tuple(vision["stage_sizes"])
-    tower = ResNetPreset if "stage_sizes" in vision else VisionTransformerPreset
+    vision = tower_from_dict(model["vision"], IMAGE_TOWERS, "config.model.vision")
+    text = tower_from_dict(model["text"], TEXT_TOWERS, "config.model.text")
     preprocessing = dict(model.get("preprocessing", {}))
     for name in preprocessing.keys() & {"mean", "std"}:
         preprocessing[name] = tuple(preprocessing[name])
-    if preprocessing.get("resize_size") == vision["image_size"]:
+    if preprocessing.get("resize_size") == vision.image_size:
         preprocessing["resize_size"] = 0  # the same, by its usual name
-    text = TextTransformerPreset(**model["text"])
-    return CLIPPreset(model["embed_dim"], tower(**vision), text, Preprocessing(**preprocessing))
+    return CLIPPreset(model["embed_dim"], vision, text, Preprocessing(**preprocessing))
 
 
 def model_preset(config: ml_collections.ConfigDict) -> CLIPPreset:
@@ -124,3 +110,22 @@ def get_preset(name: str) -> CLIPPreset:
     if name not in PRESETS:
         raise ValueError(f"unknown model preset {name!r}; the presets are {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def problems(model: ml_collections.ConfigDict) -> list[str]:
+    """Returns what is wrong in the section ``config.model``, a line for each."""
+    problems = read_section(ModelSettings, model).problems()
+    sizes = {"embed_dim": model.embed_dim}
+    sizes |= {f"{section}.{name}": value for section in ("vision", "text") for name, value in model[section].items()}
+    too_small = [name for name, value in sizes.items() if type(value) is int and value <= 0]
+    problems += [f"config.model.{name}={sizes[name]} must be positive" for name in too_small]
+    try:
+        preset = preset_from_dict(model.to_dict())
+    except ValueError as error:
+        return [*problems, str(error)]
+    problems += preset.preprocessing.problems("config.model.preprocessing", preset.vision.image_size)
+    if not too_small:
+        problems += preset.vision.problems("config.model.vision") + preset.text.problems("config.model.text")
+        if model.patch_dropout and preset.vision.num_patches(preset.vision.image_size) is None:
+            problems.append(f"config.model.patch_dropout: a {preset.vision.title} has no patches to leave out")
+    return problems

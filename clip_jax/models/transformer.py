@@ -22,25 +22,26 @@ from clip_jax.models.attention import (
     attention,
     fused_attention,
 )
+from clip_jax.models.execution import Execution
 from clip_jax.models.layers import Initializer, LayerNorm, Linear, shard_batch, torch_linear_init
 
 # What the backward pass finds saved: nothing but a layer's input; what attention gave and the norms' few numbers; or
 # also the products that cost most to compute again.
 _FROM_ATTENTION = ("attended", "softmax_log_sum", "attention_output", "norm_statistics")
-REMAT_POLICIES = {
+_SAVED = {
     "full": None,
     "attention": jax.checkpoint_policies.save_only_these_names(*_FROM_ATTENTION),
     "lite": jax.checkpoint_policies.save_only_these_names(*_FROM_ATTENTION, "qkv", "fc1"),
 }
 
 
-def remat_policy(remat: str, with_fused_attention: bool) -> Callable[..., bool] | None:
+def remat_policy(execution: Execution) -> Callable[..., bool] | None:
     """What of a layer is saved.
 
     Of fused attention what its primitive returns: there are no names inside, and it would be computed twice.
     """
-    policy = REMAT_POLICIES[remat]
-    if policy is None or not with_fused_attention:
+    policy = _SAVED[execution.remat]
+    if policy is None or not execution.fused_attention:
         return policy
     return jax.checkpoint_policies.save_from_both_policies(
         policy, lambda primitive, *_, **__: primitive.name == FUSED_FORWARD
@@ -104,26 +105,23 @@ class ResidualAttentionBlock(nn.Module):
     mlp_width: int
     activation: str
     initializers: BlockInitializers
-    fused_attention: bool = False
-    dtype: jnp.dtype = jnp.float32
-    batch_sharding: jax.sharding.Sharding | None = None
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(
         self, parts: Parts, visible: jax.Array | AttentionMask | None = None, reading: jax.Array | None = None
     ) -> Parts:
         width, init, zeros = parts[0].shape[-1], self.initializers, nn.initializers.zeros
-        shared = {"dtype": self.dtype, "batch_sharding": self.batch_sharding}
-        ln_1, ln_2 = LayerNorm(self.dtype, name="ln_1"), LayerNorm(self.dtype, name="ln_2")
-        layout = {"for_fused_attention": self.fused_attention}
-        qkv = QueryKeyValue(3 * width, ("embed", "qkv"), init.qkv, zeros, **shared, **layout, name="qkv")
+        execution = self.execution
+        ln_1, ln_2 = LayerNorm(execution, name="ln_1"), LayerNorm(execution, name="ln_2")
+        qkv = QueryKeyValue(3 * width, ("embed", "qkv"), init.qkv, zeros, execution, name="qkv")
         output_axes = ("heads", "embed")
         attention_output = AttentionOutput(
-            width, output_axes, init.attention_output, zeros, **shared, **layout, name="attention_output"
+            width, output_axes, init.attention_output, zeros, execution, name="attention_output"
         )
         fc1_bias, fc2_bias = torch_linear_init(width), torch_linear_init(self.mlp_width)
-        fc1 = Linear(self.mlp_width, ("embed", "mlp"), init.fc1, fc1_bias, **shared, name="fc1")
-        fc2 = Linear(width, ("mlp", "embed"), init.fc2, fc2_bias, **shared, name="fc2")
+        fc1 = Linear(self.mlp_width, ("embed", "mlp"), init.fc1, fc1_bias, execution, name="fc1")
+        fc2 = Linear(width, ("mlp", "embed"), init.fc2, fc2_bias, execution, name="fc2")
         activation = _ACTIVATIONS[self.activation]
 
         normed = [ln_1(x) for x in parts]
@@ -132,13 +130,13 @@ class ResidualAttentionBlock(nn.Module):
         else:
             parts, queries = (reading,), qkv(ln_1(reading), self.num_heads, (0,))
             keys, values = zip(*(qkv(x, self.num_heads, (1, 2)) for x in normed), strict=True)
-        if self.fused_attention:
+        if execution.fused_attention:
             attended = (fused_attention(*queries, *keys, *values, visible),)
         else:
             attended = attention(queries, keys, values, visible)
         parts = tuple(x + attention_output(y) for x, y in zip(parts, attended, strict=True))
         parts = tuple(x + fc2(activation(checkpoint_name(fc1(ln_2(x)), "fc1"))) for x in parts)
-        return tuple(shard_batch(x, self.batch_sharding) for x in parts)
+        return tuple(shard_batch(x, execution) for x in parts)
 
 
 def unstack_layers(variables: dict) -> dict:
@@ -160,8 +158,7 @@ def unstack_layers(variables: dict) -> dict:
 class Transformer(nn.Module):
     """``num_layers`` blocks, of which a tower reads one position: each part ``[B, L, W]`` to ``[B, W]``.
 
-    The last block computes no other position than that. Layers are scanned, unless ``scan_layers`` is False: see
-    :class:`clip_jax.models.clip.CLIP`.
+    The last block computes no other position than that. Layers are scanned, unless ``execution.scan_layers`` is False.
     """
 
     num_layers: int
@@ -169,12 +166,7 @@ class Transformer(nn.Module):
     mlp_width: int
     activation: str
     initializers: BlockInitializers
-    remat: str = "none"
-    scan_layers: bool = True
-    scan_unroll: int = 1
-    fused_attention: bool = False
-    dtype: jnp.dtype = jnp.float32
-    batch_sharding: jax.sharding.Sharding | None = None
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(
@@ -188,8 +180,8 @@ class Transformer(nn.Module):
           causal_end: int32 ``[B]``, which position that is, where each sees only itself and those before it.
         """
         visible = visible_to_read = None
-        if self.fused_attention:
-            parts, visible, visible_to_read = pad_to_even_length(*parts, causal_end, self.batch_sharding)
+        if self.execution.fused_attention:
+            parts, visible, visible_to_read = pad_to_even_length(*parts, causal_end, self.execution)
         elif causal_end is not None:
             position = jnp.arange(parts[0].shape[1])
             visible = position[:, None] <= position  # [K, Q]
@@ -199,11 +191,9 @@ class Transformer(nn.Module):
             "mlp_width": self.mlp_width,
             "activation": self.activation,
             "initializers": self.initializers,
-            "fused_attention": self.fused_attention,
-            "dtype": self.dtype,
-            "batch_sharding": self.batch_sharding,
+            "execution": self.execution,
         }
-        if not self.scan_layers:
+        if not self.execution.scan_layers:
             for layer in range(self.num_layers - 1):
                 parts = ResidualAttentionBlock(**fields, name=f"block_{layer}")(parts, visible)
             last = ResidualAttentionBlock(**fields, name=f"block_{self.num_layers - 1}")
@@ -224,11 +214,11 @@ class Transformer(nn.Module):
         def layer(parts: Parts, parameters: dict) -> tuple[Parts, None]:
             return block.apply({"params": parameters}, parts, visible), None
 
-        unroll = max(1, min(self.scan_unroll, self.num_layers - 1))
-        if self.remat != "none":
+        unroll = max(1, min(self.execution.scan_unroll, self.num_layers - 1))
+        if self.execution.remat != "none":
             # The compiler cannot see that a scan's step is computed twice; of several layers in one it could, and would
             # keep what is to be computed again.
-            policy = remat_policy(self.remat, self.fused_attention)
+            policy = remat_policy(self.execution)
             layer = jax.checkpoint(layer, prevent_cse=unroll > 1, policy=policy)
         before, last = (jax.tree.map(operator.itemgetter(part), stacked) for part in (slice(-1), -1))
         parts, _ = jax.lax.scan(layer, parts, before, unroll=unroll)
@@ -236,7 +226,7 @@ class Transformer(nn.Module):
 
 
 def pad_to_even_length(
-    x: jax.Array, causal_end: jax.Array | None, batch_sharding: jax.sharding.NamedSharding | None
+    x: jax.Array, causal_end: jax.Array | None, execution: Execution
 ) -> tuple[Parts, AttentionMask, AttentionMask]:
     """One part ``[B, L, W]``, with one more position if L is odd, and masks for all positions and for the one read.
 
@@ -250,8 +240,6 @@ def pad_to_even_length(
     if not length % 2:
         return (x,), AttentionMask(), AttentionMask()
     # Split as the batch is: cuDNN takes each device's part of both.
-    num_keys, num_queries = (
-        shard_batch(jnp.full((batch,), n, jnp.int32), batch_sharding) for n in (length, length + 1)
-    )
+    num_keys, num_queries = (shard_batch(jnp.full((batch,), n, jnp.int32), execution) for n in (length, length + 1))
     mask = AttentionMask(num_keys=num_keys, num_queries=num_queries, padded_from=length)
     return (x,), mask, AttentionMask(num_keys=num_keys)

@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from clip_jax.config import REMAT_POLICIES
+from clip_jax.models.execution import REMAT_POLICIES
 from clip_jax.planning.figures import num_bytes
 from clip_jax.planning.topologies import GENERATIONS, Topology, named_slices, parse_topology
 
@@ -46,7 +46,7 @@ def advice(report: dict) -> list[str]:
     found = [
         *_more_fsdp(report),
         *_more_remat(report, need),
-        *_blockwise_loss(report, need),
+        *_smaller_loss(report, need),
         *_parts(report, need),
         *_smaller_batch(report, need),
         *_more_chips(report, need),
@@ -79,10 +79,9 @@ def _more_remat(report: dict, need: Need) -> list[Saving]:
     ]
 
 
-def _blockwise_loss(report: dict, need: Need) -> list[Saving]:
-    if report["loss_form"] != "gather" or not need.loss:
-        return []
-    return [(need.loss, "hold one block of the loss at a time: saves about", "--config.loss.form=blockwise")]
+def _smaller_loss(report: dict, need: Need) -> list[Saving]:
+    option = report["loss_memory_option"]
+    return [(need.loss, "hold one block of the loss at a time: saves about", option)] if option and need.loss else []
 
 
 def _parts(report: dict, need: Need) -> list[Saving]:
@@ -98,8 +97,8 @@ def _parts(report: dict, need: Need) -> list[Saving]:
 
 
 def _smaller_batch(report: dict, need: Need) -> list[Saving]:
-    """The largest that fits by this estimate: arrays of the gathered loss shrink with the batch's square."""
-    square = need.loss if report["loss_form"] == "gather" else 0
+    """The largest that fits by this estimate: a loss that holds rows of the similarities shrinks with its square."""
+    square = need.loss if report["loss_memory_option"] else 0
     linear, left = need.towers + need.loss - square, max(0, need.available - need.state)
     share = (math.sqrt(linear**2 + 4 * square * left) - linear) / (2 * square) if square else left / max(linear, 1)
     unit = report["devices"] * report["accumulation_steps"]

@@ -126,8 +126,8 @@ def kept_bytes(config, mesh, state, batch: dict) -> dict[str, int]:
     """
     import jax
 
-    from clip_jax.config import REMAT_POLICIES
     from clip_jax.models.clip import normalize_images
+    from clip_jax.models.execution import REMAT_POLICIES
     from clip_jax.training.state import make_model
 
     def kept(remat: str) -> int:
@@ -170,6 +170,7 @@ def compile_step(config_dict: dict, topology: Topology) -> dict:
     import ml_collections
     import numpy as np
 
+    from clip_jax.losses import make_loss
     from clip_jax.sharding import batch_sharding, check_batch_divides
     from clip_jax.training.optimizer import make_optimizer
     from clip_jax.training.state import abstract_state, configured_mesh, make_model
@@ -191,7 +192,9 @@ def compile_step(config_dict: dict, topology: Topology) -> dict:
         name: jax.ShapeDtypeStruct((config.global_batch_size, *shape), dtype, sharding=sharding)
         for name, (shape, dtype) in shapes.items()
     }
+    loss = make_loss(config.loss, mesh, config.global_batch_size, config.model.dtype)
     facts = {
+        "loss": {"form": loss.form, "memory_option": loss.memory_option},
         "mesh": {name: int(size) for name, size in mesh.shape.items()},
         "shard_bytes": {
             "parameters": shard_bytes(state.params),

@@ -23,8 +23,9 @@ PACKAGE = pathlib.Path(__file__).parent.parent
 # What decides the program and what is read from it; the words of a report do not.
 SOURCES = (
     "models",
+    "losses",
     "sharding.py",
-    *(f"training/{name}.py" for name in ("step", "state", "accumulation", "loss", "optimizer")),
+    *(f"training/{name}.py" for name in ("step", "state", "accumulation", "optimizer")),
     *(f"planning/{name}.py" for name in ("hlo", "program", "compiled", "topologies")),
 )
 # What no compiled step depends on.
@@ -56,7 +57,7 @@ def cache_key(config: ml_collections.ConfigDict, topology: Topology) -> str:
     sources = hashlib.sha256()
     for name in SOURCES:
         path = PACKAGE / name
-        for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             sources.update(_without_words(file.read_text(encoding="utf-8")).encode())
     compiled = {
         name: value

@@ -13,7 +13,6 @@ from clip_jax.planning.figures import seconds as in_seconds
 from clip_jax.planning.model_flops import step_flops
 from clip_jax.planning.program import PARTS
 from clip_jax.planning.topologies import Topology
-from clip_jax.training.loss import choose_form
 
 PAPER_PAIRS = 400_000_000  # the paper's own data set, WIT (section 2.2)
 TOP = 10  # costliest operations to list
@@ -61,7 +60,8 @@ def make_report(
             "out_of_memory": facts["out_of_memory"],
             "largest": facts["largest"],
             "kept_bytes": facts["kept_bytes"],
-            "loss_form": _loss_form(config, topology),
+            "loss_form": facts["loss"]["form"],
+            "loss_memory_option": facts["loss"]["memory_option"],
         }
     program = facts["program"]
     needed = step_flops(model_preset(config), config.global_batch_size, config.model.patch_dropout)
@@ -96,12 +96,6 @@ def make_report(
     if chip_hour_price is not None:
         report["cost"] = days * 24 * topology.chips * chip_hour_price
     return report
-
-
-def _loss_form(config: ml_collections.ConfigDict, topology: Topology) -> str:
-    if config.loss.kind == "softmax" and config.loss.form == "auto":
-        return choose_form(config.global_batch_size, topology.devices)
-    return config.loss.form if config.loss.kind == "softmax" else config.loss.kind
 
 
 def memory_by_what(facts: dict) -> dict[str, int]:

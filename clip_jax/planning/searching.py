@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import ml_collections
 
-from clip_jax.config import REMAT_POLICIES
+from clip_jax.models.execution import REMAT_POLICIES
 from clip_jax.planning.compiling import PlanError
 from clip_jax.planning.report import make_report
 from clip_jax.planning.topologies import Topology

@@ -15,39 +15,41 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from clip_jax.losses.base import Loss
 from clip_jax.sharding import BATCH_AXES, batch_sharding
-
-LOGIT_PARAMETERS = ("logit_scale", "logit_bias")  # those that the loss takes beside the embeddings
 
 # params, batch_stats and a batch to (image_embeddings, text_embeddings) and the new batch_stats.
 Embed = Callable[[dict, dict, dict], tuple[tuple[jax.Array, jax.Array], dict]]
-# image_embeddings, text_embeddings and the logit parameters to the loss and its metrics.
-Loss = Callable[[jax.Array, jax.Array, dict], tuple[jax.Array, dict]]
 
 
 def loss_and_gradients(
     embed: Embed,
     loss: Loss,
-    params: dict,
-    batch_stats: dict,
+    variables: dict,
     batch: dict[str, jax.Array],
     accumulation_steps: int,
     mesh: Mesh,
 ) -> tuple[jax.Array, dict, dict, dict]:
-    """The loss over a batch, arrays ``[B, ...]`` by name, embedded in ``accumulation_steps`` parts.
+    """The loss over a batch that is embedded in ``accumulation_steps`` parts.
 
-    ``accumulation_steps`` times the number of devices divides B. What is drawn for each pair, such as the patches to
-    keep, is part of the batch, so that it does not depend on the number of parts.
+    Args:
+      embed: the model.
+      loss: takes the embeddings of the whole batch.
+      variables: the model's ``params``, which hold the loss's parameters, too, and ``batch_stats``.
+      batch: arrays ``[B, ...]`` by name. What is drawn for each pair, such as the patches to keep, is in it, so that it
+        does not depend on the number of parts.
+      accumulation_steps: times the number of devices it divides B.
+      mesh: the devices that the batch is split over.
 
     Returns:
       The loss, its metrics, float32 gradients by ``params``, and the new ``batch_stats``.
     """
-    logit_parameters = {name: params[name] for name in LOGIT_PARAMETERS if name in params}
+    params, batch_stats = variables["params"], variables["batch_stats"]
     if accumulation_steps == 1:
 
         def whole(params):
             embeddings, updated = embed(params, batch_stats, batch)
-            value, metrics = loss(*embeddings, {name: params[name] for name in logit_parameters})
+            value, metrics = loss(*embeddings, loss.parameters_in(params))
             return value, (metrics, updated)
 
         (value, (metrics, updated)), gradients = jax.value_and_grad(whole, has_aux=True)(params)
@@ -61,7 +63,7 @@ def loss_and_gradients(
     _, embeddings = jax.lax.scan(embed_part, None, parts)  # each [K, B / K, D]
     embeddings = jax.tree.map(lambda array: join_parts(array, mesh), embeddings)
     over_embeddings = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
-    (value, metrics), (*cotangents, by_logit_parameters) = over_embeddings(*embeddings, logit_parameters)
+    (value, metrics), (*cotangents, by_parameters) = over_embeddings(*embeddings, loss.parameters_in(params))
     cotangents = jax.tree.map(lambda array: split_into_parts(array, accumulation_steps, mesh), tuple(cotangents))
 
     def add_gradients(carry, part):
@@ -73,7 +75,7 @@ def loss_and_gradients(
 
     zeros = jax.tree.map(jnp.zeros_like, params)
     (gradients, updated), _ = jax.lax.scan(add_gradients, (zeros, batch_stats), (parts, cotangents))
-    return value, metrics, gradients | by_logit_parameters, updated
+    return value, metrics, gradients | by_parameters, updated
 
 
 def split_into_parts(array: jax.Array, parts: int, mesh: Mesh) -> jax.Array:

@@ -9,6 +9,7 @@ How a run starts, by what its folder holds:
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import time
@@ -198,8 +199,8 @@ class Evaluator:
     def __init__(self, run: Run, model: CLIP, writer: MetricWriter):
         self._run, self._writer = run, writer
         # Evaluation is rare and has many lengths of text, so its programs are compiled as small as they can be.
-        small = model.clone(scan_unroll=max(1, run.config.model.scan_unroll))
-        self._embedder = Embedder(small, run.mesh, run.config.evaluation.batch_size)
+        execution = dataclasses.replace(model.execution, scan_unroll=max(1, run.config.model.scan_unroll))
+        self._embedder = Embedder(model.clone(execution=execution), run.mesh, run.config.evaluation.batch_size)
 
     def is_due(self, step: int) -> bool:
         """Whether to evaluate after this step; after the last one the report does."""

@@ -8,8 +8,8 @@ import optax
 
 from clip_jax.settings import DTYPES, must_be, must_be_one_of, must_be_positive, must_not_be_negative
 
-# Gains and biases, as the paper says, and what is added to tokens rather than multiplied with them.
-WITHOUT_DECAY = ("bias", "scale", "class_embedding", "positional_embedding", "logit_scale", "logit_bias")
+# Gains and biases, as in the paper, and what is added to tokens and not multiplied with them.
+WITHOUT_DECAY = ("bias", "scale", "class_embedding", "positional_embedding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +40,12 @@ class OptimizerSettings:
 
 
 def decay_mask(params) -> dict:
-    """True where weight decay applies. By name, never by rank: scanned layers make biases matrices."""
+    """True where weight decay applies: by name, since scanned layers make biases matrices; to scalars it never does."""
 
-    def decays(path, _) -> bool:
-        # The last dictionary key: behind it may stand the box that carries a parameter's logical axes.
+    def decays(path, leaf) -> bool:
+        # The last dictionary key: the box that carries a parameter's logical axes may follow it.
         names = [part.key for part in path if isinstance(part, jax.tree_util.DictKey)]
-        return names[-1] not in WITHOUT_DECAY
+        return leaf.ndim > 0 and names[-1] not in WITHOUT_DECAY
 
     return jax.tree.map_with_path(decays, params)
 

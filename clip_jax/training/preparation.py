@@ -19,7 +19,7 @@ from clip_jax.data.sources import Mixture, PairError, open_mixture
 from clip_jax.data.sources.buckets import access_of, use_access
 from clip_jax.evaluation.evaluations import Evaluations
 from clip_jax.evaluation.registry import find_tasks
-from clip_jax.models.clip import INITIAL_LOGIT_SCALE, SIGMOID_INITIAL_LOGIT_BIAS, SIGMOID_INITIAL_LOGIT_SCALE
+from clip_jax.losses import starting_parameters
 from clip_jax.models.presets import model_preset
 from clip_jax.run_folder import CheckpointError, absolute, read_config, saved_fingerprint
 from clip_jax.sharding import check_batch_divides
@@ -95,7 +95,7 @@ def open_evaluations(config: ml_collections.ConfigDict) -> Evaluations:
 def read_initial_variables(config: ml_collections.ConfigDict) -> dict:
     """What ``config.init_from`` holds, as ``params`` and ``batch_stats`` for the model of the config.
 
-    Where it was trained with another loss than ``config.loss.kind``, temperature and bias start anew.
+    Parameters of a loss are kept only if ``config.loss`` has the same (:func:`clip_jax.losses.starting_parameters`).
 
     Raises:
       FileNotFoundError, ValueError: there is no model, or one that differs in more than the image size.
@@ -108,14 +108,7 @@ def read_initial_variables(config: ml_collections.ConfigDict) -> dict:
         variables = at_image_size(weights.variables, weights.preset, here)
     except (ValueError, OSError, CheckpointError) as error:
         raise ValueError(f"config.init_from={config.init_from}: {error}") from None
-    params = dict(variables["params"])
-    # A temperature that another loss has learnt is none to start from.
-    if config.loss.kind == "softmax" and params.pop("logit_bias", None) is not None:
-        params["logit_scale"] = np.float32(INITIAL_LOGIT_SCALE)
-    if config.loss.kind == "sigmoid" and "logit_bias" not in params:
-        params["logit_scale"] = np.float32(SIGMOID_INITIAL_LOGIT_SCALE)
-        params["logit_bias"] = np.float32(SIGMOID_INITIAL_LOGIT_BIAS)
-    return variables | {"params": params}
+    return variables | {"params": starting_parameters(variables["params"], config.loss)}
 
 
 def check_workdir(workdir: str) -> epath.Path:

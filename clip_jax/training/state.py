@@ -1,5 +1,7 @@
 """The training state, and what a config makes before the first step: the mesh, the model and the state on it."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,10 +13,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from clip_jax.models.backends import backend_of
-from clip_jax.models.clip import CLIP, SIGMOID_INITIAL_LOGIT_BIAS, SIGMOID_INITIAL_LOGIT_SCALE, example_inputs
+from clip_jax.losses import loss_type
+from clip_jax.models.clip import CLIP, example_inputs
+from clip_jax.models.execution import choose_execution
 from clip_jax.models.presets import model_preset
-from clip_jax.sharding import batch_sharding, choose_fsdp, make_mesh, state_sharding
+from clip_jax.sharding import choose_fsdp, make_mesh, state_sharding
 
 
 class TrainState(NamedTuple):
@@ -64,19 +67,13 @@ def _state_bytes(config: ml_collections.ConfigDict) -> int:
 def make_model(config: ml_collections.ConfigDict, mesh: Mesh) -> CLIP:
     """The model that ``config.model`` describes, its activations split over the mesh by their first axis."""
     model, preset = config.model, model_preset(config)
-    backend = backend_of(mesh.devices.flat[0])
-    sigmoid = {
-        "initial_logit_scale": SIGMOID_INITIAL_LOGIT_SCALE,
-        "initial_logit_bias": SIGMOID_INITIAL_LOGIT_BIAS,
-    }
+    execution = choose_execution(
+        mesh, preset.fused_head_widths, model.dtype, model.remat, model.scan_unroll, model.fused_attention
+    )
     return CLIP(
         preset,
-        remat=model.remat,
-        scan_unroll=model.scan_unroll or backend.scan_unroll(model.remat),
-        dtype=jnp.dtype(model.dtype),
-        batch_sharding=batch_sharding(mesh),
-        **backend.model_options(preset, model.dtype, model.fused_attention),
-        **(sigmoid if config.loss.kind == "sigmoid" else {}),
+        execution,
+        loss_type(config.loss).parameters,
     )
 
 
@@ -84,7 +81,8 @@ def _init_variables(model: CLIP, key: jax.Array) -> dict:
     """New parameters and running averages, still in boxes that carry their logical axes."""
     images, tokens = (jnp.zeros(array.shape, array.dtype) for array in example_inputs(model.preset))
     # One example cannot be split over devices.
-    return {"batch_stats": {}} | model.clone(batch_sharding=None).init(key, images, tokens)
+    model = model.clone(execution=dataclasses.replace(model.execution, batch_sharding=None))
+    return {"batch_stats": {}} | model.init(key, images, tokens)
 
 
 def _state_of(variables: dict, optimizer: optax.GradientTransformation) -> TrainState:
@@ -110,6 +108,7 @@ def abstract_variables(model: CLIP, mesh: Mesh) -> dict:
     return _abstract(lambda key: _init_variables(model, key), mesh)
 
 
+@functools.lru_cache(maxsize=4)  # a training asks three times, and tracing the initialization takes a second
 def abstract_state(model: CLIP, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, with nothing computed: what restoring and compiling need."""
     return _abstract(lambda key: _init_state(model, optimizer, key), mesh)

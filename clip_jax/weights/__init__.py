@@ -45,17 +45,9 @@ class Weights(NamedTuple):
 
 def preset_name(preset: CLIPPreset) -> str:
     """Its name in :data:`clip_jax.models.presets.PRESETS`, " with gelu" added where it has that, or "custom"."""
-
-    def published(preset: CLIPPreset) -> CLIPPreset:
-        fixed = {"activation": "quick_gelu", "batch_norm": "global"}
-        towers = (
-            dataclasses.replace(tower, **{name: value for name, value in fixed.items() if hasattr(tower, name)})
-            for tower in (preset.vision, preset.text)
-        )
-        return CLIPPreset(preset.embed_dim, *towers)
-
-    name = next((name for name, known in PRESETS.items() if known == published(preset)), "custom")
-    plain = {getattr(tower, "activation", "gelu") for tower in (preset.vision, preset.text)} == {"gelu"}
+    published = CLIPPreset(preset.embed_dim, preset.vision.as_published(), preset.text.as_published())
+    name = next((name for name, known in PRESETS.items() if known == published), "custom")
+    plain = {tower.activation for tower in (preset.vision, preset.text)} <= {"gelu", None}
     return f"{name} with gelu" if plain and name != "custom" else name
 
 
@@ -107,8 +99,8 @@ def read_weights(
 
 def _check_activation(preset: CLIPPreset, given: str | None) -> None:
     for name, tower in (("image", preset.vision), ("text", preset.text)):
-        told = getattr(tower, "activation", given)  # a ResNet has none of the two
-        if given is not None and told != given:
+        told = tower.activation  # None of a tower that has no choice, as of a ResNet
+        if given is not None and told not in (given, None):
             raise WeightsError(
                 f"activation={given!r} contradicts the model's config, by which its {name} tower has {told!r}; leave "
                 "--activation away, or correct the config"

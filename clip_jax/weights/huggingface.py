@@ -7,8 +7,11 @@ import re
 from safetensors.numpy import save_file
 
 from clip_jax.data.tokenizer import END_OF_TEXT, SPECIAL_TOKENS, published_vocabulary
+from clip_jax.models.activations import ACTIVATIONS
 from clip_jax.models.preprocessing import Preprocessing
-from clip_jax.models.presets import ACTIVATIONS, CLIPPreset, TextTransformerPreset, VisionTransformerPreset
+from clip_jax.models.presets import CLIPPreset
+from clip_jax.models.towers.text_transformer import TextTransformerPreset
+from clip_jax.models.towers.vision_transformer import VisionTransformerPreset
 from clip_jax.weights import huggingface_fields
 from clip_jax.weights.huggingface_fields import (
     MODEL_FIELDS,
@@ -51,23 +54,25 @@ def _blocks(ours: str, theirs: str) -> tuple[Row, ...]:
 
 TABLE = Table(
     format="Hugging Face",
-    vision_transformer=(
-        *row("vision.class_embedding", "vision_model.embeddings.class_embedding"),
-        *row("vision.patch_embedding.kernel", "vision_model.embeddings.patch_embedding.weight", PATCHES),
-        *row("vision.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
-        *norm("vision.ln_pre", "vision_model.pre_layrnorm"),  # spelt so
-        *_blocks("vision.transformer.blocks", "vision_model.encoder.layers.{layer}"),
-        *norm("vision.ln_post", "vision_model.post_layernorm"),
-        *row("vision.projection.kernel", "visual_projection.weight", TRANSPOSED),
-    ),
-    text=(
-        *row("logit_scale", "logit_scale", SCALAR),
-        *row("text.token_embedding", "text_model.embeddings.token_embedding.weight"),
-        *row("text.positional_embedding", "text_model.embeddings.position_embedding.weight"),
-        *_blocks("text.transformer.blocks", "text_model.encoder.layers.{layer}"),
-        *norm("text.ln_final", "text_model.final_layer_norm"),
-        *row("text.projection.kernel", "text_projection.weight", TRANSPOSED),
-    ),
+    towers={
+        "vision_transformer": (
+            *row("vision.class_embedding", "vision_model.embeddings.class_embedding"),
+            *row("vision.patch_embedding.kernel", "vision_model.embeddings.patch_embedding.weight", PATCHES),
+            *row("vision.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+            *norm("vision.ln_pre", "vision_model.pre_layrnorm"),  # spelt so
+            *_blocks("vision.transformer.blocks", "vision_model.encoder.layers.{layer}"),
+            *norm("vision.ln_post", "vision_model.post_layernorm"),
+            *row("vision.projection.kernel", "visual_projection.weight", TRANSPOSED),
+        ),
+        "text_transformer": (
+            *row("text.token_embedding", "text_model.embeddings.token_embedding.weight"),
+            *row("text.positional_embedding", "text_model.embeddings.position_embedding.weight"),
+            *_blocks("text.transformer.blocks", "text_model.encoder.layers.{layer}"),
+            *norm("text.ln_final", "text_model.final_layer_norm"),
+            *row("text.projection.kernel", "text_projection.weight", TRANSPOSED),
+        ),
+    },
+    logit_scale=row("logit_scale", "logit_scale", SCALAR),
     ignored=re.compile(r"\.position_ids$"),  # 0, 1, 2, ...: files of before 2023 have them
 )
 

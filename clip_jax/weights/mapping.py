@@ -1,31 +1,26 @@
 """How other programs name and lay out CLIP's tensors, as tables that serve both directions.
 
 A table is a tuple of rows: one of our leaves, the name or names that it has elsewhere, and how the layout differs.
-Braces in a name count what we keep stacked along a leading axis: ``{layer}`` of a transformer and ``{block}`` of a
-ResNet's stage; ``{stage}`` repeats a row for each stage.
+Braces in a name hold a number that the tower counts (``Tower.numbers``): ``{layer}`` of a transformer and ``{block}``
+of a ResNet's stage count what we keep stacked along a leading axis; ``{stage}`` repeats a row for each stage.
 """
 
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from clip_jax.models.clip import CLIP, example_inputs
+from clip_jax.models.clip import CLIP, example_inputs, loss_parameters_of
 from clip_jax.models.presets import (
-    RESNET_REDUCTION,
     CLIPPreset,
-    ResNetPreset,
-    TextTransformerPreset,
-    VisionTransformerPreset,
 )
+from clip_jax.models.towers import IMAGE_TOWERS, TEXT_TOWERS
+from clip_jax.models.towers.base import ShapeError, Tower
 
-HEAD_WIDTH = 64
-# Widths at which open_clip's models have other heads than 64 wide: ViT-H, ViT-g, ViT-bigG and ViT-e, each with 16.
-VISION_HEADS = {1280: 16, 1408: 16, 1664: 16, 1792: 16}
 SHOWN_NAMES = 6
 
 Tensors = Mapping[str, np.ndarray]
@@ -88,17 +83,16 @@ def batch_norm(ours: str, theirs: str) -> tuple[Row, ...]:
 
 
 class Table(NamedTuple):
-    """The rows of each kind of tower; ``resnet`` is empty in a format that knows none.
+    """The rows of each tower that the format knows, by the tower's name.
 
-    ``logit_bias`` is that of the sigmoid loss, which few models have and few formats know.
+    ``optional`` are parameters of losses that few models have and few formats know.
     """
 
     format: str
-    vision_transformer: tuple[Row, ...]
-    text: tuple[Row, ...]
-    resnet: tuple[Row, ...] = ()
+    towers: Mapping[str, tuple[Row, ...]]
+    logit_scale: tuple[Row, ...]
     ignored: re.Pattern = re.compile(r"(?!)")
-    logit_bias: tuple[Row, ...] = ()
+    optional: tuple[Row, ...] = ()
 
 
 class _Leaf(NamedTuple):
@@ -110,35 +104,45 @@ class _Leaf(NamedTuple):
     layout: Layout
 
 
-def _leaves(table: Table, preset: CLIPPreset, with_logit_bias: bool) -> Iterator[_Leaf]:
-    vision, text = preset.vision, preset.text
-    resnet = isinstance(vision, ResNetPreset)
-    if resnet and not table.resnet:
-        raise WeightsError(f"{table.format} has no ResNets; write this model for open_clip")
-    for rows, layers in (
-        (table.resnet, None) if resnet else (table.vision_transformer, vision.num_layers),
-        (table.text, text.num_layers),
-        (table.logit_bias if with_logit_bias else (), None),
+def _leaves(table: Table, preset: CLIPPreset, optional: tuple[Row, ...]) -> Iterator[_Leaf]:
+    """The leaves of the preset's towers, and of those ``optional`` rows of the table that a model has."""
+    check_towers(table, preset)
+    for rows, groups in (
+        *((table.towers[tower.name], tower.numbers()) for tower in (preset.vision, preset.text)),
+        (table.logit_scale, ({},)),
+        (optional, ({},)),
     ):
         for ours, theirs, layout in rows:
-            for stage, size in enumerate(vision.stage_sizes, 1) if "{stage}" in ours else [(None, None)]:
-                # A stage's first block stands alone, since it alone has strides and a convolution as its shortcut.
-                blocks = range(1, size) if any("{block}" in name for name in theirs) else None
-                counted = blocks if blocks is not None else range(layers) if "{layer}" in theirs[0] else None
-                if counted is not None and not len(counted):
-                    continue
+            for numbers in groups if "{" in ours else groups[:1]:
+                counted = [name for name, value in numbers.items() if _is_counted(name, value, theirs)]
+                indices = numbers[counted[0]] if counted else [None]
                 names = [
-                    tuple(name.format(stage=stage, layer=index, block=index) for name in theirs)
-                    for index in (counted if counted is not None else [None])
+                    tuple(name.format(**numbers | dict.fromkeys(counted, index)) for name in theirs)
+                    for index in indices
                 ]
-                yield _Leaf(tuple(ours.format(stage=stage).split(".")), names, counted is not None, layout)
+                if names:
+                    yield _Leaf(tuple(ours.format(**numbers).split(".")), names, bool(counted), layout)
+
+
+def _is_counted(name: str, value: int | range, theirs: Sequence[str]) -> bool:
+    return isinstance(value, range) and any(f"{{{name}}}" in their for their in theirs)
+
+
+def check_towers(table: Table, preset: CLIPPreset) -> None:
+    """Raises WeightsError where the format has no such tower."""
+    for tower in (preset.vision, preset.text):
+        if tower.name not in table.towers:
+            raise WeightsError(
+                f"{table.format} has no {tower.title} as its {tower.section} tower; write this model --to=clip_jax, or "
+                "to another program that has it"
+            )
 
 
 @functools.cache
 def _shapes(preset: CLIPPreset) -> dict[tuple[str, ...], tuple[int, ...]]:
     """The shape of every leaf of this preset's variables."""
     key = jax.eval_shape(jax.random.key, 0)
-    variables = jax.eval_shape(CLIP(preset, initial_logit_bias=0.0).init, key, *example_inputs(preset))
+    variables = jax.eval_shape(CLIP(preset).init, key, *example_inputs(preset))
     flat = jax.tree_util.tree_leaves_with_path(variables)
     keys = [tuple(part.key for part in path if isinstance(part, jax.tree_util.DictKey)) for path, _ in flat]
     return {key: leaf.shape for key, (_, leaf) in zip(keys, flat, strict=True)}
@@ -157,7 +161,9 @@ def to_variables(tensors: Tensors, table: Table, preset: CLIPPreset) -> dict:
       WeightsError: tensors are missing, left over or of another shape than the preset's; all are named together.
     """
     variables, problems, seen = {"params": {}, "batch_stats": {}}, [], set()
-    leaves = list(_leaves(table, preset, any(name in tensors for row in table.logit_bias for name in row.theirs)))
+    optional = tuple(row for row in table.optional if any(name in tensors for name in row.theirs))
+    leaves = list(_leaves(table, preset, optional))
+    shapes = _shapes(preset) | {tuple(row.ours.split(".")): () for row in optional}
     missing = [name for leaf in leaves for names in leaf.names for name in names if name not in tensors]
     # PyTorch older than 0.4.1 had no such counter, and nothing is computed from it.
     absent_counters = {name for name in missing if name.endswith(".num_batches_tracked")}
@@ -175,7 +181,7 @@ def to_variables(tensors: Tensors, table: Table, preset: CLIPPreset) -> dict:
             except ValueError:  # another number of axes
                 array = None
             arrays.append(array)
-        expected = _shapes(preset)[leaf.path]
+        expected = shapes[leaf.path]
         layer_shape = expected[1:] if leaf.stacked else expected
         differing = [
             name
@@ -210,10 +216,14 @@ def to_tensors(variables: dict, table: Table, preset: CLIPPreset) -> dict[str, n
       WeightsError: the format has no such model.
     """
     tensors = {}
-    with_logit_bias = "logit_bias" in variables["params"]
-    if with_logit_bias and not table.logit_bias:
-        raise WeightsError(f"{table.format} has no place for the sigmoid loss's logit_bias; open_clip has")
-    for leaf in _leaves(table, preset, with_logit_bias):
+    paths = {f"params.{name}": name for name, _ in loss_parameters_of(variables["params"])}
+    known = {row.ours for row in (*table.logit_scale, *table.optional)}
+    if without_place := [name for path, name in paths.items() if path not in known]:
+        raise WeightsError(
+            f"{table.format} has no place for the loss's {', '.join(without_place)}; clip_jax has one for everything "
+            "that a loss learns, and open_clip for logit_bias"
+        )
+    for leaf in _leaves(table, preset, tuple(row for row in table.optional if row.ours in paths)):
         node = variables
         for key in leaf.path:
             node = node[key]
@@ -225,6 +235,35 @@ def to_tensors(variables: dict, table: Table, preset: CLIPPreset) -> dict[str, n
     return tensors
 
 
+class _TensorShapes:
+    """The shapes of one tower's parameters in a file, as :class:`clip_jax.models.towers.base.Shapes` states them."""
+
+    def __init__(self, tensors: Tensors, table: Table, tower: type[Tower]):
+        self._tensors, self._table = tensors, table
+        prefix = f"params.{tower.section}."
+        self._rows = {row.ours.removeprefix(prefix): row for row in table.towers[tower.name]}
+
+    def share_found(self) -> float:
+        """The share of the tower's parameters that the file has, of their first layer."""
+        return sum(self._first(path) in self._tensors for path in self._rows) / len(self._rows)
+
+    def _first(self, path: str) -> str:
+        return self._rows[path].theirs[0].format(layer=0, stage=1, block=0)
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        name = self._first(path)
+        if name not in self._tensors:
+            raise WeightsError(
+                f"these are not the weights of a CLIP as {self._table.format} has them: no {name} in them"
+            )
+        return self._rows[path].layout.to_ours(self._tensors[name]).shape
+
+    def count(self, path: str, number: str, **others: int) -> int:
+        pattern = re.escape(self._rows[path].theirs[0].format(**others, **{number: "{number}"}))
+        found = (re.fullmatch(pattern.replace(r"\{number\}", r"(\d+)"), name) for name in self._tensors)
+        return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+
 def preset_from_shapes(tensors: Tensors, table: Table, activation: str) -> CLIPPreset:
     """The preset that has these shapes; what no shape tells is how wide heads are, and the activation.
 
@@ -232,61 +271,14 @@ def preset_from_shapes(tensors: Tensors, table: Table, activation: str) -> CLIPP
       WeightsError: these are not the tensors of a CLIP.
     """
 
-    def ours(name: str, rows: tuple[Row, ...]) -> np.ndarray:
-        found = next(row for row in rows if row.ours == f"params.{name}")
-        theirs = found.theirs[0].format(layer=0, stage=1)
-        if theirs not in tensors:
-            raise WeightsError(f"these are not the weights of a CLIP as {table.format} has them: no {theirs} in them")
-        return found.layout.to_ours(tensors[theirs])
+    def likeliest(towers: Mapping[str, type[Tower]]) -> tuple[type[Tower], _TensorShapes]:
+        known = [(towers[name], _TensorShapes(tensors, table, towers[name])) for name in table.towers if name in towers]
+        return max(known, key=lambda one: one[1].share_found())
 
-    def count(pattern: str) -> int:
-        found = (re.fullmatch(re.escape(pattern).replace(r"\{number\}", r"(\d+)"), name) for name in tensors)
-        return 1 + max((int(match[1]) for match in found if match), default=-1)
-
-    def transformer(tower: str, rows: tuple[Row, ...]) -> dict:
-        norm_1 = next(row for row in rows if row.ours == f"params.{tower}.transformer.blocks.ln_1.scale")
-        width, mlp_width = ours(f"{tower}.transformer.blocks.fc1.kernel", rows).shape
-        num_heads = VISION_HEADS.get(width) if tower == "vision" else None
-        if num_heads is None and width % HEAD_WIDTH:
-            raise WeightsError(
-                f"how many heads the {tower} tower has cannot be seen from its width of {width}; "
-                f"put the model's config beside the file"
-            )
-        return {
-            "width": width,
-            "num_layers": count(norm_1.theirs[0].replace("{layer}", "{number}")),
-            "num_heads": num_heads or width // HEAD_WIDTH,
-            "activation": activation,
-            "mlp_ratio": mlp_width / width,
-        }
-
-    def side(num_positions: int) -> int:
-        if num_positions < 2:
-            raise WeightsError("the image tower has no positions")
-        length = math.isqrt(num_positions - 1)
-        if length**2 != num_positions - 1:
-            raise WeightsError(f"{num_positions - 1} positions of the image tower do not make a square")
-        return length
-
-    rows = table.text
-    vocab_size, _ = ours("text.token_embedding", rows).shape
-    context_length, _ = ours("text.positional_embedding", rows).shape
-    _, embed_dim = ours("text.projection.kernel", rows).shape
-    text = TextTransformerPreset(context_length=context_length, vocab_size=vocab_size, **transformer("text", rows))
-    resnet = next((row for row in table.resnet if row.ours.endswith("attention_pool.positional_embedding")), None)
-    if resnet is not None and resnet.theirs[0] in tensors:
-        rows = table.resnet
-        num_positions, channels = ours("vision.attention_pool.positional_embedding", rows).shape
-        last_block = next(row for row in rows if row.ours.endswith("stage{stage}_rest.bn1.scale")).theirs[0]
-        vision = ResNetPreset(
-            image_size=RESNET_REDUCTION * side(num_positions),
-            width=channels // RESNET_REDUCTION,
-            stage_sizes=tuple(count(last_block.format(stage=stage, block="{number}")) for stage in (1, 2, 3, 4)),
-            num_heads=channels // HEAD_WIDTH,
-        )
-    else:
-        rows = table.vision_transformer
-        patch_size = math.isqrt(ours("vision.patch_embedding.kernel", rows).shape[0] // 3)
-        num_positions, _ = ours("vision.positional_embedding", rows).shape
-        vision = VisionTransformerPreset(side(num_positions) * patch_size, patch_size, **transformer("vision", rows))
-    return CLIPPreset(embed_dim, vision, text)
+    try:
+        (text, text_shapes), (vision, vision_shapes) = likeliest(TEXT_TOWERS), likeliest(IMAGE_TOWERS)
+        text_preset = text.from_shapes(text_shapes, activation)
+        *_, embed_dim = text_shapes.shape(text.projection)
+        return CLIPPreset(embed_dim, vision.from_shapes(vision_shapes, activation), text_preset)
+    except ShapeError as error:
+        raise WeightsError(str(error)) from None

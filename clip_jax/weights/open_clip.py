@@ -11,23 +11,20 @@ from collections.abc import Mapping
 
 from safetensors.numpy import save_file
 
-from clip_jax.models.clip import SIGMOID_INITIAL_LOGIT_BIAS
 from clip_jax.models.preprocessing import IMAGE_MEAN, IMAGE_STD, RESIZE_MODES, Preprocessing
-from clip_jax.models.presets import (
-    RESNET_REDUCTION,
-    CLIPPreset,
-    ResNetPreset,
-    TextTransformerPreset,
-    VisionTransformerPreset,
-)
+from clip_jax.models.presets import CLIPPreset
+from clip_jax.models.towers.resnet import RESNET_REDUCTION, ResNetPreset
+from clip_jax.models.towers.text_transformer import TextTransformerPreset
+from clip_jax.models.towers.transformer_tower import HEAD_WIDTH
+from clip_jax.models.towers.vision_transformer import VisionTransformerPreset
 from clip_jax.weights import openai
 from clip_jax.weights.huggingface_fields import mapping, side_of, triple
-from clip_jax.weights.mapping import HEAD_WIDTH, SCALAR, WeightsError, row, to_tensors
+from clip_jax.weights.mapping import SCALAR, WeightsError, check_towers, row, to_tensors
 
 CONFIG_FILE = "open_clip_config.json"
 # In the order in which open_clip itself looks for them.
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
-TABLE = openai.TABLE._replace(format="open_clip", logit_bias=row("logit_bias", "logit_bias", SCALAR))
+TABLE = openai.TABLE._replace(format="open_clip", optional=row("logit_bias", "logit_bias", SCALAR))
 
 # What a config may say without changing the model that we have: used here, or without effect on inference.
 _VISION_KEYS = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio", "patch_dropout"}
@@ -134,39 +131,55 @@ def _preprocessing_config(preprocessing: Preprocessing) -> dict:
     return fields
 
 
-def config_of(preset: CLIPPreset, with_logit_bias: bool = False) -> dict:
-    """The ``open_clip_config.json`` of this preset, for a model with or without the sigmoid loss's bias.
+def _mlp_ratio(tower: VisionTransformerPreset | TextTransformerPreset) -> dict:
+    # open_clip cuts the product off where we round it: half a unit more gives the same width in both.
+    ratio = tower.mlp_ratio
+    return {"mlp_ratio": ratio if ratio == int(ratio) else (round(tower.width * ratio) + 0.5) / tower.width}
+
+
+def _vision_transformer_config(tower: VisionTransformerPreset) -> dict:
+    return {"layers": tower.num_layers, "patch_size": tower.patch_size, **_mlp_ratio(tower)}
+
+
+def _resnet_config(tower: ResNetPreset) -> dict:
+    return {"layers": list(tower.stage_sizes), "patch_size": None}
+
+
+# What ``vision_cfg`` states of each tower of the table, beside the sizes that all have.
+_VISION_CONFIGS = {"vision_transformer": _vision_transformer_config, "resnet": _resnet_config}
+
+
+def constructor_arguments(params: dict) -> dict[str, float]:
+    """What open_clip's constructors need to be given for a model with these ``params``, next to its architecture.
+
+    Without an ``init_logit_bias`` open_clip's model has no ``logit_bias``; its value comes from the weights.
+    """
+    return {"init_logit_bias": -10.0} if "logit_bias" in params else {}
+
+
+def config_of(preset: CLIPPreset, arguments: dict[str, float] | None = None) -> dict:
+    """The ``open_clip_config.json`` of this preset.
+
+    ``arguments`` are those of :func:`constructor_arguments`.
 
     Raises:
-      WeightsError: open_clip's config cannot say what it is: its towers have different activations, or its images are
-        prepared as open_clip does not.
+      WeightsError: open_clip's config cannot say what it is: it has no such tower, its towers have different
+        activations, or its images are prepared as open_clip does not.
     """
+    check_towers(TABLE, preset)
     vision, text = preset.vision, preset.text
-    resnet = isinstance(vision, ResNetPreset)
-    if not resnet and vision.activation != text.activation:
+    if vision.activation not in (None, text.activation):
         raise WeightsError("open_clip has one activation for both towers, and this model has two")
-
-    def mlp_ratio(tower: VisionTransformerPreset | TextTransformerPreset) -> dict:
-        # open_clip cuts the product off where we round it: half a unit more gives the same width in both.
-        ratio = tower.mlp_ratio
-        return {"mlp_ratio": ratio if ratio == int(ratio) else (round(tower.width * ratio) + 0.5) / tower.width}
-
-    if resnet:
-        vision_cfg = {"layers": list(vision.stage_sizes), "patch_size": None}
-        head_width = vision.width * RESNET_REDUCTION // vision.num_heads
-    else:
-        vision_cfg = {"layers": vision.num_layers, "patch_size": vision.patch_size, **mlp_ratio(vision)}
-        head_width = vision.width // vision.num_heads
     return {
         "model_cfg": {
             "embed_dim": preset.embed_dim,
             "quick_gelu": text.activation == "quick_gelu",
-            **({"init_logit_bias": SIGMOID_INITIAL_LOGIT_BIAS} if with_logit_bias else {}),
+            **(arguments or {}),
             "vision_cfg": {
                 "image_size": vision.image_size,
                 "width": vision.width,
-                "head_width": head_width,
-                **vision_cfg,
+                "head_width": int(vision.head_width),
+                **_VISION_CONFIGS[vision.name](vision),
             },
             "text_cfg": {
                 "context_length": text.context_length,
@@ -174,7 +187,7 @@ def config_of(preset: CLIPPreset, with_logit_bias: bool = False) -> dict:
                 "width": text.width,
                 "heads": text.num_heads,
                 "layers": text.num_layers,
-                **mlp_ratio(text),
+                **_mlp_ratio(text),
             },
         },
         "preprocess_cfg": _preprocessing_config(preset.preprocessing),
@@ -182,7 +195,7 @@ def config_of(preset: CLIPPreset, with_logit_bias: bool = False) -> dict:
 
 
 def _config_for(variables: dict, preset: CLIPPreset) -> dict:
-    return config_of(preset, "logit_bias" in variables["params"])
+    return config_of(preset, constructor_arguments(variables["params"]))
 
 
 def write_folder(folder: pathlib.Path, variables: dict, preset: CLIPPreset) -> None:

@@ -8,10 +8,10 @@ import pathlib
 import re
 
 from clip_jax.models.preprocessing import Preprocessing
-from clip_jax.models.presets import RESNET_REDUCTION, CLIPPreset, ResNetPreset
+from clip_jax.models.presets import CLIPPreset
+from clip_jax.models.towers.transformer_tower import HEAD_WIDTH
 from clip_jax.weights.mapping import (
     CONVOLUTION,
-    HEAD_WIDTH,
     PATCHES,
     SCALAR,
     TRANSPOSED,
@@ -19,6 +19,7 @@ from clip_jax.weights.mapping import (
     Table,
     WeightsError,
     batch_norm,
+    check_towers,
     linear,
     norm,
     row,
@@ -52,37 +53,41 @@ def _bottleneck(ours: str, theirs: str) -> tuple[Row, ...]:
 
 TABLE = Table(
     format="OpenAI",
-    vision_transformer=(
-        *row("vision.class_embedding", "visual.class_embedding"),
-        *row("vision.positional_embedding", "visual.positional_embedding"),
-        *row("vision.projection.kernel", "visual.proj"),
-        *row("vision.patch_embedding.kernel", "visual.conv1.weight", PATCHES),
-        *norm("vision.ln_pre", "visual.ln_pre"),
-        *_blocks("vision.transformer.blocks", "visual.transformer.resblocks.{layer}"),
-        *norm("vision.ln_post", "visual.ln_post"),
-    ),
-    resnet=(
-        *_bottleneck("vision", "visual"),  # the stem has a block's names
-        *_bottleneck("vision.stage{stage}_first", "visual.layer{stage}.0"),
-        *row(
-            "vision.stage{stage}_first.downsample_conv.kernel", "visual.layer{stage}.0.downsample.0.weight", CONVOLUTION
+    towers={
+        "vision_transformer": (
+            *row("vision.class_embedding", "visual.class_embedding"),
+            *row("vision.positional_embedding", "visual.positional_embedding"),
+            *row("vision.projection.kernel", "visual.proj"),
+            *row("vision.patch_embedding.kernel", "visual.conv1.weight", PATCHES),
+            *norm("vision.ln_pre", "visual.ln_pre"),
+            *_blocks("vision.transformer.blocks", "visual.transformer.resblocks.{layer}"),
+            *norm("vision.ln_post", "visual.ln_post"),
         ),
-        *batch_norm("vision.stage{stage}_first.downsample_bn", "visual.layer{stage}.0.downsample.1"),
-        *_bottleneck("vision.stage{stage}_rest", "visual.layer{stage}.{block}"),
-        *row("vision.attention_pool.positional_embedding", "visual.attnpool.positional_embedding"),
-        *linear("vision.attention_pool.key", "visual.attnpool.k_proj"),
-        *linear("vision.attention_pool.query", "visual.attnpool.q_proj"),
-        *linear("vision.attention_pool.value", "visual.attnpool.v_proj"),
-        *linear("vision.attention_pool.output", "visual.attnpool.c_proj"),
-    ),
-    text=(
-        *row("text.positional_embedding", "positional_embedding"),
-        *row("text.projection.kernel", "text_projection"),
-        *row("logit_scale", "logit_scale", SCALAR),
-        *_blocks("text.transformer.blocks", "transformer.resblocks.{layer}"),
-        *row("text.token_embedding", "token_embedding.weight"),
-        *norm("text.ln_final", "ln_final"),
-    ),
+        "resnet": (
+            *_bottleneck("vision", "visual"),  # the stem has a block's names
+            *_bottleneck("vision.stage{stage}_first", "visual.layer{stage}.0"),
+            *row(
+                "vision.stage{stage}_first.downsample_conv.kernel",
+                "visual.layer{stage}.0.downsample.0.weight",
+                CONVOLUTION,
+            ),
+            *batch_norm("vision.stage{stage}_first.downsample_bn", "visual.layer{stage}.0.downsample.1"),
+            *_bottleneck("vision.stage{stage}_rest", "visual.layer{stage}.{block}"),
+            *row("vision.attention_pool.positional_embedding", "visual.attnpool.positional_embedding"),
+            *linear("vision.attention_pool.key", "visual.attnpool.k_proj"),
+            *linear("vision.attention_pool.query", "visual.attnpool.q_proj"),
+            *linear("vision.attention_pool.value", "visual.attnpool.v_proj"),
+            *linear("vision.attention_pool.output", "visual.attnpool.c_proj"),
+        ),
+        "text_transformer": (
+            *row("text.positional_embedding", "positional_embedding"),
+            *row("text.projection.kernel", "text_projection"),
+            *_blocks("text.transformer.blocks", "transformer.resblocks.{layer}"),
+            *row("text.token_embedding", "token_embedding.weight"),
+            *norm("text.ln_final", "ln_final"),
+        ),
+    },
+    logit_scale=row("logit_scale", "logit_scale", SCALAR),
     # Three sizes that OpenAI's archives carry, and a mask that follows from the context length.
     ignored=re.compile(r"^(input_resolution|context_length|vocab_size)$|(^|\.)attn_mask$"),
 )
@@ -95,6 +100,7 @@ def write(path: pathlib.Path, variables: dict, preset: CLIPPreset) -> None:
       WeightsError: ``clip`` has no such model: it knows QuickGELU, heads 64 wide, MLPs four times as wide and its own
         preprocessing only.
     """
+    check_towers(TABLE, preset)
     default = dataclasses.asdict(Preprocessing())
     other = [
         f"{name}={value}" for name, value in dataclasses.asdict(preset.preprocessing).items() if value != default[name]
@@ -103,10 +109,9 @@ def write(path: pathlib.Path, variables: dict, preset: CLIPPreset) -> None:
         raise WeightsError(f"OpenAI's program knows no preprocessing with {', '.join(other)}; write --to=clip_jax")
     for name, tower in (("vision", preset.vision), ("text", preset.text)):
         for key, wanted in (("activation", "quick_gelu"), ("mlp_ratio", 4.0)):
-            value = getattr(tower, key, wanted)
+            value = getattr(tower, key, wanted) or wanted  # a ResNet has neither
             if value != wanted:
                 raise WeightsError(f"OpenAI's program knows no {name} tower with {key}={value}; write for open_clip")
-        channels = tower.width * (RESNET_REDUCTION if isinstance(tower, ResNetPreset) else 1)
-        if channels != HEAD_WIDTH * tower.num_heads:
+        if tower.head_width != HEAD_WIDTH:
             raise WeightsError(f"OpenAI's program knows no {name} tower whose heads are not 64 wide")
     write_torch_file(path, to_tensors(variables, TABLE, preset))

@@ -1,24 +1,25 @@
 """A trained model at another image size: its image tower's positions are resized, and nothing else changes."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
 from clip_jax.models.positions import resize_positions
-from clip_jax.models.presets import RESNET_REDUCTION, CLIPPreset, ResNetPreset
+from clip_jax.models.presets import CLIPPreset
 from clip_jax.weights.mapping import WeightsError
 
 
 def at_image_size(variables: dict, preset: CLIPPreset, wanted: CLIPPreset) -> dict:
-    """The variables of ``preset`` for ``wanted``, which may differ in its image size and in how BatchNorm trains.
+    """The variables of ``preset`` for ``wanted``, which may differ in its image size and in its training fields.
 
     With another image size, images must be resized before the crop to a size that is in proportion to it.
 
     Raises:
       WeightsError: it differs in more; the fields are named, and of the preprocessing the settings that it needs.
     """
-    free = ("vision.image_size", "vision.batch_norm")
+    free = ("vision.image_size", *(f"vision.{name}" for name in wanted.vision.training_fields))
     resized = preset.preprocessing.at_image_size(preset.vision.image_size, wanted.vision.image_size)
     there, here = _fields(dataclasses.replace(preset, preprocessing=resized)), _fields(wanted)
     differing = [
@@ -35,21 +36,18 @@ def at_image_size(variables: dict, preset: CLIPPreset, wanted: CLIPPreset) -> di
         raise WeightsError(f"the model to start from has images prepared in another way; set {' '.join(settings)}")
     if differing:
         raise WeightsError(f"the model to start from is another one: {'; '.join(differing)}")
-    if preset.vision.image_size == wanted.vision.image_size:
+    if preset.vision.image_size == wanted.vision.image_size or not wanted.vision.positions:
         return variables
-    params, vision = variables["params"], variables["params"]["vision"]
-    if isinstance(wanted.vision, ResNetPreset):
-        side, pool = wanted.vision.image_size // RESNET_REDUCTION, vision["attention_pool"]
-        positions = _resized(pool["positional_embedding"], side)
-        vision = vision | {"attention_pool": pool | {"positional_embedding": positions}}
-    else:
-        side = wanted.vision.image_size // wanted.vision.patch_size
-        vision = vision | {"positional_embedding": _resized(vision["positional_embedding"], side)}
-    return variables | {"params": params | {"vision": vision}}
+    side = wanted.vision.grid_side(wanted.vision.image_size)
+    return _with_positions(variables, ("params", "vision", *wanted.vision.positions), side)
 
 
-def _resized(positions: np.ndarray, side: int) -> np.ndarray:
-    return np.asarray(resize_positions(jnp.asarray(positions), side))
+def _with_positions(variables: dict, path: Sequence[str], side: int) -> dict:
+    """A copy in which the leaf of this path is resized to ``side`` by ``side`` positions."""
+    key, *rest = path
+    if rest:
+        return variables | {key: _with_positions(variables[key], rest, side)}
+    return variables | {key: np.asarray(resize_positions(jnp.asarray(variables[key]), side))}
 
 
 def _fields(preset: CLIPPreset) -> dict[str, object]:

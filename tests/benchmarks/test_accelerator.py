@@ -7,12 +7,14 @@ import subprocess
 import sys
 
 import pytest
+from trial import QUICK_COMPILATION
 
 from benchmarks import accelerator
 from benchmarks.accelerator import Bench, Duel, measure_all, next_batch, plan, refusal, run_alone
 from benchmarks.accelerator_measurements import NotThereError, config_of, status_of, timed
 from benchmarks.accelerator_report import best, label, left_out, number, ratio, summarise, tables, with_shares
-from clip_jax.config import LOSS_FORMS, REMAT_POLICIES
+from clip_jax.config import REMAT_POLICIES
+from clip_jax.losses.softmax import FORMS
 
 REPOSITORY = pathlib.Path(__file__).parent.parent.parent
 WITHOUT_TORCH = "not there: No module named 'torch'"
@@ -24,7 +26,7 @@ PRODUCT = {"part": "ceilings", "side": "jax", "case": {"what": "matrix product",
 
 def environment_of_a_user() -> dict[str, str]:
     """Without the virtual devices that the tests have."""
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return os.environ | {"XLA_FLAGS": QUICK_COMPILATION}
 
 
 def step_of(side: dict, batch_size: int, seconds: float, **setting) -> dict:
@@ -137,7 +139,7 @@ def test_the_plan_has_every_policy_and_form_of_the_config_and_starts_with_the_la
     for model in accelerator.MODELS:
         settings = [item for duel in steps if duel.case["model"] == model for item in duel.settings]
         ours = {(setting["remat"], setting["loss"]) for side, setting in settings if side == "clip_jax"}
-        assert ours == {(policy, form) for policy in REMAT_POLICIES for form in LOSS_FORMS if form != "auto"}
+        assert ours == {(policy, form) for policy in REMAT_POLICIES for form in FORMS if form != "auto"}
         theirs = [setting for side, setting in settings if side == "open_clip"]
         assert len(theirs) == (6 if model == "RN50" else 4)
     others = [item for item in settings_of(duels, "ViT-L/14") if {"scan_unroll", "fused_attention"} & set(item)]

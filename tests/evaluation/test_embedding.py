@@ -13,9 +13,10 @@ from clip_jax.data.tokenizer import tokenize
 from clip_jax.evaluation.embedding import Embedder, batch_size_for
 from clip_jax.models.clip import CLIP, normalize_images
 from clip_jax.models.preprocessing import Preprocessing
-from clip_jax.models.presets import CLIPPreset, TextTransformerPreset, VisionTransformerPreset
+from clip_jax.models.presets import CLIPPreset
+from clip_jax.models.towers.text_transformer import TextTransformerPreset
+from clip_jax.models.towers.vision_transformer import VisionTransformerPreset
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 PRESET = CLIPPreset(
     16,
     VisionTransformerPreset(image_size=16, patch_size=8, width=32, num_layers=1, num_heads=2),
@@ -29,7 +30,7 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def variables_of(quick_compilation, model):
+def variables_of(model):
     """A function from a seed to the variables of a new model."""
     init = jax.jit(model.init)
 

@@ -20,9 +20,10 @@ from clip_jax.evaluation.metrics import average_precision_11
 from clip_jax.evaluation.task import Task
 from clip_jax.evaluation.zero_shot import classifier_of
 from clip_jax.models.clip import CLIP
-from clip_jax.models.presets import CLIPPreset, TextTransformerPreset, VisionTransformerPreset
+from clip_jax.models.presets import CLIPPreset
+from clip_jax.models.towers.text_transformer import TextTransformerPreset
+from clip_jax.models.towers.vision_transformer import VisionTransformerPreset
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 PRESET = CLIPPreset(
     16,
     VisionTransformerPreset(image_size=16, patch_size=8, width=32, num_layers=1, num_heads=2),
@@ -32,7 +33,7 @@ COLORS = {"red": (250, 10, 10), "green": (10, 250, 10), "blue": (10, 10, 250)}
 
 
 @pytest.fixture(scope="module")
-def embedder_on(quick_compilation, mesh_of):
+def embedder_on(mesh_of):
     """A function from the shape of a mesh to a small model on it, always with the same parameters."""
     model = CLIP(PRESET)
     variables = nn.meta.unbox(model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 16), jnp.int32)))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from clip_jax.models.attention import attention, into_heads, out_of_heads
+from clip_jax.models.execution import Execution
 from clip_jax.models.layers import LayerNorm, layer_norm, matrix_product
 from clip_jax.models.transformer import quick_gelu
 
@@ -60,7 +61,7 @@ def test_layer_norm_of_a_row_without_variation_has_finite_gradients():
 
 def test_layer_norm_in_bfloat16_computes_in_float32():
     x = jnp.bfloat16(np.random.default_rng(0).normal(100, 1, (4, 64)))  # bfloat16 squares would lose the variance
-    module = LayerNorm(jnp.bfloat16)
+    module = LayerNorm(Execution(dtype=jnp.bfloat16))
     params = module.init(jax.random.key(0), x)
     result = module.apply(params, x)
     assert result.dtype == jnp.bfloat16

@@ -10,22 +10,15 @@ import pytest
 
 from clip_jax.models.clip import CLIP, normalize_images, unit_length
 from clip_jax.models.preprocessing import IMAGE_MEAN, IMAGE_STD, Preprocessing
-from clip_jax.models.presets import (
-    PRESETS,
-    RESNET_REDUCTION,
-    CLIPPreset,
-    ResNetPreset,
-    TextTransformerPreset,
-    VisionTransformerPreset,
-    get_preset,
-)
+from clip_jax.models.presets import PRESETS, CLIPPreset, get_preset
+from clip_jax.models.towers.resnet import RESNET_REDUCTION, ResNetPreset
+from clip_jax.models.towers.text_transformer import TextTransformerPreset
+from clip_jax.models.towers.vision_transformer import VisionTransformerPreset, split_into_patches
 from clip_jax.models.transformer import unstack_layers
-from clip_jax.models.vision_transformer import split_into_patches
 
 END = 63  # the highest id of the tiny vocabulary
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 PRESET = CLIPPreset(
     16,
     VisionTransformerPreset(image_size=16, patch_size=8, width=32, num_layers=2, num_heads=2),
@@ -34,7 +27,7 @@ PRESET = CLIPPreset(
 
 
 @pytest.fixture(scope="module")
-def tiny(quick_compilation):
+def tiny():
     """A tiny model, its parameters, four pictures and four texts."""
     model = CLIP(PRESET)
     random = np.random.default_rng(0)
@@ -44,6 +37,10 @@ def tiny(quick_compilation):
     tokens = jnp.int32(tokens)
     params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), images, tokens))
     return model, params, images, tokens
+
+
+def computed_with(model: CLIP, **changes) -> CLIP:
+    return model.clone(execution=dataclasses.replace(model.execution, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +175,7 @@ def test_the_text_feature_is_read_at_the_highest_id_wherever_that_stands(encode_
 
 def test_in_bfloat16_every_product_is_bfloat16_and_parameters_and_embeddings_stay_float32(tiny):
     model, params, images, tokens = tiny
-    half = dataclasses.replace(model, dtype=jnp.bfloat16)
+    half = computed_with(model, dtype=jnp.bfloat16)
     fresh = jax.eval_shape(half.init, jax.random.key(0), images, tokens)
     assert {leaf.dtype for leaf in jax.tree.leaves(fresh)} == {jnp.dtype("float32")}
 
@@ -216,7 +213,7 @@ def test_how_layers_are_computed_changes_neither_function_nor_gradients(tiny, ch
     model, params, images, tokens = tiny
 
     def value_and_gradients(**changes):
-        changed = dataclasses.replace(model, **changes)
+        changed = computed_with(model, **changes)
 
         def objective(params):
             image_embeddings, text_embeddings, logit_scale = changed.apply(params, images, tokens)
@@ -234,7 +231,7 @@ def test_how_layers_are_computed_changes_neither_function_nor_gradients(tiny, ch
 @pytest.mark.parametrize("apart", [False, True])
 def test_layers_that_stand_by_themselves_are_the_same_function(tiny, apart):
     model, params, images, tokens = tiny
-    alone = dataclasses.replace(model, scan_layers=False, class_token_apart=apart)
+    alone = computed_with(model, scan_layers=False, class_token_apart=apart)
     unstacked = unstack_layers(params)
     expected = jax.tree.structure(nn.meta.unbox(jax.eval_shape(alone.init, jax.random.key(0), images, tokens)))
     assert jax.tree.structure(unstacked) == expected
@@ -248,7 +245,7 @@ def test_remat_lite_saves_a_layers_products_attention_its_results_and_full_nothi
     model, params, images, tokens = tiny
 
     def saved(remat):
-        changed = dataclasses.replace(model, remat=remat)
+        changed = computed_with(model, remat=remat)
         residuals = jax.eval_shape(
             lambda p: jax.tree.leaves(jax.vjp(lambda p: changed.apply(p, images, tokens)[0].sum(), p)[1]), params
         )
@@ -266,7 +263,7 @@ def test_remat_full_does_recompute_in_the_backward_pass(tiny):
     model, params, images, tokens = tiny
 
     def program(remat):
-        changed = dataclasses.replace(model, remat=remat)
+        changed = computed_with(model, remat=remat)
         return str(jax.make_jaxpr(jax.grad(lambda p: changed.apply(p, images, tokens)[0].sum()))(params))
 
     assert "remat" in program("full") or "checkpoint" in program("full")

@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 
 from clip_jax.models.clip import CLIP
-from clip_jax.models.presets import CLIPPreset, ResNetPreset, TextTransformerPreset, VisionTransformerPreset
+from clip_jax.models.presets import CLIPPreset
+from clip_jax.models.towers.resnet import ResNetPreset
+from clip_jax.models.towers.text_transformer import TextTransformerPreset
+from clip_jax.models.towers.vision_transformer import VisionTransformerPreset
 
 V, T, LAYERS, PATCH, EMBED = 128, 96, 3, 8, 64  # widths of the towers, and sizes that no other number equals
 R, STAGES = 20, (1, 4, 1, 3)  # a ResNet's width and blocks
@@ -115,7 +118,7 @@ PARAMETERS = [("vit", name) for name in VIT | TEXT] + [("resnet", name) for name
 
 
 @pytest.fixture(scope="module")
-def start(quick_compilation):
+def start():
     """A function from a family to its new variables, by name."""
 
     @functools.cache

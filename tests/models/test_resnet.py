@@ -10,12 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_jax.models.resnet import AttentionPool, BatchNorm, Bottleneck, Convolution, ResNet, average_pool
+from clip_jax.models.execution import Execution
+from clip_jax.models.towers.resnet import (
+    AttentionPool,
+    BatchNorm,
+    Bottleneck,
+    Convolution,
+    ResNet,
+    ResNetPreset,
+    average_pool,
+)
 from clip_jax.sharding import batch_sharding, replicated
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 MESHES = [(8, 1), (4, 2), (2, 4)]
-TINY = ResNet(image_size=64, width=8, stage_sizes=(1, 3, 1, 1), num_heads=4, batch_norm="global", embed_dim=16)
+TINY = ResNet(ResNetPreset(image_size=64, width=8, stage_sizes=(1, 3, 1, 1), num_heads=4), embed_dim=16)
 
 
 def random_variables(model, *inputs):
@@ -113,7 +121,7 @@ def norm_variables(scale, bias, mean=0.0, variance=1.0, num_batches=0):
 
 
 def train_norm(variables, x, batch_norm="global", sharding=None, dtype=jnp.float32):
-    module = BatchNorm(True, batch_norm, dtype=dtype, batch_sharding=sharding)
+    module = BatchNorm(True, batch_norm, execution=Execution(dtype=dtype, batch_sharding=sharding))
     return jax.jit(lambda variables, x: module.apply(variables, x, mutable=["batch_stats"]))(variables, x)
 
 
@@ -231,7 +239,7 @@ def test_batch_norm_in_bfloat16_computes_in_float32(train):
     x = jnp.bfloat16(np.random.default_rng(0).normal(100, 1, (8, 4, 4, 6)))  # bfloat16 squares would lose the variance
     exact = np.float64(x)
     variables = norm_variables(np.ones(6), np.zeros(6), mean=100, variance=1)
-    module = BatchNorm(train, "global", dtype=jnp.bfloat16)
+    module = BatchNorm(train, "global", execution=Execution(dtype=jnp.bfloat16))
     result, updated = module.apply(variables, x, mutable=["batch_stats"])
     assert result.dtype == jnp.bfloat16
     assert updated["batch_stats"]["mean"].dtype == updated["batch_stats"]["variance"].dtype == jnp.float32
@@ -323,7 +331,7 @@ def test_a_block_is_that_of_the_formula_and_its_shortcut_convolves_only_where_sh
 
 
 @pytest.fixture(scope="module")
-def train(quick_compilation):
+def train():
     """A function from variables and pictures to the features in training and the running averages after it."""
     apply = jax.jit(lambda variables, pixels: TINY.apply(variables, pixels, train=True, mutable=["batch_stats"]))
 
@@ -414,7 +422,7 @@ def test_recomputing_blocks_and_unrolling_their_scan_change_neither_function_nor
     pixels, cotangent = images(8), np.float32(np.random.default_rng(1).normal(size=(8, 16)))
 
     def outcome(**changes):
-        model = dataclasses.replace(TINY, **changes)
+        model = TINY.clone(execution=Execution(**changes))
 
         def objective(params, stats):
             features, updated = model.apply(
@@ -437,7 +445,7 @@ def test_recomputing_blocks_and_unrolling_their_scan_change_neither_function_nor
 
 def test_remat_full_does_recompute_in_the_backward_pass(variables):
     def program(remat):
-        model = dataclasses.replace(TINY, remat=remat)
+        model = TINY.clone(execution=Execution(remat=remat))
         return str(jax.make_jaxpr(jax.grad(lambda images: model.apply(variables, images).sum()))(images(1)))
 
     assert "remat" in program("full") or "checkpoint" in program("full")
@@ -452,7 +460,8 @@ def collectives(program):
 @pytest.mark.parametrize("batch_norm", ["per_device", "global"])
 def test_on_eight_devices_only_global_statistics_make_the_devices_talk(mesh_of, variables, train, batch_norm):
     mesh = mesh_of((8, 1))
-    model = dataclasses.replace(TINY, batch_norm=batch_norm, batch_sharding=batch_sharding(mesh))
+    preset = dataclasses.replace(TINY.preset, batch_norm=batch_norm)
+    model = preset.build(16, Execution(batch_sharding=batch_sharding(mesh)))
 
     def features(variables, pixels):  # without the running averages, of which there is one for all devices
         return model.apply(variables, pixels, train=True, mutable=["batch_stats"])[0]
@@ -473,7 +482,7 @@ def test_what_the_devices_tell_each_other_for_batch_norm_are_statistics(mesh_of)
     mesh = mesh_of((8, 1))
     x, scale, bias = norm_case()
     for batch_norm in ("global", "per_device"):
-        module = BatchNorm(True, batch_norm, batch_sharding=batch_sharding(mesh))
+        module = BatchNorm(True, batch_norm, execution=Execution(batch_sharding=batch_sharding(mesh)))
         apply = jax.jit(
             lambda variables, x, module=module: module.apply(variables, x, mutable=["batch_stats"]),
             in_shardings=(replicated(mesh), batch_sharding(mesh)),

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 from clip_jax.models.clip import CLIP
-from clip_jax.models.presets import CLIPPreset, ResNetPreset, TextTransformerPreset, VisionTransformerPreset
-from clip_jax.models.vision_transformer import choose_patches, num_kept_patches
+from clip_jax.models.execution import Execution
+from clip_jax.models.patch_dropout import choose_patches, num_kept_patches
+from clip_jax.models.presets import CLIPPreset
+from clip_jax.models.towers.resnet import ResNetPreset
+from clip_jax.models.towers.text_transformer import TextTransformerPreset
+from clip_jax.models.towers.vision_transformer import VisionTransformerPreset
 from clip_jax.weights.resizing import at_image_size
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 TEXT = TextTransformerPreset(width=8, num_layers=1, num_heads=1, context_length=4, vocab_size=16)
 VIT = CLIPPreset(16, VisionTransformerPreset(32, 8, width=32, num_layers=2, num_heads=2), TEXT)
 RESNET = CLIPPreset(16, ResNetPreset(96, 8, (1, 1, 1, 1), 4), TEXT)
@@ -26,12 +29,12 @@ def variables_of(preset: CLIPPreset) -> dict:
 
 
 @pytest.fixture(scope="module")
-def encode(quick_compilation):
+def encode():
     """A function of images, the patches that are kept, and whether the class token is carried apart."""
     variables = variables_of(VIT)
 
     def run(images, kept=None, apart=False):
-        model = CLIP(VIT, class_token_apart=apart)
+        model = CLIP(VIT, Execution(class_token_apart=apart))
         kept = None if kept is None else jnp.int32(kept)
         return model.apply(variables, jnp.float32(images), kept_patches=kept, method="encode_image")
 

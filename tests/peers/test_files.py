@@ -11,7 +11,10 @@ import clip_jax
 from clip_jax.convert import main as convert
 from clip_jax.convert import use_of
 from clip_jax.models.preprocessing import Preprocessing
-from clip_jax.models.presets import PRESETS, CLIPPreset, ResNetPreset, TextTransformerPreset, VisionTransformerPreset
+from clip_jax.models.presets import PRESETS, CLIPPreset
+from clip_jax.models.towers.resnet import ResNetPreset
+from clip_jax.models.towers.text_transformer import TextTransformerPreset
+from clip_jax.models.towers.vision_transformer import VisionTransformerPreset
 from clip_jax.weights import Weights, openai, preset_name, read_weights, write_weights
 from clip_jax.weights import open_clip as open_clip_files
 from clip_jax.weights.mapping import to_variables
@@ -81,7 +84,7 @@ def with_activation(preset, activation):
 @pytest.mark.parametrize("name", PRESETS)
 def test_open_clip_knows_the_name_that_is_printed_as_the_same_architecture(name, activation):
     preset = with_activation(PRESETS[name], activation)
-    use = use_of(preset_name(preset), False, Preprocessing(), "a.safetensors", "open_clip")
+    use = use_of(preset_name(preset), {}, Preprocessing(), "a.safetensors", "open_clip")
     configs = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
     printed = re.match(r'open_clip.create_model_and_transforms\("(.+?)"(, force_quick_gelu=True)?, pretrained=', use)
     if printed:

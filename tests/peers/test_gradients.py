@@ -5,9 +5,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from clip_jax.losses import default_section, make_loss
 from clip_jax.models.clip import CLIP
-from clip_jax.models.presets import CLIPPreset, ResNetPreset, TextTransformerPreset, VisionTransformerPreset
-from clip_jax.training.loss import contrastive_loss
+from clip_jax.models.presets import CLIPPreset
+from clip_jax.models.towers.resnet import ResNetPreset
+from clip_jax.models.towers.text_transformer import TextTransformerPreset
+from clip_jax.models.towers.vision_transformer import VisionTransformerPreset
 from clip_jax.weights import openai
 from clip_jax.weights.mapping import to_tensors, to_variables
 
@@ -66,6 +69,7 @@ def both(request):
 
     model, variables = CLIP(preset), to_variables(before, openai.TABLE, preset)
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
+    loss_of = make_loss(default_section(), mesh, len(images), "float32")
 
     @jax.jit
     def run(params):
@@ -73,7 +77,8 @@ def both(request):
             outputs, updated = model.apply(
                 variables | {"params": params}, images, tokens, train=True, mutable=["batch_stats"]
             )
-            return contrastive_loss(*outputs, mesh)[0], (outputs, updated)
+            *embeddings, logit_scale = outputs
+            return loss_of(*embeddings, {"logit_scale": logit_scale})[0], (outputs, updated)
 
         return jax.value_and_grad(objective, has_aux=True)(params)
 

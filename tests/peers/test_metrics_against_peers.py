@@ -12,7 +12,9 @@ from clip_jax.data.tokenizer import tokenize
 from clip_jax.evaluation.metrics import mean_per_class_accuracy, roc_auc
 from clip_jax.evaluation.retrieval import RECALL_AT, ranks
 from clip_jax.evaluation.zero_shot import classifier_weights, classify, single_label_metrics, top_k_accuracy
-from clip_jax.models.presets import CLIPPreset, TextTransformerPreset, VisionTransformerPreset
+from clip_jax.models.presets import CLIPPreset
+from clip_jax.models.towers.text_transformer import TextTransformerPreset
+from clip_jax.models.towers.vision_transformer import VisionTransformerPreset
 
 torch = pytest.importorskip("torch")
 peer_models = pytest.importorskip("peer_models")

@@ -12,7 +12,7 @@ import clip_jax
 from clip_jax.data.images import evaluation_transform
 from clip_jax.models.clip import normalize_images
 from clip_jax.models.preprocessing import Preprocessing
-from clip_jax.models.presets import ResNetPreset
+from clip_jax.models.towers.resnet import ResNetPreset
 from clip_jax.weights import WeightsError
 from clip_jax.weights import open_clip as open_clip_files
 from clip_jax.weights.huggingface_fields import preprocessing_config, read_preprocessing

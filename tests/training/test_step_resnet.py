@@ -13,8 +13,9 @@ from etils import epath
 from trees import adam_state, assert_trees_close
 
 from clip_jax.config import default_config
-from clip_jax.models.clip import normalize_images
+from clip_jax.models.clip import CLIP, normalize_images
 from clip_jax.models.preprocessing import Preprocessing
+from clip_jax.models.presets import model_preset
 from clip_jax.run_folder import restore_variables
 from clip_jax.sharding import to_global_batch
 from clip_jax.training.checkpoint import Checkpointer
@@ -24,8 +25,6 @@ from clip_jax.training.step import make_train_step
 
 MESHES = [(8, 1), (2, 4)]
 BATCH = 56  # and 28 and 7 in a part of it: sizes that nothing but the batch has
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +67,7 @@ def start(config, mesh_of):
 
 
 @pytest.fixture(scope="module")
-def stepped(quick_compilation, config, start, mesh_of):
+def stepped(config, start, mesh_of):
     """A function from a mesh's shape to what one step on it gave, and the step's program."""
     optimizer = make_optimizer(config.optimizer, 100)
 
@@ -204,7 +203,7 @@ def test_a_state_around_given_variables_is_new_but_for_them(start, stepped):
 
 @pytest.mark.parametrize("boxed", [False, True])
 def test_a_resnets_kernels_decay_and_neither_its_gains_biases_and_positions_nor_its_statistics(config, mesh_of, boxed):
-    model = make_model(config, mesh_of((1, 1))).clone(batch_sharding=None)
+    model = CLIP(model_preset(config))
     inputs = jnp.zeros((1, 64, 64, 3)), jnp.zeros((1, 8), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]["vision"]
     mask = nn.meta.unbox(decay_mask(params if boxed else nn.meta.unbox(params)))

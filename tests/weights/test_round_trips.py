@@ -182,6 +182,6 @@ def test_the_bias_of_a_sigmoid_loss_goes_where_there_is_a_place_for_it(goldens, 
     write_weights(biased, tmp_path / "ours", "clip_jax")
     assert_same_weights(read_weights(tmp_path / "ours"), biased)
     for name, path in (("huggingface", tmp_path / "refused"), ("openai", tmp_path / "refused.pt")):
-        with pytest.raises(WeightsError, match="no place for the sigmoid loss's logit_bias; open_clip has"):
+        with pytest.raises(WeightsError, match="no place for the loss's logit_bias; clip_jax has"):
             write_weights(biased, path, name)
         assert not path.exists()

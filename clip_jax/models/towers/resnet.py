@@ -5,6 +5,7 @@ average pooling before every strided step instead of a stride (arXiv 1904.11486)
 average pooling at the end. Arrays are ``[B, H, W, C]``.
 """
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -12,9 +13,108 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from clip_jax.models.execution import Execution
 from clip_jax.models.layers import Initializer, Linear, matrix_product, shard_batch, torch_linear_init
 from clip_jax.models.positions import resize_positions
-from clip_jax.models.presets import RESNET_REDUCTION
+from clip_jax.models.towers.base import ImageTower, Shapes, side_of_grid
+from clip_jax.models.towers.transformer_tower import HEAD_WIDTH
+
+BATCH_NORMS = ("global", "per_device")
+RESNET_REDUCTION = 32  # an image's side over that of the last stage's output; also its channels over the width
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNetPreset(ImageTower):
+    """A ResNet as CLIP has it: ``width`` channels after the stem, ``stage_sizes`` blocks in each of four stages.
+
+    ``num_heads`` are those of the attention pooling. ``batch_norm`` says over what a training step takes BatchNorm's
+    statistics: "global", the whole batch, or "per_device", each device's part of it, as open_clip trains.
+    """
+
+    name = "resnet"
+    title = "ResNet"
+    side_unit = RESNET_REDUCTION
+    positions = ("attention_pool", "positional_embedding")
+    training_fields = ("batch_norm",)
+    # The attention pool ends with the projection: a linear probe reads the tower's own output.
+    feature_layer = "vision"
+    optimizer_defaults = {"beta2": 0.999, "epsilon": 1e-8}  # noqa: RUF012 (never changed; tables 19 and 20)
+
+    image_size: int
+    width: int
+    stage_sizes: tuple[int, int, int, int]
+    num_heads: int
+    batch_norm: str = "global"
+
+    @property
+    def channels(self) -> int:
+        """Of the last stage's output, and of the attention pool."""
+        return RESNET_REDUCTION * self.width
+
+    @property
+    def head_width(self) -> float:
+        return self.channels / self.num_heads
+
+    def build(self, embed_dim: int, execution: Execution) -> nn.Module:
+        return ResNet(self, embed_dim, execution)
+
+    def numbers(self) -> tuple[dict[str, int | range], ...]:
+        # A stage's first block stands alone, since it alone has strides and a convolution as its shortcut.
+        return tuple({"stage": stage, "block": range(1, size)} for stage, size in enumerate(self.stage_sizes, 1))
+
+    def problems(self, prefix: str) -> list[str]:
+        problems = []
+        if self.image_size % RESNET_REDUCTION:
+            problems.append(f"{prefix}.image_size={self.image_size} must be a multiple of {RESNET_REDUCTION}")
+        if self.width % 2:
+            problems.append(f"{prefix}.width={self.width} must be even: the stem starts with half of it")
+        if self.channels % self.num_heads:
+            problems.append(
+                f"{prefix}.num_heads={self.num_heads} must divide the last stage's {self.channels} channels"
+            )
+        if len(self.stage_sizes) != 4 or min(self.stage_sizes) < 1:
+            problems.append(f"{prefix}.stage_sizes={self.stage_sizes} must be four positive numbers")
+        if self.batch_norm not in BATCH_NORMS:
+            problems.append(f"{prefix}.batch_norm={self.batch_norm!r} must be one of {', '.join(BATCH_NORMS)}")
+        return problems
+
+    def flops(self, embed_dim: int, patch_dropout: float) -> int:
+        side, half, channels = self.image_size // 2, self.width // 2, self.width
+        first = convolution_flops(self.image_size, 3, 3, half, stride=2)
+        rest = convolution_flops(side, 3, half, half) + convolution_flops(side, 3, half, self.width)
+        side //= 2
+        for stage, num_blocks in enumerate(self.stage_sizes):
+            width = self.width * 2**stage
+            for block in range(num_blocks):
+                stride = 2 if stage and not block else 1
+                rest += convolution_flops(side, 1, channels, width) + convolution_flops(side, 3, width, width)
+                side //= stride
+                rest += convolution_flops(side, 1, width, 4 * width)
+                if channels != 4 * width:
+                    rest += convolution_flops(side, 1, channels, 4 * width)  # the shortcut's
+                channels = 4 * width
+        places = side * side + 1
+        pool = 2 * channels**2 * (1 + 2 * places) + 2 * 2 * places * channels + 2 * channels * embed_dim
+        return 2 * first + 3 * (rest + pool)
+
+    @classmethod
+    def from_shapes(cls, shapes: Shapes, activation: str) -> "ResNetPreset":
+        num_positions, channels = shapes.shape("attention_pool.positional_embedding")
+        return cls(
+            image_size=RESNET_REDUCTION * side_of_grid(num_positions),
+            width=channels // RESNET_REDUCTION,
+            stage_sizes=tuple(shapes.count("stage{stage}_rest.bn1.scale", "block", stage=n) for n in (1, 2, 3, 4)),
+            num_heads=channels // HEAD_WIDTH,
+        )
+
+
+def convolution_flops(side: int, kernel: int, channels: int, features: int, stride: int = 1) -> int:
+    """Costs of a convolution: each output position's product with the kernel, without positions beyond the border."""
+    places = sum(  # along one axis: the kernel's positions that are inside the image, over all outputs
+        sum(0 <= stride * output + offset - kernel // 2 < side for offset in range(kernel))
+        for output in range(side // stride)
+    )
+    return 2 * places**2 * channels * features
 
 
 def average_pool(x: jax.Array, size: int) -> jax.Array:
@@ -29,8 +129,7 @@ class Convolution(nn.Module):
     features: int
     kernel_size: int
     stride: int = 1
-    dtype: jnp.dtype = jnp.float32
-    batch_sharding: jax.sharding.Sharding | None = None
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -38,14 +137,14 @@ class Convolution(nn.Module):
         init = nn.with_logical_partitioning(
             torch_linear_init(size * size * channels), ("height", "width", "channels", "embed")
         )
-        kernel = self.param("kernel", init, (size, size, channels, self.features)).astype(self.dtype)
+        kernel = self.param("kernel", init, (size, size, channels, self.features)).astype(self.execution.dtype)
         if size == 1:
             y = matrix_product(x, kernel[0, 0])
         else:
             y = jax.lax.conv_general_dilated(
                 x, kernel, (self.stride,) * 2, [(size // 2,) * 2] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
-        return shard_batch(y, self.batch_sharding)
+        return shard_batch(y, self.execution)
 
 
 @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("norm_statistics"))
@@ -64,7 +163,7 @@ def normalize_by_batch(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple
 class BatchNorm(nn.Module):
     """Normalises each channel of ``[B, H, W, C]`` over the other axes (arXiv 1502.03167), epsilon 1e-5.
 
-    Computed in float32, returned in ``dtype``.
+    Computed in float32, returned in ``execution.dtype``.
 
     In training the statistics are those of the batch: of all of it, on however many devices it lies, or with
     ``batch_norm="per_device"`` of each device's part by itself. Otherwise they are the running averages, which
@@ -75,8 +174,7 @@ class BatchNorm(nn.Module):
     train: bool
     batch_norm: str
     scale_init: Initializer = nn.initializers.ones
-    dtype: jnp.dtype = jnp.float32
-    batch_sharding: jax.sharding.NamedSharding | None = None
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -89,12 +187,13 @@ class BatchNorm(nn.Module):
         if not self.train:
             factor = scale * jax.lax.rsqrt(running_variance.value + 1e-5)
             y = x.astype(jnp.float32) * factor + (bias - running_mean.value * factor)
-            return shard_batch(y.astype(self.dtype), self.batch_sharding)
+            return shard_batch(y.astype(self.execution.dtype), self.execution)
 
-        per_device = self.batch_norm == "per_device" and self.batch_sharding is not None
-        groups = self.batch_sharding.mesh.size if per_device else 1
+        sharding = self.execution.batch_sharding
+        per_device = self.batch_norm == "per_device" and sharding is not None
+        groups = sharding.mesh.size if per_device else 1
         y = x.reshape(groups, -1, *x.shape[1:])  # [G, B / G, H, W, C]
-        y = shard_batch(y, self.batch_sharding if per_device else None)
+        y = shard_batch(y, self.execution) if per_device else y
         y, mean, variance = normalize_by_batch(y, scale, bias)
         if not self.is_initializing():
             count = y.size // (groups * y.shape[-1])
@@ -102,7 +201,7 @@ class BatchNorm(nn.Module):
             running_mean.value += 0.1 * (mean.reshape(groups, -1).mean(axis=0) - running_mean.value)
             running_variance.value += 0.1 * (unbiased.reshape(groups, -1).mean(axis=0) - running_variance.value)
             num_batches.value = num_batches.value + 1  # not in place: a caller may hold the array
-        return shard_batch(y.reshape(x.shape).astype(self.dtype), self.batch_sharding)
+        return shard_batch(y.reshape(x.shape).astype(self.execution.dtype), self.execution)
 
 
 class Bottleneck(nn.Module):
@@ -115,18 +214,16 @@ class Bottleneck(nn.Module):
     stride: int
     train: bool
     batch_norm: str
-    dtype: jnp.dtype = jnp.float32
-    batch_sharding: jax.sharding.NamedSharding | None = None
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
-        kept = {"dtype": self.dtype, "batch_sharding": self.batch_sharding}
-        convolution = functools.partial(Convolution, **kept)
-        norm = functools.partial(BatchNorm, self.train, self.batch_norm, **kept)
+        convolution = functools.partial(Convolution, execution=self.execution)
+        norm = functools.partial(BatchNorm, self.train, self.batch_norm, execution=self.execution)
         y = nn.relu(norm(name="bn1")(convolution(self.width, 1, name="conv1")(x)))
         y = nn.relu(norm(name="bn2")(convolution(self.width, 3, name="conv2")(y)))
         y = convolution(4 * self.width, 1, name="conv3")(average_pool(y, self.stride))
-        y = norm(nn.initializers.zeros, name="bn3")(y)
+        y = norm(scale_init=nn.initializers.zeros, name="bn3")(y)
         if x.shape != y.shape:
             x = convolution(4 * self.width, 1, name="downsample_conv")(average_pool(x, self.stride))
             x = norm(name="downsample_bn")(x)
@@ -143,8 +240,7 @@ class AttentionPool(nn.Module):
     side: int
     num_heads: int
     embed_dim: int
-    dtype: jnp.dtype = jnp.float32
-    batch_sharding: jax.sharding.NamedSharding | None = None
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -154,8 +250,7 @@ class AttentionPool(nn.Module):
             Linear,
             kernel_init=normal,
             bias_init=torch_linear_init(width),
-            dtype=self.dtype,
-            batch_sharding=self.batch_sharding,
+            execution=self.execution,
         )
         side = x.shape[1]
         x = x.reshape(batch, -1, width)
@@ -165,51 +260,45 @@ class AttentionPool(nn.Module):
             nn.with_logical_partitioning(normal, ("position", "embed")),
             (1 + self.side**2, width),
         )
-        x = shard_batch(x + resize_positions(positions, side).astype(self.dtype), self.batch_sharding)
-        query = linear(width, ("embed", "heads"), name="query")(shard_batch(x[:, 0], self.batch_sharding))
+        x = shard_batch(x + resize_positions(positions, side).astype(self.execution.dtype), self.execution)
+        query = linear(width, ("embed", "heads"), name="query")(shard_batch(x[:, 0], self.execution))
         key = linear(width, ("embed", "heads"), name="key")(x)
         value = linear(width, ("embed", "heads"), name="value")(x)
         query, key, value = (y.reshape(*y.shape[:-1], self.num_heads, -1) for y in (query, key, value))
         scores = jnp.einsum("bhd,bkhd->bhk", query * query.shape[-1] ** -0.5, key).astype(jnp.float32)
-        probabilities = nn.softmax(scores).astype(self.dtype)
+        probabilities = nn.softmax(scores).astype(self.execution.dtype)
         x = jnp.einsum("bhk,bkhd->bhd", probabilities, value).reshape(batch, width)
         return linear(self.embed_dim, ("heads", "output"), name="output")(x)
 
 
 class ResNet(nn.Module):
-    """Maps normalised images ``[B, H, W, 3]`` to features ``[B, embed_dim]`` in ``dtype``, not yet of unit length.
+    """Maps normalized images ``[B, S, S, 3]`` to features ``[B, embed_dim]`` in ``execution.dtype``.
 
     The blocks of a stage after its first are alike and are scanned: their parameters and statistics carry a leading
     ``layers`` axis. ``train`` takes BatchNorm's statistics from the batch and updates the running averages.
     """
 
-    image_size: int
-    width: int
-    stage_sizes: tuple[int, int, int, int]
-    num_heads: int
-    batch_norm: str
+    preset: ResNetPreset
     embed_dim: int
-    remat: str = "none"
-    scan_unroll: int = 1
-    dtype: jnp.dtype = jnp.float32
-    batch_sharding: jax.sharding.NamedSharding | None = None
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        kept = {"dtype": self.dtype, "batch_sharding": self.batch_sharding}
+        preset, execution = self.preset, self.execution
+        recomputed = nn.remat(Bottleneck, prevent_cse=execution.scan_unroll > 1)
         block = functools.partial(
-            nn.remat(Bottleneck, prevent_cse=self.scan_unroll > 1) if self.remat != "none" else Bottleneck,
+            Bottleneck if execution.remat == "none" else recomputed,
             train=train,
-            batch_norm=self.batch_norm,
-            **kept,
+            batch_norm=preset.batch_norm,
+            execution=execution,
         )
-        x = images.astype(self.dtype)
-        for number, (features, stride) in enumerate(((self.width // 2, 2), (self.width // 2, 1), (self.width, 1)), 1):
-            x = Convolution(features, 3, stride, **kept, name=f"conv{number}")(x)
-            x = nn.relu(BatchNorm(train, self.batch_norm, **kept, name=f"bn{number}")(x))
+        x, half = images.astype(execution.dtype), preset.width // 2
+        for number, (features, stride) in enumerate(((half, 2), (half, 1), (preset.width, 1)), 1):
+            x = Convolution(features, 3, stride, execution, name=f"conv{number}")(x)
+            x = nn.relu(BatchNorm(train, preset.batch_norm, execution=execution, name=f"bn{number}")(x))
         x = average_pool(x, 2)
-        for number, num_blocks in enumerate(self.stage_sizes, 1):
-            width = self.width * 2 ** (number - 1)
+        for number, num_blocks in enumerate(preset.stage_sizes, 1):
+            width = preset.width * 2 ** (number - 1)
             x, _ = block(width, stride=1 if number == 1 else 2, name=f"stage{number}_first")(x)
             if num_blocks > 1:
                 rest = nn.scan(
@@ -217,9 +306,9 @@ class ResNet(nn.Module):
                     variable_axes={"params": 0, "batch_stats": 0},
                     split_rngs={"params": True},
                     length=num_blocks - 1,
-                    unroll=min(self.scan_unroll, num_blocks - 1),
+                    unroll=min(execution.scan_unroll, num_blocks - 1),
                     metadata_params={nn.PARTITION_NAME: "layers"},
                 )
                 x, _ = rest(width, stride=1, **block.keywords, name=f"stage{number}_rest")(x)
-        side = self.image_size // RESNET_REDUCTION
-        return AttentionPool(side, self.num_heads, self.embed_dim, **kept, name="attention_pool")(x)
+        side = preset.grid_side(preset.image_size)
+        return AttentionPool(side, preset.num_heads, self.embed_dim, execution, name="attention_pool")(x)

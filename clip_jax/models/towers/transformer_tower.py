@@ -1,0 +1,69 @@
+"""What the descriptions of both transformer towers share: checks, flops, and what the shapes of weights tell."""
+
+from clip_jax.models.activations import ACTIVATIONS
+from clip_jax.models.towers.base import ShapeError, Shapes
+
+HEAD_WIDTH = 64  # in all of the paper's transformers
+
+
+class TransformerTower:
+    """Of a description with these fields, whose module holds a ``transformer.Transformer`` named "transformer"."""
+
+    width: int
+    num_layers: int
+    num_heads: int
+    mlp_ratio: float
+
+    @property
+    def mlp_width(self) -> int:
+        return round(self.width * self.mlp_ratio)
+
+    @property
+    def head_width(self) -> float:
+        return self.width / self.num_heads
+
+    @property
+    def fused_head_widths(self) -> tuple[float, ...]:
+        return (self.head_width,)
+
+    def numbers(self) -> tuple[dict[str, int | range], ...]:
+        return ({"layer": range(self.num_layers)},)
+
+    def problems(self, prefix: str) -> list[str]:
+        problems = []
+        if self.width % self.num_heads:
+            problems.append(f"{prefix}.num_heads={self.num_heads} must divide width={self.width}")
+        if self.mlp_width <= 0:
+            problems.append(f"{prefix}.mlp_ratio={self.mlp_ratio} leaves nothing of width={self.width}")
+        if self.activation not in ACTIVATIONS:
+            problems.append(f"{prefix}.activation={self.activation!r} must be one of {', '.join(ACTIVATIONS)}")
+        return problems
+
+    def layer_flops(self, tokens: int) -> int:
+        """Forward flops of a sequence of ``tokens`` through all layers, to one position of the last."""
+        keys_and_values = 2 * self.width**2
+        others = 2 * self.width**2 + 2 * self.width * self.mlp_width  # queries, attention's output, both of the MLP
+
+        def layer(positions: int) -> int:
+            return 2 * (tokens * keys_and_values + positions * others) + 2 * 2 * positions * tokens * self.width
+
+        return (self.num_layers - 1) * layer(tokens) + layer(1)
+
+
+def transformer_fields(shapes: Shapes, section: str, num_heads: dict[int, int]) -> dict:
+    """The fields of a :class:`TransformerTower` but its activation, from the shapes of its parameters.
+
+    ``num_heads`` by width are those of published models whose heads are not :data:`HEAD_WIDTH` wide.
+    """
+    width, mlp_width = shapes.shape("transformer.blocks.fc1.kernel")
+    if width not in num_heads and width % HEAD_WIDTH:
+        raise ShapeError(
+            f"how many heads the {section} tower has cannot be seen from its width of {width}; "
+            f"put the model's config beside the file"
+        )
+    return {
+        "width": width,
+        "num_layers": shapes.count("transformer.blocks.ln_1.scale", "layer"),
+        "num_heads": num_heads.get(width, width // HEAD_WIDTH),
+        "mlp_ratio": mlp_width / width,
+    }
