@@ -137,7 +137,7 @@ def test_grey_is_two_or_three_axes_and_sixteen_bits_come_from_files(model, tmp_p
         (PIXELS[:0], ["uint8 [0, 30, 3]"]),
         (np.zeros((1, 2, 3, 4, 3), np.uint8), ["uint8 [1, 2, 3, 4, 3]"]),
         (np.zeros((300, 2), np.uint8), ["300 pixels", "over 100 times"]),
-        (b"\x89PNG\0\0", ["bytes are taken as a path", "BytesIO"]),
+        (b"\x89PNG\0\0", ["bytes are read as a path", "BytesIO"]),
         ("/", ["/: a folder, not an image file"]),
         ("/dev/null", ["/dev/null: a pipe or device"]),
     ],
