@@ -7,8 +7,9 @@ NEWEST_VENV ?= .venv-newest
 # Large pages for the arrays of each step: 10 to 15 % of a step's time on CPU (glibc 2.35 or newer; ignored elsewhere).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-# Two processes, each file in one of them. More of them would take the cores from the tests that start pods.
-IN_PARALLEL ?= -n 2 --dist loadfile
+# Two processes, each file in one of them, in the order of tests/conftest.py. More of them would take the cores from
+# the tests that start pods.
+IN_PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 define make_venv
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -19,7 +20,7 @@ define make_venv
 endef
 
 .NOTPARALLEL:
-.PHONY: quickstart test test-newest test-nightly test-peers test-peers-nightly test-cuda lint format bench lock clean
+.PHONY: quickstart test test-fast test-newest test-nightly test-peers test-peers-nightly test-cuda lint format bench lock clean
 
 quickstart: $(VENV)/.base  ## train a small CLIP on the pairs that ship, and report
 	$(VENV)/bin/python -m clip_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
@@ -30,14 +31,22 @@ test: $(VENV)/.test  ## every test but the slow ones and those that need the PyT
 test-nightly: $(VENV)/.test  ## the slow ones as well
 	$(VENV)/bin/python -m pytest $(IN_PARALLEL) --ignore=tests/peers
 
-# The tests of two minutes: towers, loss, weights, sources, decoding, and a training that is saved, resumed, evaluated
-# and converted. They show whether a newer version of a library breaks something, not all that is right.
-SHORT_TESTS = tests/models/test_clip.py tests/weights tests/data/sources tests/data/test_images.py tests/data/test_tokenizer.py \
-	tests/losses tests/test_relative_paths.py \
-	tests/training/test_step.py::test_a_batch_seen_again_and_again_is_learnt_by_heart
+# The short unit tests of every subsystem: two minutes on two cores. With the newest versions of all libraries they show
+# whether one of these breaks something.
+FAST_TESTS = tests/data/sources tests/data/test_images.py tests/data/test_crops.py tests/data/test_tokenizer.py tests/evaluation/test_labels.py \
+	tests/evaluation/test_metrics.py tests/evaluation/test_registry.py tests/evaluation/test_retrieval.py \
+	tests/evaluation/test_robustness.py tests/launch/test_gke_jobset.py tests/losses tests/models/test_attention.py \
+	tests/models/test_execution.py tests/models/test_clip.py tests/test_lock.py tests/test_plan.py \
+	tests/test_relative_paths.py tests/training/test_metrics.py \
+	tests/training/test_optimizer.py tests/test_sharding.py \
+	tests/training/test_step.py::test_a_batch_seen_again_and_again_is_learnt_by_heart \
+	tests/weights/test_mistakes.py tests/weights/test_reading.py tests/weights/test_round_trips.py
 
-test-newest: $(NEWEST_VENV)/.test  ## short tests with the newest versions of everything: make PYTHON=python3.13 test-newest
-	$(NEWEST_VENV)/bin/python -m pytest $(IN_PARALLEL) -m "not slow" $(SHORT_TESTS)
+test-fast: $(VENV)/.test  ## the short unit tests of every subsystem, in two minutes
+	$(VENV)/bin/python -m pytest $(IN_PARALLEL) -m "not slow" $(FAST_TESTS)
+
+test-newest: $(NEWEST_VENV)/.test  ## the same with the newest versions of everything: make PYTHON=python3.13 test-newest
+	$(NEWEST_VENV)/bin/python -m pytest $(IN_PARALLEL) -m "not slow" $(FAST_TESTS)
 
 test-peers: $(PEERS_VENV)/.peers  ## compare with PyTorch's CLIPs, live
 	$(PEERS_VENV)/bin/python -m pytest -m "not slow" tests/peers

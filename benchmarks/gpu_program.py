@@ -26,9 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from clip_jax.config import REMAT_POLICIES, default_config
+from clip_jax.config import default_config
 from clip_jax.losses import default_section, make_loss
 from clip_jax.models import attention, layers
+from clip_jax.models.execution import REMAT_POLICIES
 from clip_jax.planning.hlo import Computation, Instruction, parse_module
 from clip_jax.planning.model_flops import step_flops
 from clip_jax.planning.program import FREE, Walk

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from clip_jax.data.images import Augmentation
-from clip_jax.data.pipeline import Batches, LoadPair, Transform
+from clip_jax.data.pipeline import Batches, LoadPair, Transform, Workers
 from clip_jax.data.sources import open_mixture
 
 BATCH_SIZE = 200
@@ -64,7 +64,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         mixture = open_mixture(write_shards(pathlib.Path(folder), shards=10, pairs=2_000))
         load_pair = LoadPair(mixture, Transform(32, 77, Augmentation()))
-        batches = Batches(load_pair, BATCH_SIZE, seed=0, num_workers=arguments.workers)
+        batches = Batches(load_pair, BATCH_SIZE, seed=0, workers=Workers(arguments.workers))
         tenth, sizes = arguments.examples // 10 // BATCH_SIZE, []
         for _ in range(10):
             # The maximum over several batches, since the number of examples in progress varies.

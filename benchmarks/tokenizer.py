@@ -77,7 +77,7 @@ def measure(label: str, rounds: int, count: int, captions: Iterator[str], peer: 
     for turn in range(rounds):
         batch = list(itertools.islice(captions, count))
         if cold:
-            tokenizer._remembered.cache_clear()
+            tokenizer._encode_cached.cache_clear()
             peer.cache = dict(empty_peer_cache)
         runs = [
             (ours_times, lambda batch=batch: tokenizer.tokenize(batch, truncate=True)),

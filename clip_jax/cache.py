@@ -1,9 +1,9 @@
-"""Where the program keeps what it can make again."""
+"""The folder of files that the program can compute again, such as indexes and embeddings."""
 
 import os
 import pathlib
 
 
 def cache_folder(kind: str) -> pathlib.Path:
-    """``$XDG_CACHE_HOME/clip_jax/KIND``, by default below ``~/.cache``."""
+    """Returns ``$XDG_CACHE_HOME/clip_jax/KIND``, by default below ``~/.cache``. It may not exist yet."""
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "clip_jax" / kind

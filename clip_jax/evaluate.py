@@ -1,11 +1,11 @@
-"""Scores a model on tasks: zero-shot classification, retrieval, linear probes, robustness to shift.
+"""Scores a model on tasks: zero-shot classification, retrieval, linear probes and robustness to shift.
 
     python -m clip_jax.evaluate --model=runs/quickstart --tasks=ships --output=evaluations/quickstart
     python -m clip_jax.evaluate --list
     python -m clip_jax.evaluate --compare evaluations/one evaluations/other --output=evaluations/both
 
-On a pod, run the same command on every host. Exit codes: 0 done, 1 failed, 2 a mistake in what was asked for or a task
-that could not be scored (one line each), 3 interrupted.
+On a pod, run the same command on every host. Exit codes: 0 all tasks with data are scored; 1 a failure, such as a full
+disk; 2 a wrong argument, or a task that could not be scored, with one line each; 3 interrupted.
 """
 
 import argparse
@@ -37,7 +37,7 @@ PROGRAM = "python -m clip_jax.evaluate"
 
 
 def parse_arguments(argv: list[str], program: str = PROGRAM) -> argparse.Namespace:
-    """Raises ValueError if the flags do not go together; one line."""
+    """Reads the flags. Raises ValueError if one is wrong, or if they cannot be combined; one line."""
     parser = Parser(prog=program, description="Scores a model on tasks.")
     parser.add_argument(
         "--model", type=os.path.expanduser, help="a run, or weights of OpenAI, open_clip or Hugging Face"
@@ -45,15 +45,15 @@ def parse_arguments(argv: list[str], program: str = PROGRAM) -> argparse.Namespa
     parser.add_argument("--tasks", default="", help="tasks, groups or files of tasks, separated by commas; see --list")
     parser.add_argument("--output", type=_path, help="a folder for results.json and report.html")
     parser.add_argument("--data", default="~/data", help="the folder of data sets (%(default)s)")
-    parser.add_argument("--list", action="store_true", help="print all tasks, which are missing and how to get them")
-    parser.add_argument("--compare", nargs="+", type=_path, metavar="FOLDER", help="outputs to set side by side")
-    parser.add_argument("--synthetic-shift", action="store_true", help="blur, noise, JPEG and brightness as well")
+    parser.add_argument("--list", action="store_true", help="print all tasks, and how to get data that is missing")
+    parser.add_argument("--compare", nargs="+", type=_path, metavar="FOLDER", help="outputs to compare")
+    parser.add_argument("--synthetic-shift", action="store_true", help="also use blur, noise, JPEG and brightness")
     parser.add_argument(
-        "--linear-probe", action="store_true", help="and logistic regression, where there is a train split"
+        "--linear-probe", action="store_true", help="also fit logistic regression, for tasks with a train split"
     )
-    parser.add_argument("--batch-size", type=int, default=64, help="images or texts at once, on all devices")
-    parser.add_argument("--dtype", default="float32", help="of the computation: float32 or bfloat16")
-    parser.add_argument("--activation", choices=ACTIVATIONS, help="of a file that cannot tell; else quick_gelu")
+    parser.add_argument("--batch-size", type=int, default=64, help="images or texts in a batch, over all devices")
+    parser.add_argument("--dtype", default="float32", help="dtype of the computation: float32 or bfloat16")
+    parser.add_argument("--activation", choices=ACTIVATIONS, help="if a file does not state it (default quick_gelu)")
     parser.add_distributed()
     arguments = parser.read(argv)
     arguments.given = argv
@@ -61,7 +61,7 @@ def parse_arguments(argv: list[str], program: str = PROGRAM) -> argparse.Namespa
     if len(wanted) != 1:
         raise ValueError("give one of --model, --list and --compare")
     if arguments.model and not arguments.tasks:
-        raise ValueError("--tasks names nothing to score; --list shows what there is")
+        raise ValueError("--tasks names no task; --list shows all")
     return arguments
 
 
@@ -74,7 +74,7 @@ def main(argv: list[str], program: str) -> int:
 
 
 def _path(text: str) -> epath.Path:
-    return epath.Path(text).expanduser()  # a shell leaves the ~ of --output=~/folder alone
+    return epath.Path(text).expanduser()  # a shell does not expand the ~ in --output=~/folder
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -84,13 +84,13 @@ def _list(arguments: argparse.Namespace) -> int:
     for task in find_tasks(arguments.tasks or ALL):
         try:
             count = len(open_source(task.source.replace("{data}", os.path.expanduser(arguments.data))))
-            state = f"there, {count:,} pictures"
+            state = f"found, {count:,} images"
         except (FileNotFoundError, MissingPackageError) as error:
             state = f"missing: {error}"
             if task.how_to_get:
                 state += f"\n{'':26}get it: {task.how_to_get.replace('{data}', arguments.data)}"
         except ValueError as error:
-            state = f"broken: {error}"
+            state = f"invalid: {error}"
         print(f"{task.name:25} {task.kind:10} {task.metric:24} {','.join(task.groups)}\n{'':26}{state}")
     return DONE
 
@@ -102,7 +102,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     print(comparison.table())
     if arguments.output:
         write_comparison(arguments.output, comparison)
-        print(f"\nin {arguments.output}/comparison.html")
+        print(f"\nwrote {arguments.output}/comparison.html")
     return DONE
 
 
@@ -114,11 +114,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     import jax
 
     from clip_jax.cache import cache_folder
+    from clip_jax.evaluation.cached import cached_classifier
+    from clip_jax.evaluation.evaluations import Evaluations
     from clip_jax.evaluation.measuring import Extras
     from clip_jax.evaluation.provenance import provenance
-    from clip_jax.evaluation.remembered import remembering
     from clip_jax.evaluation.report import write_report
-    from clip_jax.evaluation.tasks import Evaluations
     from clip_jax.evaluation.zero_shot import classifier_of
 
     set_up_logging()
@@ -126,7 +126,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     output = _writable(arguments.output) if arguments.output and first_host else None
     model = _load(arguments)
     preset = model.preset
-    evaluations = Evaluations(tasks, preset.vision.image_size, arguments.data, preset.preprocessing)
+    evaluations = Evaluations(tasks, preset.vision.image_size, arguments.data, preset.preprocessing, False)
     if first_host:
         for task in evaluations.missing:
             report("missing", _line(task))
@@ -135,15 +135,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if not evaluations:
         if evaluations.broken:
             return MISTAKE
-        raise ValueError("none of these tasks has its data here")
+        raise ValueError("no task has its data; --list shows how to get it")
 
     embedder = model.embedder
-    classifier = remembering(
+    classifier = cached_classifier(
         classifier_of(embedder), f"{model.digest} {model.preset} {arguments.dtype}", cache_folder("classifiers")
     )
     progress = _Progress(first_host, output, len(evaluations.missing) + len(evaluations.broken))
     extras = Extras(True, arguments.synthetic_shift, arguments.linear_probe)
-    results = evaluations.score(embedder, classifier, str(arguments.model), model.name, extras, progress, again=False)
+    results = evaluations.score(embedder, classifier, str(arguments.model), model.name, extras, progress)
     if first_host and results.tasks:
         print(f"\n{results.table()}")
         if output:
@@ -151,7 +151,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             facts["evaluation_time"] = f"{progress.seconds():,.1f}s"
             write_results(output, results)
             write_report(output, results, history, provenance=provenance("clip_jax.evaluate", arguments.given, **facts))
-            print(f"\nin {output}: report.html (open it in a browser), results.json")
+            print(f"\nwrote {output}: report.html (open it in a browser), results.json")
     return MISTAKE if len(results.missing) > len(evaluations.missing) else DONE
 
 
@@ -166,7 +166,7 @@ def _load(arguments: argparse.Namespace) -> "LoadedModel":
 
 
 class _Progress:
-    """Prints each task when it is scored, or why it is not, and writes the results so far; on the first host only."""
+    """Prints each scored task or the reason why it is not, and writes the results so far; on the first host only."""
 
     def __init__(self, first_host: bool, output: epath.Path | None, reported: int):
         self._first_host, self._output, self._reported = first_host, output, reported
@@ -183,12 +183,12 @@ class _Progress:
             report("error", _line(results.missing[-1]))
             return
         print(f"{main_metric(results.tasks[-1]):68} after {self.seconds():,.0f} s", flush=True)
-        if self._output:  # after each task: the next one may take hours
+        if self._output:  # now, since the next task may take hours
             write_results(self._output, results)
 
 
 def _facts(model: str, description: dict) -> tuple[list[dict[str, float]], dict[str, str]]:
-    """A run's metrics, steps, training time and config; of other weights no metrics, and the model's description."""
+    """Returns a run's metrics, and its steps, training time and config; for other weights the description only."""
     from clip_jax.run_folder import read_config
     from clip_jax.training.metrics import format_duration, read_metrics, training_seconds
 
@@ -212,7 +212,7 @@ def _line(task: MissingTask) -> str:
 
 
 def _writable(folder: epath.Path) -> epath.Path:
-    """The folder, made if it is not there; raises OSError now rather than after hours if it cannot be written to."""
+    """Creates the folder. Raises OSError if it is not writable, before the evaluation rather than after it."""
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / ".writable"
     probe.write_text("")

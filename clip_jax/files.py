@@ -1,4 +1,4 @@
-"""Writes files and folders whole or not at all: under a temporary name, then renamed."""
+"""Writes a file or folder completely or not at all: under a temporary name, which is then renamed."""
 
 import contextlib
 import os
@@ -7,23 +7,23 @@ import shutil
 import uuid
 from collections.abc import Iterator
 
-PREFIX = ".unfinished-"  # of temporary names: hidden, so that a pattern such as pairs-* does not match them
+PREFIX = ".unfinished-"  # temporary names are hidden so that a pattern such as pairs-* does not match them
 
 
 @contextlib.contextmanager
 def whole(path: str | os.PathLike, folder: str | os.PathLike | None = None) -> Iterator[pathlib.Path]:
-    """Gives a temporary path, to make a file or a folder of, that takes the name ``path`` when the block ends.
+    """Yields a temporary path. The file or folder that the block creates there is renamed to ``path`` at its end.
 
-    If the block or the renaming raises, what was made is removed. A kill leaves it under its temporary name. Several
-    processes may write the same path: the last one wins. A file is on the disk before it is renamed.
+    If the block or the renaming raises, the temporary file or folder is removed. A kill leaves it. Several processes
+    may write the same path: the last one wins. A file is synced to the disk before it is renamed.
 
     Args:
-      path: what to write. A file of that name is replaced; a folder is only if it is empty.
-      folder: where to write it until then, on the same file system; next to ``path`` if not given. The block
-        may make it.
+      path: the final name. An existing file is replaced; an existing folder only if it is empty.
+      folder: folder of the temporary path, on the same file system; that of ``path`` by default. The block may
+        create it.
 
     Yields:
-      A path that does not exist, which ends like ``path`` and is in ``folder``.
+      A path in ``folder`` that does not exist and ends like ``path``.
 
     Raises:
       OSError: it cannot be renamed.
@@ -39,7 +39,7 @@ def whole(path: str | os.PathLike, folder: str | os.PathLike | None = None) -> I
         os.replace(unfinished, path)
     except OSError as error:
         if error.filename is not None and os.fspath(error.filename) == os.fspath(unfinished):
-            error.filename = os.fspath(path)  # the name that the user knows
+            error.filename = os.fspath(path)  # the user knows this name
         raise
     finally:
         if unfinished.is_dir():
@@ -49,7 +49,7 @@ def whole(path: str | os.PathLike, folder: str | os.PathLike | None = None) -> I
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes, folder: str | os.PathLike | None = None) -> None:
-    """Writes a file of these bytes, or of this text in UTF-8, by :func:`whole`.
+    """Writes bytes, or text as UTF-8, to a file with :func:`whole`.
 
     Raises:
       OSError: it cannot be written.

@@ -1,11 +1,15 @@
-"""Files of JSON objects, a line each, that a kill may cut short at any moment."""
+"""Appends to files of one JSON object per line whose last line a kill may have cut short."""
 
 import os
 from typing import IO
 
 
 def open_to_append(path: str | os.PathLike) -> IO[str]:
-    """Opens for lines to follow what is there; a last line that was cut short stays a line of its own."""
+    """Opens a UTF-8 file to append lines. If its last line was cut short, ends that line first.
+
+    Raises:
+      OSError: it cannot be opened.
+    """
     with open(path, "a+b", buffering=0) as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)

@@ -1,4 +1,4 @@
-"""A model as a small object: embed images and texts, classify pictures by names."""
+"""Loads a trained model as a Python object that embeds images and texts, and classifies images by labels."""
 
 import dataclasses
 import itertools
@@ -46,12 +46,12 @@ logger = logging.getLogger("clip_jax")
 
 
 class LoadedModel:
-    """What :func:`load` returns.
+    """A trained model, returned by :func:`load`.
 
     Attributes:
       preset: the architecture.
-      logit_scale: what cosines are multiplied by.
-      embedder: embeds uint8 images and tokens that are ready for the model.
+      logit_scale: the learned factor of cosines.
+      embedder: embeds prepared images (uint8) and tokens.
       max_pixels: larger images are refused before they are decoded. Can be changed; Pillow refuses images of more than
         twice ``PIL.Image.MAX_IMAGE_PIXELS`` by itself.
       max_aspect_ratio: images whose long side is more than this many times the short side are refused. Can be changed.
@@ -69,7 +69,7 @@ class LoadedModel:
         model = CLIP(
             weights.preset,
             dataclasses.replace(execution, scan_layers=False),
-            # All are kept, and logit_scale alone is used: another, such as a bias, is the same for all labels.
+            # Only logit_scale is used. The others, such as a bias, are the same for all labels; they are kept.
             loss_parameters=loss_parameters_of(weights.variables["params"]),
         )
         variables = place_variables(unstack_layers(weights.variables), model, mesh)
@@ -92,26 +92,30 @@ class LoadedModel:
 
     @property
     def name(self) -> str:
-        """Of the architecture: a preset's, or "custom"."""
+        """The name of the preset with this architecture, or "custom"."""
         return preset_name(self.preset)
 
     @property
     def digest(self) -> str:
-        """Tells these weights from others."""
+        """A digest of the parameters, which differs between models."""
         return digest_of(self._variables)
 
     def encode_image(self, images: Picture | Iterable[Picture]) -> np.ndarray:
-        """M pictures to float32 ``[M, D]`` of unit length; one alone is a list of one.
+        """Returns the embeddings of M images, float32 ``[M, D]`` of unit length.
 
-        A picture is a path, a PIL image, or an array uint8 ``[H, W, 3]`` (``[H, W]`` for grey, ``[H, W, 4]`` with
-        alpha) of NumPy, JAX or PyTorch; an array ``[M, H, W, 3]`` is M of them. Each is prepared as
-        ``preset.preprocessing`` says. Images are read in batches: any number of paths takes the memory of two batches.
+        Images are prepared as ``preset.preprocessing`` states, and read in batches: any number of paths takes the
+        memory of two batches.
+
+        Args:
+          images: one image or an iterable of them. An image is a path, a Pillow image, or an array uint8 ``[H, W, 3]``
+            (``[H, W]`` for gray, ``[H, W, 4]`` with alpha) of NumPy, JAX or PyTorch. An array ``[M, H, W, 3]`` is M
+            images.
 
         Raises:
-          TypeError: an input is of another type.
-          ValueError: a picture cannot be decoded or is outside the limits, or an array is not uint8 ``[H, W, 3]``.
-          FileNotFoundError: a path names no file.
-          FloatingPointError: the embeddings are not finite, since the weights are damaged.
+          TypeError: an image has another type.
+          ValueError: an image cannot be decoded or is outside the limits, or an array is not uint8 ``[H, W, 3]``.
+          FileNotFoundError: a path does not exist.
+          FloatingPointError: the embeddings are not finite, since the parameters are damaged.
         """
         embeddings = [np.zeros((0, self.preset.embed_dim), np.float32)]
         for batch in self._read(images):
@@ -119,7 +123,7 @@ class LoadedModel:
         return np.concatenate(embeddings)
 
     def tokenize(self, texts: str | Iterable[str]) -> np.ndarray:
-        """Returns M texts as tokens int32 ``[M, L]``, L the model's context length. Texts that are too long are cut.
+        """Returns the tokens of M texts, int32 ``[M, L]``, L the model's context length. Longer texts are cut.
 
         Raises:
           TypeError: a text is not a string.
@@ -127,20 +131,21 @@ class LoadedModel:
         """
         if self.preset.text.vocab_size < VOCAB_SIZE:
             size = self.preset.text.vocab_size
-            raise ValueError(f"the model's vocabulary of {size:,} is not the tokenizer's; give it tokens")
+            raise ValueError(f"the model's vocabulary of {size:,} is not the tokenizer's; give tokens instead of texts")
         return tokenize(_texts(texts), self.preset.text.context_length, truncate=True)
 
     def encode_text(self, texts: str | Iterable[str] | Array) -> np.ndarray:
-        """M texts, or tokens ``[M, L]`` as :meth:`tokenize` gives them, to float32 ``[M, D]`` of unit length.
+        """Returns the embeddings of M texts, float32 ``[M, D]`` of unit length.
 
-        Texts that are too long are cut; one alone is a list of one. Tokens are an array of NumPy, JAX or PyTorch. L may
-        exceed the model's context length if every text ends within it, so the 77 tokens of :func:`clip_jax.tokenize`
-        can be used for a model with a shorter context.
+        Args:
+          texts: one text or an iterable of them, which are cut if they are too long; or tokens ``[M, L]`` of
+            :meth:`tokenize`, as an array of NumPy, JAX or PyTorch. L may exceed the model's context length if every
+            text ends within it, so the 77 tokens of :func:`clip_jax.tokenize` fit a model with a shorter context.
 
         Raises:
           TypeError: a text is not a string.
-          ValueError: tokens are not integers of the vocabulary, or more than the context holds; or texts were given
-            to a model whose vocabulary is smaller than the tokenizer's.
+          ValueError: tokens are not integers of the vocabulary, or do not fit the context; or texts were given to a
+            model whose vocabulary is smaller than the tokenizer's.
           FloatingPointError: as :meth:`encode_image`.
         """
         tokens = self._checked_tokens(texts) if _is_array(texts) else self.tokenize(texts)
@@ -154,13 +159,16 @@ class LoadedModel:
         labels: str | Iterable[str],
         templates: str | Iterable[str] = ("{}",),
     ) -> np.ndarray:
-        """Probabilities float32 ``[M, C]`` of C labels for M pictures, as in figure 1 of the paper.
+        """Returns the probabilities of C labels for M images, float32 ``[M, C]``, as in figure 1 of the paper.
 
-        Several ``templates``, sentences with ``{}`` for the label, are averaged as embeddings (section 3.1.4).
+        Args:
+          images: as in :meth:`encode_image`.
+          labels: C texts.
+          templates: sentences with ``{}`` for the label. Their embeddings are averaged (section 3.1.4).
 
         Raises:
           TypeError: a label or a template is not a string; or as :meth:`encode_image`.
-          ValueError: there are no labels, one is empty or occurs twice, or a template has no place for them; or as
+          ValueError: there are no labels, one is empty or repeated, or a template has no ``{}``; or as
             :meth:`encode_image`.
         """
         labels = _texts(labels)
@@ -175,11 +183,11 @@ class LoadedModel:
     ) -> Iterator[np.ndarray | Exception]:
         """Yields for each image its probabilities float32 ``[C]``, or the error if it cannot be used.
 
-        The arguments are those of :meth:`classify`. The iterator holds two batches of images, however many there are.
+        The arguments are those of :meth:`classify`. The iterator reads at most two batches of images ahead.
 
         Raises:
           TypeError, ValueError: the labels or templates are wrong, as in :meth:`classify`.
-          FloatingPointError: the embeddings are not finite, since the weights are damaged.
+          FloatingPointError: the embeddings are not finite, since the parameters are damaged.
         """
         weights = self._classifier(_texts(labels), _texts(templates))  # [C, D]
 
@@ -221,9 +229,9 @@ class LoadedModel:
                 f"{list(tokens.shape)}"
             )
         if tokens.size and (tokens.min() < 0 or tokens.max() >= text.vocab_size):
-            raise ValueError(f"tokens must lie in [0, {text.vocab_size}), not in [{tokens.min()}, {tokens.max()}]")
+            raise ValueError(f"tokens must be in [0, {text.vocab_size}), not in [{tokens.min()}, {tokens.max()}]")
         if tokens.shape[1] > text.context_length:
-            # A text's feature is taken at its greatest id, the end of the text. No token after that changes it.
+            # A text's embedding is read at its greatest id, the end of the text. No token after that changes it.
             late = np.flatnonzero((tokens.argmax(axis=1) >= text.context_length) | ~tokens.any(axis=1))
             if late.size:
                 raise ValueError(
@@ -240,7 +248,7 @@ class LoadedModel:
             while True:
                 batch, ahead = ahead, []
                 for picture in itertools.islice(pictures, self._batch_size):
-                    # Pillow reads an opened file late, and the same image may occur twice: not in two threads.
+                    # Pillow reads files lazily, and the same image may occur twice: two threads must not read it.
                     now = isinstance(picture, Image.Image)
                     ahead.append(self._attempt(picture) if now else pool.submit(self._attempt, picture))
                 if batch:
@@ -251,7 +259,7 @@ class LoadedModel:
     def _prepared(self, picture: Picture, image: Image.Image) -> np.ndarray:
         try:
             return evaluation_transform(image, self.preset.vision.image_size, self.preset.preprocessing)
-        except ValueError as error:  # stored in a mode that Pillow does not resize or convert
+        except ValueError as error:  # Pillow cannot resize or convert its mode
             name = os.fsdecode(picture) if isinstance(picture, str | bytes | os.PathLike) else "an image"
             raise ImageError(f"{name}: mode {image.mode}: {error}") from None
 
@@ -271,7 +279,7 @@ def _or_raise(result: np.ndarray | Exception) -> np.ndarray:
 
 def _finite(embeddings: np.ndarray) -> np.ndarray:
     if not np.isfinite(embeddings).all():
-        raise FloatingPointError("the model's embeddings are not finite; its weights are damaged")
+        raise FloatingPointError("the model's embeddings are not finite; its parameters are damaged")
     return embeddings
 
 
@@ -281,7 +289,7 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _is_array(value: object) -> bool:
-    """Whether it is an array of numbers of NumPy, JAX or PyTorch. PyTorch's dtypes have no ``kind``."""
+    """Whether ``value`` is an array of numbers of NumPy, JAX or PyTorch. PyTorch's dtypes have no ``kind``."""
     dtype = getattr(value, "dtype", None)
     return dtype is not None and getattr(dtype, "kind", None) not in ("O", "U", "S", "T")
 
@@ -301,8 +309,8 @@ def _texts(texts: str | Iterable[str]) -> list[str]:
     if isinstance(texts, str | bytes):
         return [texts]
     if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
-        hint = "; of a processor's output give input_ids" if isinstance(texts, Mapping) else ""
-        raise TypeError(f"texts must be a string or several, not {type(texts).__name__}{hint}")
+        hint = "; from a processor's output, give input_ids" if isinstance(texts, Mapping) else ""
+        raise TypeError(f"texts must be a string or an iterable of strings, not {type(texts).__name__}{hint}")
     return np.ravel(texts).tolist() if isinstance(texts, np.ndarray) else list(texts)
 
 
@@ -315,7 +323,7 @@ def _pictures(images: Picture | Iterable[Picture]) -> Iterable[Picture]:
             return np.ravel(images).tolist()
         return images if images.ndim == 4 else [images]
     if isinstance(images, Mapping) or not isinstance(images, Iterable):
-        hint = "; of a processor's output give the images themselves" if isinstance(images, Mapping) else ""
+        hint = "; give the images themselves, not a processor's output" if isinstance(images, Mapping) else ""
         raise TypeError(f"images must be paths, Pillow images or arrays, not {type(images).__name__}{hint}")
     return images
 
@@ -323,7 +331,7 @@ def _pictures(images: Picture | Iterable[Picture]) -> Iterable[Picture]:
 def _open(picture: Picture, max_pixels: int, max_aspect_ratio: float, as_stored: bool) -> Image.Image:
     limits = {"max_pixels": max_pixels, "max_aspect_ratio": max_aspect_ratio, "as_stored": as_stored}
     if isinstance(picture, Image.Image):
-        name = str(getattr(picture, "filename", "") or "a picture")
+        name = str(getattr(picture, "filename", "") or "an image")
         try:
             return to_rgb(picture, **limits)
         except ImageError as error:
@@ -341,7 +349,7 @@ def _open(picture: Picture, max_pixels: int, max_aspect_ratio: float, as_stored:
 
 def _read_file(path: str) -> bytes:
     if "\0" in path:
-        raise ValueError("bytes are taken as a path; give encoded pictures as Image.open(io.BytesIO(data))")
+        raise ValueError("bytes are read as a path; give an encoded image as Image.open(io.BytesIO(data))")
     if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would block until something writes to it
         raise ImageError(f"a {'folder' if os.path.isdir(path) else 'pipe or device'}, not an image file")
     with open(path, "rb") as file:
@@ -351,7 +359,7 @@ def _read_file(path: str) -> bytes:
 def _pixels(picture: object) -> np.ndarray:
     """Returns the array as uint8 ``[H, W, 3]``, ``[H, W]`` or ``[H, W, 4]``. Raises ValueError with the fix."""
     if not (hasattr(picture, "shape") and hasattr(picture, "dtype")):
-        raise TypeError(f"a picture must be a path, a Pillow image or an array, not {type(picture).__name__}")
+        raise TypeError(f"an image must be a path, a Pillow image or an array, not {type(picture).__name__}")
     shape, kind = list(picture.shape), str(picture.dtype).removeprefix("torch.")
     channels_first = len(shape) == 3 and shape[0] in (1, 3, 4) and shape[2] not in (1, 3, 4)
     fits = len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))
@@ -367,7 +375,7 @@ def _pixels(picture: object) -> np.ndarray:
     elif kind != "uint8":
         fixes.append("convert pixels in [0, 255] to uint8")
     fix = "; ".join(filter(None, fixes))
-    raise ValueError(f"a picture must be an array uint8 [H, W, 3], not {kind} {shape}" + (f": {fix}" if fix else ""))
+    raise ValueError(f"an image must be an array uint8 [H, W, 3], not {kind} {shape}" + (f": {fix}" if fix else ""))
 
 
 def load(
@@ -377,22 +385,22 @@ def load(
     activation: str | None = None,
     preprocessing: str = "clip_jax",
 ) -> LoadedModel:
-    """Loads a run of ours (its newest checkpoint), or weights of OpenAI, open_clip or Hugging Face.
+    """Loads the newest checkpoint of a run, or weights of OpenAI, open_clip or Hugging Face.
 
     Args:
       path: a run's folder, a file of weights, or a folder of weights and their config.
-      batch_size: how many images or texts are embedded at once.
+      batch_size: number of images or texts in a batch.
       dtype: of the computation, "float32" or "bfloat16".
-      activation: "gelu" or "quick_gelu", for a file of weights that cannot tell; None takes OpenAI's quick_gelu.
-      preprocessing: "openai" gives the pixels of OpenAI's and open_clip's programs: each image is resized as it is
-        stored, not turned by its EXIF orientation, and made RGB by Pillow's ``convert`` last, so that transparency
-        shows hidden colors and 16 bits become white. "clip_jax" differs for those images alone. Both have the limits
-        of the model's ``max_pixels`` and ``max_aspect_ratio``.
+      activation: "gelu" or "quick_gelu", for a file of weights that does not state it; None is "quick_gelu".
+      preprocessing: "openai" gives the pixels of OpenAI's and open_clip's programs: an image is resized as stored, not
+        turned by its EXIF orientation, and then converted to RGB by Pillow, so transparent pixels show their hidden
+        colors and 16-bit images become white. "clip_jax" differs for such images only. Both apply the limits
+        ``max_pixels`` and ``max_aspect_ratio`` of the model.
 
     Raises:
-      FileNotFoundError: there is no model.
+      FileNotFoundError: there is no model at ``path``.
       ValueError: ``dtype``, ``batch_size`` or ``preprocessing`` is not one of the choices.
-      clip_jax.weights.WeightsError: it is damaged, unsafe, or not one of the models that are built here.
+      clip_jax.weights.WeightsError: the weights are damaged, unsafe, or of an architecture that is not supported.
       clip_jax.run_folder.CheckpointError: none of a run's checkpoints can be read.
     """
     if dtype not in DTYPES:

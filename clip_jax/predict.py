@@ -21,15 +21,15 @@ from clip_jax.errors import printable, reason
 from clip_jax.models.activations import ACTIVATIONS
 
 PROGRAM = "python -m clip_jax.predict"
-SHOWN = 3  # of the names that are listed in a line
+SHOWN = 3  # names that a line lists
 HINTS = {"too_large": "--max-pixels", "extreme_aspect_ratio": "--max-aspect-ratio"}
 
 
 def parse_arguments(argv: list[str], program: str = PROGRAM) -> argparse.Namespace:
-    """Raises ValueError if a flag is missing or unknown, or its value is wrong; one line."""
+    """Reads the flags. Raises ValueError if one is missing, unknown or has a wrong value; one line."""
     parser = Parser(prog=program, description="Labels images.")
     parser.add_argument("--model", required=True, help="a run, or weights of OpenAI, open_clip or Hugging Face")
-    parser.add_argument("--activation", choices=ACTIVATIONS, help="of a file that cannot tell; else quick_gelu")
+    parser.add_argument("--activation", choices=ACTIVATIONS, help="if a file does not state it (default quick_gelu)")
     parser.add_argument(
         "--labels",
         required=True,
@@ -48,18 +48,18 @@ def parse_arguments(argv: list[str], program: str = PROGRAM) -> argparse.Namespa
         "--max-aspect-ratio",
         type=float,
         default=MAX_ASPECT_RATIO,
-        help="images are refused whose long side is more times the short side (%(default)s)",
+        help="images with a larger ratio of the long to the short side are refused (%(default)s)",
     )
     parser.add_argument(
         "images",
         nargs="+",
         metavar="IMAGE",
-        help="a file; a folder, with the folders in it; or a quoted pattern, where ** is any number of folders",
+        help="a file; a folder, with its subfolders; or a quoted pattern, where ** matches any number of folders",
     )
     arguments = parser.read(argv)
     for name, least in (("top", 1), ("max_pixels", 1), ("max_aspect_ratio", 1.0)):
         value = getattr(arguments, name)
-        if not value >= least:  # refuses nan too
+        if not value >= least:  # refuses NaN too
             raise ValueError(f"--{name.replace('_', '-')}={value} must be at least {least:g}")
     if "{}" not in arguments.template:
         raise ValueError(f"--template={arguments.template} has no {{}} for the label")
@@ -67,7 +67,7 @@ def parse_arguments(argv: list[str], program: str = PROGRAM) -> argparse.Namespa
 
 
 def read_labels(text: str) -> tuple[list[str], list[str]]:
-    """Returns the labels of ``--labels``, each once, and those that occur more than once.
+    """Returns the labels of ``--labels``, each once, and the labels that occur more than once.
 
     Raises:
       ValueError: there are no labels, or their file cannot be read or is not UTF-8.
@@ -76,7 +76,7 @@ def read_labels(text: str) -> tuple[list[str], list[str]]:
     if text.startswith("@"):
         file = pathlib.Path(text[1:]).expanduser()
         try:
-            # Only \n, \r\n and \r end a line, and there are no comments: a label may have any other character.
+            # Not splitlines(), which also splits at characters that a label may have, such as U+2028.
             names = file.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"--labels={text}: not UTF-8: {error.reason} at byte {error.start}") from None
@@ -102,17 +102,17 @@ def main(argv: list[str], program: str) -> int:
         report("error", printable(problem))
     if not found.paths:
         if not found.problems:
-            raise ValueError(f"there are no images among {_listed(found.passed_over)}")
+            raise ValueError(f"there are no images among {_listed(found.skipped)}")
         return MISTAKE
-    if found.passed_over:
-        kind = "file that is not an image" if len(found.passed_over) == 1 else "files that are not images"
-        report("note", f"passed over {len(found.passed_over):,} {kind}: {_listed(found.passed_over)}")
+    if found.skipped:
+        kind = "file that is not an image" if len(found.skipped) == 1 else "files that are not images"
+        report("note", f"passed over {len(found.skipped):,} {kind}: {_listed(found.skipped)}")
     from PIL import Image
 
     from clip_jax.loading import load
     from clip_jax.run_folder import CheckpointError
 
-    # Pillow itself refuses images of more than twice this.
+    # Pillow itself refuses images of more than twice this limit.
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, arguments.max_pixels)
     try:
         model = load(arguments.model, activation=arguments.activation)
@@ -137,7 +137,7 @@ def main(argv: list[str], program: str) -> int:
 
 
 def _too_long(labels: list[str], template: str, context_length: int) -> list[str]:
-    """Returns the labels that do not fit into the model's context."""
+    """Returns the labels that are longer than the model's context."""
     from clip_jax.data.tokenizer import tokenize
 
     found = []
@@ -166,7 +166,7 @@ class _TableWriter:
 
 
 class _JsonWriter:
-    """Prints ``{path: {label: probability}}`` one image at a time; a path that occurs again is left out."""
+    """Prints ``{path: {label: probability}}``, one image at a time. A repeated path is printed once."""
 
     def __init__(self, labels: list[str]):
         self._labels, self._written, self._held = labels, set(), ""
@@ -176,7 +176,7 @@ class _JsonWriter:
             return
         print(f"{self._held}," if self._written else "{", flush=True)
         content = json.dumps(dict(zip(self._labels, map(float, row), strict=True)), ensure_ascii=False)
-        # A path that is not valid UTF-8 is escaped.
+        # Escapes a path that is not valid UTF-8, which cannot be printed.
         self._held = f"  {json.dumps(path, ensure_ascii=not path.isprintable())}: {content}"
         self._written.add(path)
 
@@ -185,7 +185,7 @@ class _JsonWriter:
 
 
 def _reason(error: Exception) -> str:
-    """Returns why an image cannot be used, beginning with the file's name, and the flag that would allow it."""
+    """Returns why an image cannot be used, starting with the file's name, and the flag that would allow it."""
     hint = HINTS.get(getattr(error, "reason", ""))
     return f"{reason(error).rstrip('.')}; {hint} allows more" if hint else reason(error)
 

@@ -1,11 +1,11 @@
-"""Prepares pairs for training: looks at them, writes them as shards, and measures how fast they can be read.
+"""Prepares pairs of images and captions for training: inspects them, converts them, measures how fast they are read.
 
     python -m clip_jax.prepare inspect csv:/pairs.csv --sheet=pairs.html
     python -m clip_jax.prepare convert csv:/pairs.csv /data/pairs --image-size=256
     python -m clip_jax.prepare bench "array_record:/data/pairs/pairs-*" --config=configs/vit_l14.py
 
-Exit codes: 0 done, 1 failed, 2 a mistake in what was asked for (one line each), 3 interrupted. What ``convert`` and
-``openclipart`` have written stays, however they end: the same command goes on with it.
+Exit codes: 0 done, 1 failed, 2 a mistake in the command (each with one line), 3 interrupted. What ``convert`` and
+``openclipart`` have written stays, however they end: the same command continues from there.
 """
 
 import argparse
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from clip_jax.data.sources import Source
 
 PROGRAM = "python -m clip_jax.prepare"
-GOES_ON = "the same command goes on from here"
-BATCH_SIZE = 64  # of the measured pipeline: the rate hardly depends on it, and a pod's batch would take minutes
-LINE_EVERY = 10.0  # seconds between two lines of progress where there is no terminal
+CONTINUES = "the same command continues from here"
+BATCH_SIZE = 64  # the rate hardly depends on it, and a pod's batch would take minutes
+LINE_EVERY = 10.0  # seconds between two progress lines when the output is not a terminal
 
 
 def parse_arguments(argv: list[str], program: str = PROGRAM) -> argparse.Namespace:
-    """Raises ValueError if a flag is missing or unknown, or its value is wrong; one line."""
+    """Parses the command line. Raises ValueError if a flag is missing or unknown, or its value is wrong."""
     from clip_jax.data.openclipart import PARTS
 
     parser = Parser(prog=program, description="Prepares pairs for training.")
@@ -40,10 +40,10 @@ def parse_arguments(argv: list[str], program: str = PROGRAM) -> argparse.Namespa
         subcommand.set_defaults(run=run)
         return subcommand
 
-    convert = add("convert", _convert, "Writes any source as ArrayRecord shards that training reads.")
+    convert = add("convert", _convert, "Writes any source as ArrayRecord shards for training.")
     _add_source(convert)
     _add_output(convert)
-    convert.add_argument("--licence", default="", metavar="TEXT", help="of the pairs, for the manifest")
+    convert.add_argument("--licence", default="", metavar="TEXT", help="license of the pairs, stored in the manifest")
 
     clipart = add(
         "openclipart", _openclipart, "Writes the drawings of Debian's openclipart-png and openclipart-svg as shards."
@@ -51,45 +51,51 @@ def parse_arguments(argv: list[str], program: str = PROGRAM) -> argparse.Namespa
     clipart.add_argument("png", type=pathlib.Path, metavar="PNG_FOLDER", help="such as /usr/share/openclipart/png")
     clipart.add_argument("svg", type=pathlib.Path, metavar="SVG_FOLDER", help="such as /usr/share/openclipart/svg")
     clipart.add_argument(
-        "--part", choices=PARTS, default="all", help="held_out: a tenth of the names, train: the others"
+        "--part", choices=PARTS, default="all", help="held_out: a tenth of the names; train: the others"
     )
     _add_output(clipart)
 
-    inspect = add("inspect", _inspect, "Tells what a source holds, and how much of it is bad.")
+    inspect = add("inspect", _inspect, "Reports what a source holds and which of its records are bad.")
     _add_source(inspect)
-    inspect.add_argument("--samples", type=_positive, default=2_000, metavar="N", help="records to look at (2,000)")
     inspect.add_argument(
-        "--max-bad-share", type=_share, default=0.1, metavar="X", help="with more bad ones it fails, exit code 1 (0.1)"
+        "--samples", type=_positive, default=2_000, metavar="N", help="number of records to read (2,000)"
     )
-    inspect.add_argument("--sheet", type=pathlib.Path, metavar="FILE.html", help="a page of pictures and captions")
+    inspect.add_argument(
+        "--max-bad-share",
+        type=_share,
+        default=0.1,
+        metavar="X",
+        help="fail (exit code 1) if a larger share is bad (0.1)",
+    )
+    inspect.add_argument("--sheet", type=pathlib.Path, metavar="FILE.html", help="write a page of images and captions")
 
-    bench = add("bench", _bench, "Measures how fast this host feeds a training.")
+    bench = add("bench", _bench, "Measures how many images per second this host feeds to training.")
     _add_source(bench)
     bench.add_config("configs/vit_l14.py")
-    bench.add_argument("--pairs-per-second", type=_rate, metavar="X", help="that the whole pod trains on")
+    bench.add_argument("--pairs-per-second", type=_rate, metavar="X", help="training speed of the whole pod")
 
     return parser.read(argv)
 
 
 def _add_source(subcommand: Parser) -> None:
-    subcommand.add_argument("source", metavar="SOURCE", help="such as folder:/pictures or csv:/pairs.csv")
+    subcommand.add_argument("source", metavar="SOURCE", help="such as folder:/images or csv:/pairs.csv")
 
 
 def _add_output(subcommand: Parser) -> None:
     from clip_jax.data.records import Settings
 
-    subcommand.add_argument("output", type=pathlib.Path, metavar="OUTPUT", help="a folder: new, or to go on with")
+    subcommand.add_argument("output", type=pathlib.Path, metavar="OUTPUT", help="folder: new, or one to continue")
     subcommand.add_argument(
         "--image-size",
         type=_positive,
         metavar="N",
-        help="scale larger pictures to this short side, as JPEG; without it pictures stay as they are",
+        help="scale larger images to this short side, in pixels, as JPEG; by default no image is changed",
     )
-    subcommand.add_argument("--quality", type=_quality, default=Settings.quality, help="of these JPEGs (92)")
+    subcommand.add_argument("--quality", type=_quality, default=Settings.quality, help="quality of these JPEGs (92)")
     subcommand.add_argument(
         "--pairs-per-shard", type=_positive, default=Settings.pairs_per_shard, metavar="N", help="(10,000)"
     )
-    subcommand.add_argument("--workers", type=_positive, metavar="N", help="processes (as many as there are cores)")
+    subcommand.add_argument("--workers", type=_positive, metavar="N", help="number of processes (number of cores)")
 
 
 def _positive(text: str) -> int:
@@ -133,7 +139,10 @@ def main(argv: list[str], program: str) -> int:
 
 
 class ProgressLine:
-    """``1,200 of 5,000 pairs  24%  410 pairs/s  0:00:09 left``: one line that changes, or now and then a new one."""
+    """Prints ``1,200 of 5,000 pairs  24%  410 pairs/s  0:00:09 left``.
+
+    On a terminal it overwrites one line. Elsewhere it prints a new line every ten seconds.
+    """
 
     def __init__(self, stream):
         self._stream, self._in_place = stream, stream.isatty()
@@ -142,11 +151,11 @@ class ProgressLine:
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
         if total != self._total:
-            self._total, self._start, self._told = total, now, now
+            self._total, self._start, self._printed = total, now, now
         finished = done == total
-        if not done or not (finished or self._in_place or now > self._told + LINE_EVERY):
+        if not done or not (finished or self._in_place or now > self._printed + LINE_EVERY):
             return
-        self._told = now
+        self._printed = now
         rate = done / max(now - self._start, 1e-3)
         left = datetime.timedelta(seconds=round((total - done) / rate))
         line = f"{done:,} of {total:,} pairs  {done / total:.0%}  {rate:,.0f} pairs/s  {left} left"
@@ -164,30 +173,30 @@ def _openclipart(arguments: argparse.Namespace) -> None:
     from clip_jax.data import openclipart
 
     source = openclipart.OpenClipart(arguments.png, arguments.svg, arguments.part)
-    _write(source, openclipart.SOURCE_NAME, arguments, openclipart.LICENCE)
+    _write(source, openclipart.SOURCE_NAME, arguments, openclipart.LICENSE)
 
 
-def _write(source: "Source", name: str, arguments: argparse.Namespace, licence: str) -> None:
+def _write(source: "Source", name: str, arguments: argparse.Namespace, license_text: str) -> None:
     from clip_jax.data import inspection
     from clip_jax.data.records import Settings, write_records
 
-    settings = Settings(arguments.pairs_per_shard, arguments.image_size or 0, arguments.quality, licence)
+    settings = Settings(arguments.pairs_per_shard, arguments.image_size or 0, arguments.quality, license_text)
     workers = arguments.workers or inspection.cores()
     try:
         manifest = write_records(source, name, arguments.output, settings, workers, ProgressLine(sys.stderr))
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(GOES_ON) from None
+        raise KeyboardInterrupt(CONTINUES) from None
     except OSError as error:
         if isinstance(error, FailedError) or is_mistake(error):
             raise
-        raise FailedError(f"{reason(error)}; {GOES_ON}") from None
+        raise FailedError(f"{reason(error)}; {CONTINUES}") from None
     size = sum(shard["bytes"] for shard in manifest["shards"])
     print(
         f"{manifest['pairs']:,} pairs, {manifest['captions']:,} captions, {size / 1e6:,.1f} MB in "
         f"{len(manifest['shards']):,} shards below {arguments.output}"
     )
     if manifest["merged"]:
-        print(f"merged: {manifest['merged']:,} records of pictures that had come before gave them their captions")
+        print(f"merged: {manifest['merged']:,} records that repeat an image, whose captions its first record now has")
     if manifest["bad_samples"]:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in manifest["bad_samples"].items())
         print(f"left out: {reasons} (listed in {arguments.output / 'bad_samples.jsonl'})")
@@ -204,10 +213,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
         arguments.sheet.write_text(inspection.contact_sheet(arguments.source, facts), encoding="utf-8")
     print("\n".join(inspection.format_facts(facts)))
     if arguments.sheet:
-        print(f"\n{len(facts.samples)} pictures and their captions are in {arguments.sheet}")
+        print(f"\n{len(facts.samples)} images and their captions are in {arguments.sheet}")
     if facts.bad_share > arguments.max_bad_share:
         raise TooManyBadSamplesError(
-            f"{facts.bad.total():,} of the {facts.looked_at:,} records that were looked at are bad, more than "
+            f"{facts.bad.total():,} of the {facts.looked_at:,} records that were read are bad, more than "
             f"--max-bad-share={arguments.max_bad_share:g} allows"
         )
 
@@ -216,7 +225,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     from clip_jax.config import validate
     from clip_jax.data import inspection
     from clip_jax.data.decoded_cache import DecodedCache
-    from clip_jax.data.pipeline import Batches, LoadPair, transform_of
+    from clip_jax.data.pipeline import Batches, LoadPair, Workers, transform_of
     from clip_jax.data.sources import open_mixture
     from clip_jax.data.sources.buckets import access_of, use_access
     from clip_jax.models.presets import model_preset
@@ -229,7 +238,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     mixture = open_mixture(data.source, data.weights)
     cache = DecodedCache(config.data.cache_mebibytes)
     load_pair = LoadPair(mixture, transform_of(data, model_preset(config), config.model.vision.image_size), cache)
-    batches = Batches(load_pair, BATCH_SIZE, config.seed, num_workers=data.num_workers, num_threads=data.num_threads)
+    batches = Batches(load_pair, BATCH_SIZE, config.seed, workers=Workers(data.num_workers, data.num_threads))
     try:
         feed = inspection.measure_feed(batches)
     finally:

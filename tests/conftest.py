@@ -4,8 +4,11 @@ import os
 import shutil
 import tempfile
 
+from trial import QUICK_COMPILATION
+
 # Read when JAX starts, so they have to stand here before its first import.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["XLA_FLAGS"] += f" {QUICK_COMPILATION}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="clip_jax_tests_")
 # Most of the time of most tests is compilation, of programs that other tests, workers of xdist and processes that tests
@@ -17,12 +20,35 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = (
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+# Programs as small as these take far longer to optimize than to run.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import jax
 import numpy as np
 import pytest
 import tiny_training
 from jax.sharding import AxisType, Mesh
+
+# The files that take longest. Each process of xdist takes one file at a time, in this order; a long file that came
+# last would run alone.
+LONGEST_FIRST = (
+    "tests/test_documents.py",
+    "tests/pod/test_equality.py",
+    "tests/pod/test_lost_host.py",
+    "tests/training/test_bad_data.py",
+    "tests/pod/test_evaluation.py",
+    "tests/training/test_step.py",
+    "tests/pod/test_resuming.py",
+    "tests/test_convert.py",
+    "tests/pod/test_local_pod.py",
+    "tests/training/test_step_resnet.py",
+    "tests/benchmarks/test_accelerator.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    rank = {file: place for place, file in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
 
 
 def pytest_unconfigure():
@@ -50,14 +76,6 @@ def mesh_of():
 @pytest.fixture(scope="module")
 def tiny_config():
     return tiny_training.tiny_config()
-
-
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Programs this small take far longer to optimise than to run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ import pyarrow
 import pyarrow.parquet
 from goldens import unpack
 from PIL import Image
-from shards import pair_members, picture, write_tar
+from shards import image_bytes, pair_members, write_tar
+from trial import QUICK_COMPILATION
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 DEADLINE = 300  # seconds for one block
@@ -33,9 +34,10 @@ def get_config():
     config.evaluation.tasks = config.evaluation.tasks and "emoji_unseen_both"
     for name in config.data.augmentation:
         config.data.augmentation[name] = 0.0
-    config.optimizer.warmup_steps = 1
     config.data.num_workers = 0
-    config.model.update(embed_dim=16, dtype="float32", scan_unroll=1)
+    # The same in all, so that models of the same shape have the same program, which is then compiled once.
+    config.optimizer.update(warmup_steps=1, learning_rate=1e-3)
+    config.model.update(embed_dim=16, dtype="float32", scan_unroll=1, remat="none")
     # OpenAI's format has heads 64 wide; a pod of processes on busy cores is slow to add up the gradients of so many.
     width = 16 if config.model.name == "ViT-tiny" else 64
     config.model.text.update(width=width, num_layers=1, num_heads=1, context_length=16)
@@ -81,6 +83,7 @@ class Clone:
         self._write_programs(parent / "bin")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "PYTHON", "XLA"))}
         self.environment = kept | {
+            "XLA_FLAGS": QUICK_COMPILATION,
             "HOME": str(self.home),
             "XDG_CACHE_HOME": str(self.home / ".cache"),
             "PATH": f"{parent / 'bin'}:{os.environ['PATH']}",
@@ -144,12 +147,12 @@ class Clone:
         (self.root / "mnt/shared").mkdir(parents=True)
         self.home.mkdir()
         (self.home / "data").symlink_to(data)
-        rows = {"image": [picture(number) for number in range(40)], "caption": [f"number {n}" for n in range(40)]}
+        rows = {"image": [image_bytes(number) for number in range(40)], "caption": [f"number {n}" for n in range(40)]}
         pyarrow.parquet.write_table(pyarrow.table(rows), data / "0.parquet")
         lines = ["image,caption"]
         (self.root / "images").mkdir()
         for number in range(20):
-            (self.root / f"images/{number}.png").write_bytes(picture(number))
+            (self.root / f"images/{number}.png").write_bytes(image_bytes(number))
             lines.append(f"images/{number}.png,number {number}")
         (self.root / "pairs.csv").write_text("\n".join(lines) + "\n")
         self._write_flickr(data / "flickr30k")
@@ -163,7 +166,7 @@ class Clone:
             for n in range(3)
         ]
         for number, entry in enumerate(images):
-            (folder / entry["filename"]).write_bytes(picture(number))
+            (folder / entry["filename"]).write_bytes(image_bytes(number))
         (folder / "dataset_flickr30k.json").write_text(json.dumps({"images": images}))
 
     @staticmethod
@@ -171,7 +174,7 @@ class Clone:
         for kind in ("png", "svg"):
             (folder / kind / "animals").mkdir(parents=True)
         for number, title in enumerate(("Red bird", "Black cat", "Dog")):
-            (folder / f"png/animals/{title}.png").write_bytes(picture(number))
+            (folder / f"png/animals/{title}.png").write_bytes(image_bytes(number))
             (folder / f"svg/animals/{title}.svg").write_text(SVG.format(title=title))
 
     def _write_models(self, parent: pathlib.Path) -> None:

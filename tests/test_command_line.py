@@ -216,7 +216,7 @@ def test_setup_installs_the_script():
 def test_modules_of_commands_are_imported_without_jax():
     """Ctrl-C cannot be caught while they are imported, and worker processes import them again."""
     modules = [f"clip_jax.{module}" for module, *_ in COMMANDS.values()] + ["clip_jax.__main__"]
-    heavy = "{'jax', 'flax', 'grain', 'orbax', 'absl', 'ml_collections'}"
+    heavy = "{'jax', 'flax', 'grain', 'orbax'}"
     program = f"import sys, {', '.join(modules)}; print(sorted({heavy} & sys.modules.keys()))"
     assert run_python("-c", program) == (0, "[]\n", "")
 

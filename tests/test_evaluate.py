@@ -1,4 +1,4 @@
-"""The command: what it prints and writes, what is missing, and that a mistake is a line."""
+"""Tests the command: its output, missing data, and that a mistake is one line."""
 
 import json
 
@@ -25,15 +25,15 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def task_file(tmp_path):
-    """A function that writes a task over three pictures, with some of its values changed."""
+    """A function that writes a task over three images, with some of its values changed."""
     for name in ("cat", "dog", "bird"):
-        (tmp_path / "pictures" / name).mkdir(parents=True)
+        (tmp_path / "images" / name).mkdir(parents=True)
         Image.new("RGB", (20, 20), tuple(map(len, (name, name * 9, name * 50)))).save(
-            tmp_path / "pictures" / name / "1.png"
+            tmp_path / "images" / name / "1.png"
         )
 
     def write(**changes):
-        task = {"name": "animals", "kind": "zero_shot", "source": "image_folder:{data}/pictures"} | changes
+        task = {"name": "animals", "kind": "zero_shot", "source": "image_folder:{data}/images"} | changes
         (tmp_path / "task.json").write_text(
             json.dumps({key: value for key, value in task.items() if value is not None})
         )
@@ -43,14 +43,14 @@ def task_file(tmp_path):
 
 
 def mistake(capsys, *arguments):
-    """The single line with which the command refuses."""
+    """The lines of a command that ends with a mistake."""
     assert main(list(arguments)) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("error: ")
     return lines
 
 
-def test_a_task_of_ones_own_is_scored_printed_and_reported(run, task_file, tmp_path, capsys):
+def test_a_task_from_a_file_is_scored_printed_and_reported(run, task_file, tmp_path, capsys):
     output = tmp_path / "out"
     arguments = [
         f"--model={run}",
@@ -95,7 +95,7 @@ def test_two_outputs_are_compared(run, tmp_path, capsys):
     assert (tmp_path / "both/comparison.html").exists()
 
 
-def test_a_missing_task_is_told_and_reported_beside_those_that_are_there(run, task_file, tmp_path, capsys):
+def test_a_missing_task_is_printed_and_is_in_the_report(run, task_file, tmp_path, capsys):
     output = tmp_path / "out"
     arguments = [f"--model={run}", f"--tasks={task_file()},birdsnap", f"--data={tmp_path}", f"--output={output}"]
     assert main(arguments) == 0
@@ -105,10 +105,10 @@ def test_a_missing_task_is_told_and_reported_beside_those_that_are_there(run, ta
     assert "Birdsnap" in (output / "report.html").read_text()
 
 
-def test_the_list_says_what_is_there_and_how_to_get_the_rest(capsys, tmp_path):
+def test_the_list_shows_the_data_and_how_to_get_missing_data(capsys, tmp_path):
     assert main(["--list", f"--data={tmp_path}"]) == 0
     printed = capsys.readouterr().out
-    assert "emoji_unseen_style        zero_shot  top_1" in printed and "there, 1,906 pictures" in printed
+    assert "emoji_unseen_style        zero_shot  top_1" in printed and "found, 1,906 images" in printed
     assert f"missing: no folder {tmp_path}/birdsnap/test" in printed
     assert "get it: tfds build food101 --file_format=array_record" in printed
 
@@ -117,29 +117,29 @@ def test_the_list_says_what_is_there_and_how_to_get_the_rest(capsys, tmp_path):
     ("changes", "message"),
     [
         ({"metric": "accuracy"}, "task animals: metric='accuracy' must be one of top_1, top_5, mean_per_class"),
-        ({"metric": "roc_auc"}, "error: animals: roc_auc is no metric of 3 classes"),
-        ({"metric": "top_5"}, "error: animals: top_5 is no metric of 3 classes"),
+        ({"metric": "roc_auc"}, "error: animals: metric='roc_auc' cannot be computed for 3 classes"),
+        ({"metric": "top_5"}, "error: animals: metric='top_5' cannot be computed for 3 classes"),
         ({"kind": "probe"}, "task animals: kind='probe' must be one of zero_shot, retrieval"),
         (
             {"class_names": ["cat", "wolf"]},
-            "error: animals: 2 of its 3 classes are none of the task's 2 class names: 'bird'",
+            "error: animals: 2 of its 3 classes match none of the task's 2 class names: 'bird'",
         ),
         ({"class_names": ["cat", "dog", ""]}, "error: animals: class_names has an empty entry at index 2"),
         ({"validation": "digits:test"}, "task animals: validation has no effect with kind='zero_shot'"),
         ({"class_names": ["a"], "labels": ["a", "b"]}, "task animals: 1 class_names for 2 labels"),
         ({"templates": ["a photo"]}, "error: animals: the template 'a photo' must have one {}"),
-        ({"prompts": "imagenette"}, "error: animals: no prompts 'imagenette'"),
-        ({"metrics": "top_1"}, "a task has no 'metrics'; did you mean 'metric'?"),
-        ({"class_names": "a,b"}, 'class_names must be a list of texts, not "a,b"'),
+        ({"prompts": "imagenette"}, "error: animals: there are no prompts 'imagenette'"),
+        ({"metrics": "top_1"}, "a task has no key 'metrics'; did you mean 'metric'?"),
+        ({"class_names": "a,b"}, 'class_names must be a list of strings, not "a,b"'),
         ({"other_classes": 1}, "other_classes must be true or false, not 1"),
         ({"source": None}, "a task needs source"),
         ({"source": "image_folder:{data}/empty"}, "empty has no folders; it must have one for each class"),
-        ({"source": "image_folder:{data}/nothing"}, "none of these tasks has its data here"),
-        ({"source": "pictures"}, "'pictures' names no source"),
-        ({"name": "../animals"}, "a task's name is letters, digits, _, - and . only, not '../animals'"),
+        ({"source": "image_folder:{data}/nothing"}, "no task has its data; --list shows how to get it"),
+        ({"source": "images"}, "'images' is not a source"),
+        ({"name": "../animals"}, "a task's name may have letters, digits, _, - and . only, not '../animals'"),
     ],
 )
-def test_a_mistake_in_a_task_is_a_line(run, task_file, tmp_path, capsys, changes, message):
+def test_a_mistake_in_a_task_is_one_line(run, task_file, tmp_path, capsys, changes, message):
     (tmp_path / "empty").mkdir()
     lines = mistake(capsys, f"--model={run}", f"--tasks={task_file(**changes)}", f"--data={tmp_path}")
     assert message in lines[-1]
@@ -151,7 +151,7 @@ def test_a_mistake_in_a_task_is_a_line(run, task_file, tmp_path, capsys, changes
     [
         (["--tasks=digits"], "give one of --model, --list and --compare"),
         (["--model=x", "--list"], "give one of --model, --list and --compare"),
-        (["--model=x"], "--tasks names nothing to score"),
+        (["--model=x"], "--tasks names no task"),
         (["--model=x", "--tasks=imagnet"], "there is no task or group 'imagnet'; did you mean 'imagenet'?"),
         (["--model=x", "--tasks=no.json"], "No such file"),
         (["--model=/nowhere", "--tasks=digits"], "/nowhere: there is no such file or folder"),
@@ -161,12 +161,12 @@ def test_a_mistake_in_a_task_is_a_line(run, task_file, tmp_path, capsys, changes
         (["--modl=x"], "unknown argument --modl=x; did you mean --model?"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_a_line(capsys, arguments, message):
+def test_a_mistake_on_the_command_line_is_one_line(capsys, arguments, message):
     (line,) = mistake(capsys, *arguments)
     assert message in line
 
 
-def test_weights_that_are_not_finite_are_a_line(run, tmp_path, capsys):
+def test_weights_that_are_not_finite_are_one_line(run, tmp_path, capsys):
     from safetensors.numpy import load_file, save_file
 
     from clip_jax.convert import main as convert
@@ -181,7 +181,7 @@ def test_weights_that_are_not_finite_are_a_line(run, tmp_path, capsys):
     assert "emoji_unseen_both: 205 of 205 embeddings are not finite" in line
 
 
-def test_what_was_scored_is_kept_when_another_task_fails(run, task_file, tmp_path, capsys):
+def test_results_are_written_when_another_task_fails(run, task_file, tmp_path, capsys):
     (tmp_path / "torn/a").mkdir(parents=True)
     (tmp_path / "torn/a/1.png").write_bytes(b"no picture")
     (tmp_path / "torn.json").write_text(
@@ -192,19 +192,19 @@ def test_what_was_scored_is_kept_when_another_task_fails(run, task_file, tmp_pat
     (tmp_path / "broken.json").write_text(json.dumps({"name": "broken", "kind": "retrieval", "source": "nothing"}))
     assert main([f"--model={run}", f"--tasks={tasks}", f"--data={tmp_path}", f"--output={output}"]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 2 and errors[0].startswith("error: broken: ") and "1.png: no picture" in errors[1]
+    assert len(errors) == 2 and errors[0].startswith("error: broken: ") and "1.png: not an image" in errors[1]
     results = json.loads((output / "results.json").read_text())
     assert results["tasks"].keys() == {"animals"} and results["missing"].keys() == {"torn", "broken"}
-    assert "1.png: no picture" in (output / "report.html").read_text()
+    assert "1.png: not an image" in (output / "report.html").read_text()
 
 
-def test_an_output_that_cannot_be_is_told_before_anything_is_scored(run, tmp_path, capsys):
+def test_an_output_that_is_not_writable_is_reported_before_scoring(run, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     (line,) = mistake(capsys, f"--model={run}", "--tasks=emoji_unseen_both", f"--output={tmp_path / 'file'}")
     assert str(tmp_path / "file") in line
 
 
-def test_a_damaged_memory_of_class_names_is_made_anew(run, task_file, tmp_path):
+def test_a_damaged_cache_file_is_replaced(run, task_file, tmp_path):
     arguments = [f"--model={run}", f"--tasks={task_file()}", f"--data={tmp_path}", f"--output={tmp_path / 'out'}"]
     assert main(arguments) == 0
     (file,) = (tmp_path / "cache/clip_jax/classifiers").iterdir()

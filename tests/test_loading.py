@@ -22,7 +22,6 @@ from clip_jax.models.towers.text_transformer import TextTransformerPreset
 from clip_jax.models.towers.vision_transformer import VisionTransformerPreset
 from clip_jax.weights import Weights
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 PRESET = CLIPPreset(
     16,
     VisionTransformerPreset(image_size=16, patch_size=8, width=16, num_layers=1, num_heads=2),
@@ -43,7 +42,7 @@ def random_model(preset=PRESET, dtype="float32"):
 
 
 @pytest.fixture(scope="module")
-def model(quick_compilation):
+def model():
     return random_model()
 
 
@@ -138,7 +137,7 @@ def test_grey_is_two_or_three_axes_and_sixteen_bits_come_from_files(model, tmp_p
         (PIXELS[:0], ["uint8 [0, 30, 3]"]),
         (np.zeros((1, 2, 3, 4, 3), np.uint8), ["uint8 [1, 2, 3, 4, 3]"]),
         (np.zeros((300, 2), np.uint8), ["300 pixels", "over 100 times"]),
-        (b"\x89PNG\0\0", ["bytes are taken as a path", "BytesIO"]),
+        (b"\x89PNG\0\0", ["bytes are read as a path", "BytesIO"]),
         ("/", ["/: a folder, not an image file"]),
         ("/dev/null", ["/dev/null: a pipe or device"]),
     ],
@@ -288,7 +287,7 @@ def test_bfloat16_computes_in_it_and_returns_float32(model):
     np.testing.assert_allclose(embeddings, model.encode_image(PIXELS), rtol=0, atol=0.02)
 
 
-def test_any_number_of_labels_and_pictures_compiles_a_few_programs(quick_compilation, caplog):
+def test_any_number_of_labels_and_pictures_compiles_a_few_programs(caplog):
     model = random_model()  # with batches of 64, on eight devices: 8 or 64 rows
     words = " ".join(["word"] * 30)
     caplog.set_level(logging.DEBUG, "jax")
@@ -308,7 +307,7 @@ def test_a_model_of_a_published_architecture_is_called_by_its_name(name):
     assert repr(model).startswith(f"<clip_jax model {name}: 0 parameters, images ")
 
 
-def test_a_model_whose_vocabulary_is_not_the_tokenizers_takes_tokens_alone(quick_compilation):
+def test_a_model_whose_vocabulary_is_not_the_tokenizers_takes_tokens_alone():
     model = random_model(dataclasses.replace(PRESET, text=dataclasses.replace(PRESET.text, vocab_size=100)))
     for call in (model.encode_text, model.tokenize):
         with pytest.raises(ValueError, match="vocabulary of 100"):

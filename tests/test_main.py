@@ -89,7 +89,7 @@ def test_a_wrong_key_is_told_with_the_nearest_right_one(capsys):
         ("--config.optimizer.beta2=1", "in [0, 1)"),
         ("--config.evaluation.tasks=emoji_style", "did you mean 'emoji_unseen_style'?"),
         ("--config.data.source=emoji:apple/train", "noto, twemoji, openmoji"),
-        ("--config.data.source=/data", "names no source"),
+        ("--config.data.source=/data", "is not a source"),
         ("--config.optimizer.learning_rate=inf", "finite"),
         ("--config.optimizer.epsilon=-1", "epsilon must be positive"),
         ("--config.data.augmentation.grayscale=1.5", "must be in [0, 1]"),

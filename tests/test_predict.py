@@ -1,4 +1,4 @@
-"""A trained run can be used: from the command line and from Python."""
+"""Tests that a trained run can be used, from the command line and from Python."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ from clip_jax.predict import main as predict
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A small run of two steps with every evaluation, in a folder that also holds a picture."""
+    """A small run of two steps with every evaluation, in a folder that also has an image."""
     folder = tmp_path_factory.mktemp("trained")
     Image.new("RGB", (20, 30), "red").save(folder / "photo.png")
     task = {
@@ -41,7 +41,7 @@ def model(run):
     return clip_jax.load(run / "run", batch_size=2)
 
 
-def test_a_finished_run_leaves_all_that_it_promises(run):
+def test_a_finished_run_has_all_its_files(run):
     workdir = run / "run"
     for name in (
         "config.json",
@@ -68,36 +68,36 @@ def test_the_report_is_one_self_contained_page(run):
     page = (run / "run/report/report.html").read_text()
     assert page.count("data:image/") > 10
     assert 'src="http' not in page
-    assert "nearest mean picture" in page
+    assert "nearest mean image" in page
 
 
-def test_predict_prints_a_line_a_picture(run, capsys):
-    picture = str(run / "photo.png")
-    assert predict([f"--model={run}/run", "--labels=red apple, dog face,house", "--top=2", picture, picture]) == 0
+def test_predict_prints_one_line_for_each_image(run, capsys):
+    image = str(run / "photo.png")
+    assert predict([f"--model={run}/run", "--labels=red apple, dog face,house", "--top=2", image, image]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
-    assert lines[0].startswith(picture)
+    assert lines[0].startswith(image)
     assert lines[0].count("%") == 2
 
 
 def test_predict_as_json_gives_probabilities_of_every_label(run, capsys):
-    picture = str(run / "photo.png")
-    assert predict([f"--model={run}/run", "--labels=red apple,dog face", "--json", picture]) == 0
-    probabilities = json.loads(capsys.readouterr().out)[picture]
+    image = str(run / "photo.png")
+    assert predict([f"--model={run}/run", "--labels=red apple,dog face", "--json", image]) == 0
+    probabilities = json.loads(capsys.readouterr().out)[image]
     assert probabilities.keys() == {"red apple", "dog face"}
     assert sum(probabilities.values()) == pytest.approx(1)
 
 
 @pytest.fixture
 def folder(tmp_path, model, monkeypatch):
-    """A folder of pictures and much else; predict finds the model loaded."""
+    """A folder with images and other files; predict uses the loaded model."""
     monkeypatch.setattr("clip_jax.loading.load", lambda *_, **__: model)
     (tmp_path / "sub").mkdir()
     for number, name in enumerate(["a.png", "b.jpg", "sub/c.webp", "sub/[d].png"]):
         Image.new("RGB", (20, 30), (60 * number, 50, 50)).save(tmp_path / name)
     Image.new("RGB", (4, 4)).save(tmp_path / "no_ending", format="PNG")
     (tmp_path / "broken.png").write_bytes(b"nothing")
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / ".hidden.png").write_bytes(b"")
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
@@ -110,7 +110,7 @@ def lines_of(capsys):
     return output.splitlines(), errors.splitlines()
 
 
-def test_a_bad_picture_is_a_line_and_takes_no_answer_from_the_others(folder, capsys):
+def test_a_bad_image_is_one_line_and_the_others_are_labeled(folder, capsys):
     names = ["a.png", "broken.png", "b.jpg", "pipe.png"]
     assert predict(["--model=m", "--labels=x,y", *(str(folder / name) for name in [*names, "none.png"])]) == 1
     output, errors = lines_of(capsys)
@@ -120,7 +120,7 @@ def test_a_bad_picture_is_a_line_and_takes_no_answer_from_the_others(folder, cap
         assert sum(name in line for line in errors) == 1
 
 
-def test_a_folder_is_all_pictures_in_it_in_order_and_the_rest_is_counted(folder, capsys):
+def test_a_folder_stands_for_its_images_in_order_and_other_files_are_counted(folder, capsys):
     found = ["a.png", "b.jpg", "no_ending", "sub/[d].png", "sub/c.webp"]
     assert predict(["--model=m", "--labels=x,y", "--json", str(folder), str(folder), str(folder / "a.png")]) == 1
     output, errors = capsys.readouterr()
@@ -140,10 +140,10 @@ def test_a_folder_is_all_pictures_in_it_in_order_and_the_rest_is_counted(folder,
         ("**/*.png", ["a.png", "sub/[d].png"]),
         ("**", ["a.png", "b.jpg", "no_ending", "sub/[d].png", "sub/c.webp"]),
         ("*/?.webp", ["sub/c.webp"]),
-        ("sub/[d].png", ["sub/[d].png"]),  # the name of a file, whatever pattern it would be
+        ("sub/[d].png", ["sub/[d].png"]),  # the name of a file, although it is also a pattern
     ],
 )
-def test_a_pattern_is_the_files_that_it_matches(folder, capsys, pattern, found):
+def test_a_pattern_stands_for_the_files_that_it_matches(folder, capsys, pattern, found):
     predict(["--model=m", "--labels=x,y", f"{folder}/{pattern}"])
     output, _ = lines_of(capsys)
     assert [line.rpartition("  ")[0].split("  ")[0].strip() for line in output] == [
@@ -172,7 +172,7 @@ def test_labels_come_from_a_file(folder, capsys, monkeypatch, ends):
     assert errors == "note: --labels repeats 'red, green', 'blue'; each counts once\n"
 
 
-def test_a_label_that_the_model_sees_in_part_is_noted(folder, capsys):
+def test_a_label_that_is_cut_is_noted(folder, capsys):
     assert predict(["--model=m", f"--labels=short,{'long ' * 40}", str(folder / "a.png")]) == 0
     [note] = capsys.readouterr().err.splitlines()
     assert note.startswith("note: labels longer than the model's") and "'long long" in note and "short" not in note
@@ -187,7 +187,7 @@ def test_a_name_that_is_not_text_is_escaped(folder, capsys):
     assert json.loads(capsys.readouterr().out) == {str(folder / name): {"x": 1}}
 
 
-def test_output_that_nobody_reads_on_ends_quietly(run):
+def test_a_closed_pipe_ends_predict_quietly(run):
     command = f"{sys.executable} -m clip_jax.predict --model={run}/run --labels=a,b {' '.join(['photo.png'] * 300)}"
     ended = subprocess.run(
         ["bash", "-c", f"{command} | head -1; exit ${{PIPESTATUS[0]}}"],
@@ -202,7 +202,7 @@ def test_output_that_nobody_reads_on_ends_quietly(run):
 
 def test_a_run_is_loaded_without_a_warning(run, tmp_path, caplog, monkeypatch):
     logger = logging.getLogger("clip_jax")
-    monkeypatch.setattr(logger, "propagate", True)  # which a command has turned off
+    monkeypatch.setattr(logger, "propagate", True)  # commands turn it off
     clip_jax.load(run / "run")
     assert convert([str(run / "run"), str(tmp_path / "ours")]) == 0
     logger.propagate = True
@@ -241,7 +241,7 @@ def test_mistakes_of_predict_are_one_line(run, capsys):
         assert expected in line
 
 
-def test_a_transparent_picture_is_the_same_by_path_and_as_an_image(run):
+def test_a_transparent_image_is_the_same_by_path_and_as_a_pillow_image(run):
     path = run / "transparent.png"
     Image.new("RGBA", (20, 20), (255, 0, 0, 0)).save(path)
     by_path, as_image, white = clip_jax.load(run / "run").encode_image(
@@ -251,26 +251,24 @@ def test_a_transparent_picture_is_the_same_by_path_and_as_an_image(run):
     np.testing.assert_array_equal(by_path, white)
 
 
-def test_one_label_and_one_template_are_not_taken_apart_into_letters(run):
-    model = clip_jax.load(run / "run")
+def test_one_label_and_one_template_are_not_split_into_letters(run, model):
     np.testing.assert_array_equal(model.classify(run / "photo.png", "cat", "a {}"), [[1]])
-    pictures = (path for path in [run / "photo.png"] * 2)
+    images = (path for path in [run / "photo.png"] * 2)
     labels = (label for label in ["cat", "dog", "house"])
-    assert model.classify(pictures, labels).shape == (2, 3)
+    assert model.classify(images, labels).shape == (2, 3)
 
 
 @pytest.mark.parametrize(
-    "picture",
+    "image",
     [np.zeros((0, 0, 3), np.uint8), np.zeros((4, 4, 3)), np.zeros((4, 4, 2), np.uint8), Image.new("RGB", (0, 5))],
-    ids=["empty array", "floats", "two channels", "empty picture"],
+    ids=["empty array", "floats", "two channels", "empty image"],
 )
-def test_what_is_no_picture_is_refused(run, picture):
-    with pytest.raises(ValueError, match="picture"):
-        clip_jax.load(run / "run").encode_image([picture])
+def test_an_invalid_image_is_refused(model, image):
+    with pytest.raises(ValueError, match="image"):
+        model.encode_image([image])
 
 
-def test_a_loaded_model_takes_texts_or_tokens(run):
-    model = clip_jax.load(run / "run", batch_size=2)
+def test_a_loaded_model_takes_texts_or_tokens(model):
     length = model.preset.text.context_length
     tokens = clip_jax.tokenize(["a cat", "a dog", "a house"], length)
     by_text = model.encode_text(["a cat", "a dog", "a house"])
@@ -283,7 +281,7 @@ def test_a_loaded_model_takes_texts_or_tokens(run):
 
 
 @pytest.mark.parametrize("options", [{"dtype": "float8"}, {"batch_size": 0}])
-def test_options_of_load_that_make_no_sense_are_refused(run, options):
+def test_invalid_options_of_load_are_refused(run, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         clip_jax.load(run / "run", **options)
 

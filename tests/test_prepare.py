@@ -1,4 +1,4 @@
-"""Pairs can be looked at, written and measured from the command line, and written on after any end."""
+"""The command line inspects, converts and measures pairs, and continues interrupted conversions."""
 
 import functools
 import html.parser
@@ -46,7 +46,7 @@ def start(*arguments: str, **options) -> subprocess.Popen:
 
 
 def without_progress(errors: str) -> str:
-    """A slow machine is told every few seconds how far it is."""
+    """Removes progress lines, which a slow machine prints every few seconds."""
     return re.sub(r"^[\d,]+ of [\d,]+ pairs .*\n", "", errors, flags=re.MULTILINE)
 
 
@@ -64,7 +64,7 @@ def wait_until(happened, process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
-def test_kills_at_random_moments_lose_and_change_nothing(tmp_path):
+def test_kills_at_random_moments_change_nothing(tmp_path):
     undisturbed, folder, moments = tmp_path / "undisturbed", tmp_path / "killed", random.Random(0)
     write_records(open_source(EMOJI), EMOJI, undisturbed, Settings(pairs_per_shard=20, image_size=40))
     whole: dict[pathlib.Path, int] = {}
@@ -95,37 +95,38 @@ def test_kills_at_random_moments_lose_and_change_nothing(tmp_path):
     assert contents(folder) == contents(undisturbed)
 
 
-def test_a_worker_that_is_killed_is_told_in_one_line(tmp_path):
+def test_a_killed_worker_is_reported_in_one_line(tmp_path):
     process = start("convert", EMOJI, str(tmp_path / "out"), *CONVERT)
     wait_until(lambda: list((tmp_path / "out").glob("parts/*.note")), process)
     os.kill(workers_of(process)[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=trial.DEADLINE)
     assert process.returncode == 1
-    assert without_progress(errors) == "failed: a worker process was killed, perhaps for memory; start again to go on\n"
+    reason = "a worker process was killed, perhaps for lack of memory; run the command again to continue"
+    assert without_progress(errors) == f"failed: {reason}\n"
 
 
-def test_ctrl_c_ends_it_at_once_and_in_one_line(tmp_path):
-    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background ignores it
+def test_ctrl_c_ends_a_conversion_at_once_with_one_line(tmp_path):
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background processes ignore SIGINT
     process = start("convert", "emoji:noto,twemoji,openmoji/all", str(tmp_path / "out"), *CONVERT, preexec_fn=heard)
     wait_until(lambda: list((tmp_path / "out").glob("parts/*.note")), process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the workers as well
     _, errors = process.communicate(timeout=trial.DEADLINE)
     assert process.returncode == 3
-    assert without_progress(errors) == "interrupted; the same command goes on from here\n"
+    assert without_progress(errors) == "interrupted; the same command continues from here\n"
     assert not list((tmp_path / "out/parts").glob(".unfinished-*-pairs-*"))
 
 
-def test_a_full_disk_is_told_in_one_line(tmp_path):
+def test_a_full_disk_is_reported_in_one_line(tmp_path):
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (200_000, 200_000))
     process = start("convert", EMOJI, str(tmp_path / "out"), "--workers=2", "--pairs-per-shard=205", preexec_fn=limit)
     _, errors = process.communicate(timeout=trial.DEADLINE)
     assert process.returncode == 1
-    expected = f"failed: {tmp_path}/out: write() failed: File too large; the same command goes on from here\n"
+    expected = f"failed: {tmp_path}/out: write() failed: File too large; the same command continues from here\n"
     assert without_progress(errors) == expected
     assert not list((tmp_path / "out/parts").glob(".unfinished-*"))
 
 
-def test_convert_tells_what_it_wrote_and_how_to_use_it(tmp_path, capsys):
+def test_convert_prints_what_it_wrote_and_how_to_train_on_it(tmp_path, capsys):
     arguments = ["convert", "emoji:noto/held_out", str(tmp_path / "out"), "--workers=1", "--licence=Apache-2.0"]
     assert prepare.main(arguments) == 0
     output, errors = capsys.readouterr()
@@ -165,7 +166,7 @@ def test_openclipart_becomes_shards(tmp_path, capsys):
         (["convert", "emoji:noto/all", "out", "--workers=0"], "argument --workers: 0 must be a whole number above 0"),
         (["convert", "emoji:noto/all", "out", "--image-size=a"], "--image-size: a must be a whole number above 0"),
         (["convert", "emoji:noto/all", "out", "--quality=101"], "argument --quality: 101 must be in [1, 100]"),
-        (["convert", "emojis", "out"], "'emojis' names no source"),
+        (["convert", "emojis", "out"], "'emojis' is not a source"),
         (["convert", "folder:/nowhere/at/all", "out"], "no folder /nowhere/at/all"),
         (["convert", "emoji:noto/all", __file__], f"{__file__}: "),
         (["convert", "emoji:noto/all", f"{__file__}/out"], f"{__file__}/out"),
@@ -177,19 +178,19 @@ def test_openclipart_becomes_shards(tmp_path, capsys):
         (["bench", "emoji:noto/all", "--config=quickstart", "--config.steps=a"], "--config.steps=a: not a value"),
         (["bench", "emoji:noto/all", "--config=quickstart", "--samples=2"], "unknown argument --samples=2"),
         (["bench", "emoji:noto/all", "--config=quickstart", "--pairs-per-second=nan"], "nan must be a number above 0"),
-        (["bench", "nothing", "--config=quickstart"], "'nothing' names no source"),
+        (["bench", "nothing", "--config=quickstart"], "'nothing' is not a source"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, line, capsys):
     assert prepare.main(arguments) == 2
     output, errors = capsys.readouterr()
     assert output == ""
-    [said] = errors.splitlines()
-    assert said.startswith("error: ") and line in said
+    [printed] = errors.splitlines()
+    assert printed.startswith("error: ") and line in printed
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
-def test_a_folder_that_may_not_be_written_is_one_line(tmp_path, capsys):
+def test_a_folder_without_write_permission_is_one_line(tmp_path, capsys):
     tmp_path.chmod(0o500)
     assert prepare.main(["convert", "emoji:noto/held_out", str(tmp_path / "out"), "--workers=1"]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path / 'out'}: Permission denied\n"
@@ -200,7 +201,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_is_one_line_on_a_terminal_and_few_elsewhere(monkeypatch):
+def test_progress_is_one_line_on_a_terminal_and_a_few_lines_elsewhere(monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     terminal, file = Terminal(), io.StringIO()
@@ -218,7 +219,7 @@ def test_progress_is_one_line_on_a_terminal_and_few_elsewhere(monkeypatch):
 
 
 class Mixed:
-    """Three hundred pairs: of each six one is damaged, one undecodable; captions try to be more than text."""
+    """Three hundred pairs. Of six, one is damaged and one undecodable. Captions have HTML and control characters."""
 
     caption = "</li><script>alert('&')</script> \"quoted\" \x1b[2J" + "!" * 200
 
@@ -245,7 +246,7 @@ def facts():
     return inspection.inspect_source(Mixed(), 1_000)
 
 
-def test_the_facts_are_those_of_the_source(facts):
+def test_the_facts_describe_the_source(facts):
     assert (facts.records, facts.looked_at, facts.labels) == (300, 300, 1)
     assert facts.bad == {"damaged_record": 50, "undecodable": 50}
     assert facts.formats == {"PNG": 100, "JPEG": 100}
@@ -255,7 +256,7 @@ def test_the_facts_are_those_of_the_source(facts):
     assert set(facts.characters) == {len(Mixed.caption), 5, 6}
     assert sorted(set(facts.tokens))[:2] == [3, 4]
     lines = inspection.format_facts(facts)
-    assert lines[0] == "300 records; all of them were looked at"
+    assert lines[0] == "300 records; all of them were read"
     assert lines[1].split(maxsplit=1) == ["bad", "33.33%: damaged_record 50, undecodable 50"]
     assert "formats           PNG 50.0%, JPEG 50.0%" in lines
     assert "long side, px             400        400        400        400        400" in lines
@@ -263,7 +264,7 @@ def test_the_facts_are_those_of_the_source(facts):
     assert not any(character in line for line in lines for character in "\x1b\ud83d")
 
 
-def test_tokens_are_counted_with_markers_and_exclamation_marks():
+def test_token_counts_include_both_markers_and_exclamation_marks():
     assert inspection._token_counts(["a cat", "a cat!", "!" * 9 + "a", "cat " * 300]) == [4, 5, 4, 302]
 
 
@@ -276,10 +277,10 @@ def test_long_captions_count_as_truncated():
     assert "truncated at 77   50.00% of the captions" in lines
 
 
-def test_a_large_source_is_sampled_and_it_says_so():
+def test_a_large_source_is_sampled():
     one, same = (inspection.inspect_source(Mixed(), 60) for _ in range(2))
     assert inspection.format_facts(one) == inspection.format_facts(same)
-    assert inspection.format_facts(one)[0] == "300 records; 60 of them, drawn with seed 0, were looked at"
+    assert inspection.format_facts(one)[0] == "300 records; 60 of them, drawn with seed 0, were read"
     assert sum(one.bad.values()) + len(one.image_bytes) == 60
 
 
@@ -296,7 +297,7 @@ class Page(html.parser.HTMLParser):
         self.texts.append(data)
 
 
-def test_the_sheet_is_one_page_in_which_captions_are_text(facts):
+def test_the_sheet_is_one_page_with_escaped_captions(facts):
     text = inspection.contact_sheet("<title> & more", facts)
     text.encode("utf-8")
     page = Page(text)
@@ -316,18 +317,18 @@ def test_the_sheet_is_one_page_in_which_captions_are_text(facts):
         "li",
         "p",
     }
-    pictures = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert 60 < len(pictures) == len(facts.samples) < 120  # two of three are not bad
-    assert all(picture["src"].startswith("data:image/jpeg;base64,") for picture in pictures)
-    assert all(max(int(picture["width"]), int(picture["height"])) <= 256 for picture in pictures)
-    assert pictures[0]["alt"] == Mixed.caption
-    assert page.texts.count(Mixed.caption) == len(pictures)
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert 60 < len(images) == len(facts.samples) < 120  # two of three are not bad
+    assert all(image["src"].startswith("data:image/jpeg;base64,") for image in images)
+    assert all(max(int(image["width"]), int(image["height"])) <= 256 for image in images)
+    assert images[0]["alt"] == Mixed.caption
+    assert page.texts.count(Mixed.caption) == len(images)
     assert "<title> & more" in page.texts
     assert any("<key> " in line for line in page.texts)
     assert "http://" not in text and "https://" not in text
 
 
-def test_a_source_of_bad_pairs_alone_has_facts_and_a_sheet():
+def test_a_source_of_only_bad_pairs_has_facts_and_a_sheet():
     class Bad(Mixed):
         def __getitem__(self, index):
             return super().__getitem__(0)
@@ -342,7 +343,7 @@ def test_an_empty_source_is_refused():
         def __len__(self):
             return 0
 
-    with pytest.raises(ValueError, match="the source holds no pairs"):
+    with pytest.raises(ValueError, match="the source has no pairs"):
         inspection.inspect_source(Empty(), 10)
 
 
@@ -350,8 +351,8 @@ def test_inspect_prints_the_facts_and_writes_the_sheet(tmp_path, capsys):
     sheet = tmp_path / "sheet.html"
     assert prepare.main(["inspect", "emoji:noto/held_out", f"--sheet={sheet}", "--samples=50"]) == 0
     output = capsys.readouterr().out
-    assert "205 records; 50 of them, drawn with seed 0, were looked at" in output
-    assert f"50 pictures and their captions are in {sheet}" in output
+    assert "205 records; 50 of them, drawn with seed 0, were read" in output
+    assert f"50 images and their captions are in {sheet}" in output
     assert sheet.read_text(encoding="utf-8").count("<figure>") == 50
 
 

@@ -19,7 +19,7 @@ PATHS = ["{name}", "./{name}", "{name}/", "../home/{name}", "link/{name}", "link
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory, quick_compilation):
+def home(tmp_path_factory):
     """A folder with a run, a folder that convert wrote, an image, and a link to the folder in another one."""
     parent = tmp_path_factory.mktemp("relative")
     folder = parent / "home"

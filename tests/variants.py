@@ -42,6 +42,7 @@ def train(variant: Variant):
     from tiny_training import losses_and_parameters, tiny_config
 
     config = tiny_config()
+    config.model.text.num_layers = 1  # two in the other tower
     config.accumulation_steps = variant.accumulation_steps
     config.loss.form, config.loss.block_size = variant.form, 3  # which divides no device's share
     config.loss.kind = "sigmoid" if variant.function == "sigmoid" else "softmax"
@@ -57,7 +58,6 @@ def main() -> None:
     from clip_jax.command_line import start_distributed
 
     start_distributed(asked_for=False)
-    jax.config.update("jax_disable_most_optimizations", True)
     folder = pathlib.Path(sys.argv[1])
     for name in sys.argv[2:]:
         result = train(variant_of(name))

@@ -1,1 +1,1 @@
-"""From files to batches of pairs, without touching a device."""
+"""Reads pairs of images and captions and makes training batches of them. Nothing here uses a device."""

@@ -1,4 +1,4 @@
-"""How training images are varied: lines, shape, colors and damage, each as strong as the config wants."""
+"""Augments training images at random: outlines, shape, colors and damage, as strong as the config sets them."""
 
 import dataclasses
 import functools
@@ -11,41 +11,49 @@ from PIL import Image, ImageFilter, ImageOps
 WHITE = (255, 255, 255)
 LUMA = np.array((0.299, 0.587, 0.114))  # ITU-R BT.601, as in Pillow's own grays
 GRAY = np.tile(LUMA, (3, 1))
-MESH_CELLS = 2  # along a side; each costs a call of Pillow's, a third of what 3 x 3 of them cost in all at 32 px
-EDGE_CONTRAST = 24  # levels between neighbours: what shading stays below and drawn shapes exceed
+MESH_CELLS = 2  # per side; each cell costs a call to Pillow, a third of the whole cost with 3 x 3 cells at 32 px
+EDGE_CONTRAST = 24  # levels between neighboring pixels: shading is below, edges of drawn shapes are above
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """How strongly training pictures are varied after the crop. All off, which is the default, is the paper's way.
+    """Strength of each augmentation after the crop. By default all are off, as in the paper.
 
-    What moves or turns a picture fills in white, as drawings on white want it. Strengths are bounds of uniform
-    draws; probabilities are in [0, 1].
+    Augmentations that move or rotate an image fill in white, since drawings are on white. A strength is the bound of
+    a uniform draw; a probability is in [0, 1].
     """
 
-    crop_scale: float = 0.0  # least share of the picture's area in the crop; 0: a square of the whole short side
+    crop_scale: float = 0.0  # smallest share of the image's area in the crop; 0: a square of the whole short side
     flip: float = 0.0  # probability of a mirror image
     rotation: float = 0.0  # degrees, either way
     zoom: float = 0.0  # 0.5: from 1.5 times smaller to 1.5 times larger
-    stretch: float = 0.0  # the same for width against height
-    shear: float = 0.0  # of the side
-    translation: float = 0.0  # of the side
-    warp: float = 0.0  # of the side: how far each node of a coarse mesh moves by itself
-    hue: float = 0.0  # degrees around the colour circle, either way
-    saturation: float = 0.0  # 0.5: from half the colour to 1.5 times
-    brightness: float = 0.0  # 0.5: from half the light to 1.5 times
-    tint: float = 0.0  # 0.5: each channel may lose up to half of its light; white paper becomes coloured
+    stretch: float = 0.0  # the same for the ratio of width to height
+    shear: float = 0.0  # share of the side
+    translation: float = 0.0  # share of the side
+    warp: float = 0.0  # share of the side by which each node of a coarse mesh moves
+    hue: float = 0.0  # degrees around the color circle, either way
+    saturation: float = 0.0  # 0.5: from 0.5 to 1.5 times
+    brightness: float = 0.0  # 0.5: from 0.5 to 1.5 times
+    tint: float = 0.0  # 0.5: each channel loses up to half of its brightness, so that white becomes colored
     grayscale: float = 0.0  # probability
-    outline: float = 0.0  # probability of dark lines where colours meet
+    outline: float = 0.0  # probability of dark lines where colors meet
     line_drawing: float = 0.0  # probability of those lines alone, on white
     blur: float = 0.0  # largest radius in pixels
-    erasing: float = 0.0  # probability of a rectangle of one colour somewhere
+    erasing: float = 0.0  # probability of covering a random rectangle with one color
 
 
 def augment(image: Image.Image, rng: np.random.Generator, augmentation: Augmentation) -> Image.Image:
-    """Lines, shape, colours, damage, each as strong as ``augmentation`` says: square RGB to RGB of the same size.
+    """Applies the outlines, changes of shape and color, and damage that ``augmentation`` sets.
 
-    Colours come after shape so that the white that a move fills in is coloured with the rest.
+    Colors change after the shape, so that the white that a move fills in is colored like the rest.
+
+    Args:
+      image: square RGB.
+      rng: the only source of randomness.
+      augmentation: strengths.
+
+    Returns:
+      RGB of the same size.
     """
     chosen = augmentation
     if rng.random() < chosen.line_drawing:
@@ -66,19 +74,19 @@ def augment(image: Image.Image, rng: np.random.Generator, augmentation: Augmenta
 
 
 def draw_outlines(image: Image.Image, canvas: Image.Image) -> Image.Image:
-    """Black lines on ``canvas`` wherever neighbouring pixels of ``image`` differ strongly, darker for more contrast."""
+    """Draws black lines on ``canvas`` where neighboring pixels of ``image`` differ, darker for more contrast."""
     pixels = np.asarray(image).astype(np.int16)
     contrast = np.zeros(pixels.shape, np.int16)
     contrast[:, 1:] = np.abs(np.diff(pixels, axis=1))
     np.maximum(contrast[1:], np.abs(np.diff(pixels, axis=0)), out=contrast[1:])
-    red, green, blue = np.moveaxis(contrast, -1, 0)  # a maximum over so short an axis takes longer than all the rest
+    red, green, blue = np.moveaxis(contrast, -1, 0)  # a maximum over this axis of 3 would take most of the time
     strongest = np.maximum(np.maximum(red, green), blue)
     darkness = (4 * (strongest - EDGE_CONTRAST)).clip(0, 255).astype(np.uint8)
     return Image.composite(Image.new("RGB", image.size), canvas, Image.fromarray(darkness))
 
 
 def change_colors(image: Image.Image, rng: np.random.Generator, augmentation: Augmentation) -> Image.Image:
-    """Hue, saturation, gray, brightness and tint as the one 3 x 3 matrix that they multiply to."""
+    """Changes hue, saturation, grayscale, brightness and tint by the product of their 3 x 3 matrices."""
     hue, more_color, more_light = rng.uniform(-1, 1, 3).tolist()
     saturation = 1 + more_color * augmentation.saturation
     if rng.random() < augmentation.grayscale:
@@ -90,7 +98,7 @@ def change_colors(image: Image.Image, rng: np.random.Generator, augmentation: Au
 
 
 def _hue_rotation(degrees: float) -> np.ndarray:
-    # Rodrigues' rotation about the gray axis: black, grays and white stay what they are. Its matrix is circulant.
+    # Rodrigues' rotation about the gray axis, which keeps black, grays and white. Its matrix is circulant.
     angle = math.radians(degrees)
     same = (1 + 2 * math.cos(angle)) / 3
     before, after = ((1 - math.cos(angle) + sign * math.sqrt(3) * math.sin(angle)) / 3 for sign in (-1, 1))
@@ -99,7 +107,7 @@ def _hue_rotation(degrees: float) -> np.ndarray:
 
 @functools.lru_cache
 def _mesh(side: int) -> tuple[np.ndarray, tuple[tuple[int, int, int, int], ...]]:
-    """The nodes of a mesh over a square image, float64 ``[row, column, (x, y)]``, and the boxes of its cells."""
+    """Returns the nodes of a mesh over a square image, float64 ``[row, column, (x, y)]``, and its cells' boxes."""
     ticks = np.linspace(0, side, MESH_CELLS + 1).round()
     edges = ticks.astype(int).tolist()
     across = list(itertools.pairwise(edges))
@@ -108,11 +116,11 @@ def _mesh(side: int) -> tuple[np.ndarray, tuple[tuple[int, int, int, int], ...]]
 
 
 def change_shape(image: Image.Image, rng: np.random.Generator, augmentation: Augmentation) -> Image.Image:
-    """Rotation, zoom, stretch, shear, translation and local warp in one bilinear resampling."""
+    """Applies rotation, zoom, stretch, shear, translation and local warp in one bilinear resampling."""
     turn, larger, wider, slant, right, down = rng.uniform(-1, 1, 6).tolist()
     angle, slant = math.radians(turn * augmentation.rotation), slant * augmentation.shear
     zoom, stretch = larger * math.log1p(augmentation.zoom), wider / 2 * math.log1p(augmentation.stretch)
-    # From a place in the result to a place in the image, hence the minus sign of the zoom: stretch, shear, rotation.
+    # The matrix maps the result to the image, so the zoom has a minus sign. It is stretch, shear, then rotation.
     wide, high, cos, sin = math.exp(stretch - zoom), math.exp(-stretch - zoom), math.cos(angle), math.sin(angle)
     matrix = np.array(((wide * (cos - slant * sin), wide * (sin + slant * cos)), (-high * sin, high * cos)))
 
@@ -122,14 +130,14 @@ def change_shape(image: Image.Image, rng: np.random.Generator, augmentation: Aug
     if augmentation.warp:
         moves = moves + side * augmentation.warp * rng.uniform(-1, 1, nodes.shape)
     sources = (nodes - center) @ matrix + moves
-    # Pillow wants a cell's corners from the upper left one on, downward first.
+    # Pillow takes a cell's corners in the order upper left, lower left, lower right, upper right.
     corners = np.concatenate((sources[:-1, :-1], sources[1:, :-1], sources[1:, 1:], sources[:-1, 1:]), axis=-1)
     mesh = list(zip(boxes, corners.reshape(-1, 8).tolist(), strict=True))
     return image.transform(image.size, Image.Transform.MESH, mesh, Image.Resampling.BILINEAR, fillcolor=WHITE)
 
 
 def erase(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Covers a rectangle, its sides from an eighth to a half of the picture's, with one random colour."""
+    """Covers a random rectangle, with sides of 1/8 to 1/2 of the image's, with one random color."""
     size = np.array(image.size)
     sides = (size * rng.uniform(1 / 8, 1 / 2, 2)).astype(int)
     left, top = ((size - sides) * rng.random(2)).astype(int).tolist()

@@ -1,4 +1,4 @@
-"""What happens to samples that cannot be used: counted by reason, listed by name, and too many of them end the run."""
+"""Counts the samples that cannot be used by reason, lists them in a file, and ends the run if there are too many."""
 
 import json
 import pathlib
@@ -10,7 +10,7 @@ import numpy as np
 from clip_jax.errors import FailedError
 from clip_jax.json_lines import open_to_append
 
-# In this order, since an example carries a reason's place here. Append; a new order would be another transform.
+# Examples store the index of a reason. Only append: another order would change what the indices mean.
 REASONS = (
     "undecodable",
     "too_large",
@@ -24,16 +24,16 @@ REASONS = (
     "damaged_record",
     "unreadable_file",
 )
-MOST_LISTED = 10_000
-FEWEST_SAMPLES = 1_000  # to judge by
+MAX_LISTED = 10_000
+MIN_SAMPLES = 1_000  # before the share of bad samples is checked
 
 
 class TooManyBadSamplesError(FailedError):
-    """A larger share of the samples is bad than the config allows; one line that says what and where."""
+    """The share of bad samples is larger than the config allows."""
 
 
 class BadSample(NamedTuple):
-    """``index`` in the source, a reason of ``REASONS``, the name of the sample and what exactly is wrong with it."""
+    """A sample that cannot be used: its index in the source, one of ``REASONS``, its name, and the error message."""
 
     index: int
     reason: str
@@ -42,9 +42,9 @@ class BadSample(NamedTuple):
 
 
 class BadSamples:
-    """Counts since the program started, of the samples that this host has seen.
+    """Counts the bad samples among those that this host has read since the program started.
 
-    The file lists each bad sample once, up to ten thousand of them, a JSON object a line.
+    The file lists each bad sample once, up to ten thousand of them, one JSON object per line.
     """
 
     def __init__(self, file: pathlib.Path):
@@ -58,19 +58,20 @@ class BadSamples:
                     try:
                         self._listed.add(json.loads(line)["index"])
                     except (ValueError, KeyError, TypeError):
-                        continue  # cut short by a kill
+                        continue  # a kill has cut this line short
         self._last = ""
 
     def count(self, reasons: np.ndarray) -> None:
-        """Takes one batch's places in ``REASONS``, int8 ``[B]``, -1 where all was well."""
+        """Counts one batch. ``reasons`` int8 ``[B]`` are indices of ``REASONS``, or -1 for a good sample."""
         self.seen += len(reasons)
         self.counts += np.bincount(reasons[reasons >= 0], minlength=len(REASONS))
 
     def is_new(self, index: int) -> bool:
-        return index not in self._listed and len(self._listed) < MOST_LISTED
+        """Whether the sample at this index is to be listed: it is not listed yet, and the list is not full."""
+        return index not in self._listed and len(self._listed) < MAX_LISTED
 
     def add_to_list(self, samples: Sequence[BadSample]) -> None:
-        """Appends those to the file; each in one write, so that a kill cuts one line at most."""
+        """Appends samples to the file in one write, so that a kill cuts at most one line."""
         self._listed.update(sample.index for sample in samples)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with open_to_append(self.file) as lines:
@@ -78,13 +79,18 @@ class BadSamples:
         self._last = f"{samples[-1].name}: {samples[-1].message}"
 
     def check(self, counts: Sequence[int], seen: int, most: float) -> None:
-        """Judges sums over all hosts: how often each of ``REASONS``, and how many samples in all.
+        """Checks the counts of all hosts together.
+
+        Args:
+          counts: number of bad samples for each of ``REASONS``.
+          seen: number of all samples.
+          most: largest allowed share of bad samples.
 
         Raises:
-          TooManyBadSamplesError: more than the share ``most`` of the ``seen`` samples is bad.
+          TooManyBadSamplesError: a larger share is bad.
         """
         bad = sum(counts)
-        if seen < FEWEST_SAMPLES or bad <= most * seen:
+        if seen < MIN_SAMPLES or bad <= most * seen:
             return
         most_first = sorted(zip(counts, REASONS, strict=True), reverse=True)
         by_reason = ", ".join(f"{reason} {count:,}" for count, reason in most_first if count)

@@ -1,4 +1,4 @@
-"""Decoded images kept in memory, for data sets that are small enough to be read from there in each epoch."""
+"""Caches decoded images in memory, for data sets small enough to be read from there in every epoch."""
 
 import threading
 
@@ -10,30 +10,30 @@ MIB = 2**20
 
 
 class DecodedCache:
-    """Pairs with their decoded pixels by index, until the budget is spent; nothing is ever evicted.
+    """Caches pairs with their decoded pixels by index, until it is full. Nothing is evicted.
 
-    In a shuffled epoch each pair is as likely as any other to be the next, so the first ones are as good as any.
-    Each process has its own: a copy that is sent to a worker starts empty.
+    In a shuffled epoch every pair is equally likely to be next, so no pair is better to cache than the first ones.
+    Each process has its own cache: the copy that a worker gets is empty.
 
     Args:
-      mebibytes: how much the pixels may take. 0 keeps nothing.
+      mebibytes: largest total size of the pixels. 0 caches nothing.
     """
 
     def __init__(self, mebibytes: int):
         self._mebibytes, self._left = mebibytes, mebibytes * MIB
-        self._kept: dict[int, tuple[Pair, np.ndarray, tuple[int, int]]] = {}
+        self._cached: dict[int, tuple[Pair, np.ndarray, tuple[int, int]]] = {}
         self._lock = threading.Lock()
 
     def __reduce__(self):
         return DecodedCache, (self._mebibytes,)
 
     def get(self, index: int) -> tuple[Pair, np.ndarray, tuple[int, int]] | None:
-        """The pair without its encoded image, the pixels, and the image's own width and height; None if not kept."""
-        return self._kept.get(index)
+        """Returns the pair without its encoded image, the pixels, and the image's width and height, or None."""
+        return self._cached.get(index)
 
     def add(self, index: int, pair: Pair, pixels: np.ndarray, size: tuple[int, int]) -> None:
-        """Keeps an entry if there is room. ``pixels`` are uint8 ``[H, W, 3]`` and must not be written to."""
+        """Caches an entry if there is room. ``pixels`` uint8 ``[H, W, 3]`` must not be changed afterwards."""
         with self._lock:
-            if index not in self._kept and pixels.nbytes <= self._left:
+            if index not in self._cached and pixels.nbytes <= self._left:
                 self._left -= pixels.nbytes
-                self._kept[index] = pair._replace(image=b""), pixels, size
+                self._cached[index] = pair._replace(image=b""), pixels, size

@@ -1,4 +1,4 @@
-"""Finds image files by name, in folders, and by pattern."""
+"""Finds image files by file name, folder and pattern, for commands that take images as arguments."""
 
 import glob
 import os
@@ -20,20 +20,20 @@ ENDINGS = frozenset(
 
 
 class ImageFiles(NamedTuple):
-    """``paths`` to read, in order; ``problems``, one line each; ``passed_over``, files that are not images."""
+    """``paths`` to read, in order; ``problems``, one line each; ``skipped``, files that are not images."""
 
     paths: list[str]
     problems: list[str]
-    passed_over: list[str]
+    skipped: list[str]
 
 
 def find_image_files(names: list[str]) -> ImageFiles:
-    """Returns the files that file names, folder names and patterns stand for. Reads none of them in full.
+    """Returns the files that match names of files and folders and patterns. Reads at most their headers.
 
     A name that exists is used unchanged, whatever characters it has. Otherwise ``~`` is expanded, and ``*``, ``?``,
-    ``[...]`` and ``**`` (any number of folders) make it a pattern. A folder stands for all files below it. Files of a
+    ``[...]`` and ``**`` (any number of folders) make it a pattern. A folder means all files below it. Files of a
     folder or a pattern are sorted, and each is returned once. Hidden files, files that are not images and links
-    to folders are listed in ``passed_over``. A file that is named twice is returned twice.
+    to folders are listed in ``skipped``. A file that is named twice is returned twice.
     """
     result = ImageFiles([], [], [])
     seen: set[str] = set()
@@ -41,7 +41,7 @@ def find_image_files(names: list[str]) -> ImageFiles:
     def add_found(path: str) -> None:
         if (key := os.path.normpath(path)) not in seen:
             seen.add(key)
-            (result.paths if _should_be_image(path) else result.passed_over).append(path)
+            (result.paths if _should_be_image(path) else result.skipped).append(path)
 
     for name in names:
         path = name if os.path.lexists(name) else os.path.expanduser(name)
@@ -67,7 +67,7 @@ def find_image_files(names: list[str]) -> ImageFiles:
 
 
 def _walk(folder: str, problems: list[str]) -> Iterator[str]:
-    """All files below a folder, sorted. Yields hidden folders and links to folders, but does not enter them."""
+    """Yields all files below a folder, sorted. Yields hidden folders and links to folders, but does not enter them."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
@@ -81,7 +81,7 @@ def _walk(folder: str, problems: list[str]) -> Iterator[str]:
 
 
 def _should_be_image(path: str) -> bool:
-    """Whether a file of a folder or a pattern should be read, so that it is an error if that fails."""
+    """Whether a file of a folder or a pattern should be read. If reading it then fails, that is an error."""
     name = os.path.basename(path)
     if name.startswith("."):
         return False

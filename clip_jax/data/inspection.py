@@ -1,4 +1,4 @@
-"""A look at a source before training on it: what it holds, how it looks, and how fast this host can feed it."""
+"""Inspects a source before training: what it holds, which records are bad, and how fast this host can read it."""
 
 import base64
 import dataclasses
@@ -23,20 +23,20 @@ from clip_jax.data.sources import ShardError, Source
 from clip_jax.data.tokenizer import tokenize
 
 CONTEXT_LENGTH = 77  # of every model that OpenAI published
-LONGEST_CAPTION = 4_096  # tokens; longer ones count as so long
-SHEET_PICTURES = 120
-SHEET_SIDE = 256  # px of the long side of a picture on the sheet
-CAPTIONS_SHOWN = 3  # of a picture on the sheet; the others unfold
+LONGEST_CAPTION = 4_096  # tokens; longer captions count as this long
+SHEET_IMAGES = 120
+SHEET_SIDE = 256  # px, long side of an image on the sheet
+CAPTIONS_SHOWN = 3  # per image on the sheet; the others are folded
 PRINTED_SAMPLES = 10
-BAD_EXAMPLES = 3  # of each reason
-BAD_LENGTH = 400  # characters of a line about one
-QUANTILES = (0, 5, 50, 95, 100)  # per cent
+BAD_EXAMPLES = 3  # per reason
+BAD_LENGTH = 400  # characters per example
+PERCENTILES = (0, 5, 50, 95, 100)
 WARM_UP, MEASURED = 3.0, 10.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A pair that was looked at, with its picture scaled down for the sheet (RGB)."""
+    """A good record: its pair, and its image scaled down for the sheet (RGB)."""
 
     record: int
     key: str
@@ -49,22 +49,22 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What :func:`inspect_source` found in the records that it looked at; arrays have an entry a picture or caption."""
+    """What :func:`inspect_source` found in the records that it read. Arrays have one entry per image or caption."""
 
-    records: int  # of the source
-    looked_at: int
-    bad: Counter  # reason: records
-    bad_examples: dict[str, list[str]]  # reason: a line for each of the first few
-    formats: Counter  # Pillow's name: pictures
-    labels: int  # that are different
+    records: int  # number of records of the source
+    looked_at: int  # number of records that were read
+    bad: Counter  # reason: number of records
+    bad_examples: dict[str, list[str]]  # reason: one line for each of the first records
+    formats: Counter  # Pillow's name of the format: number of images
+    labels: int  # number of different labels
     short_sides: np.ndarray  # px
     long_sides: np.ndarray  # px
     image_bytes: np.ndarray
-    captions: np.ndarray  # of a picture
-    characters: np.ndarray  # of a caption
-    tokens: np.ndarray  # of a caption, with both markers
-    samples: list[Sample]  # drawn from all that were looked at, without the bad ones
-    notes: list[str]  # what of the source is not used, and what could be mistaken
+    captions: np.ndarray  # number per image
+    characters: np.ndarray  # number per caption
+    tokens: np.ndarray  # number per caption, with start-of-text and end-of-text
+    samples: list[Sample]  # some of the good records
+    notes: list[str]  # see Source.notes
 
     @property
     def bad_share(self) -> float:
@@ -72,16 +72,17 @@ class Facts:
 
 
 def inspect_source(source: Source, samples: int) -> Facts:
-    """Looks at a source's records, all of them or ``samples`` that are drawn with a fixed seed.
+    """Reads a source's records: all of them, or ``samples`` records drawn with a fixed seed.
 
     Raises:
       ValueError: the source is empty.
+      ShardError: a file of the source is lost.
     """
     if not len(source):
-        raise ValueError("the source holds no pairs")
+        raise ValueError("the source has no pairs")
     looked_at = min(samples, len(source))
     drawn = np.random.default_rng(0).choice(len(source), looked_at, replace=False).tolist()
-    shown = set(drawn[:SHEET_PICTURES])
+    shown = set(drawn[:SHEET_IMAGES])
     bad, bad_examples, formats, labels = Counter(), {}, Counter(), set()
     sides, image_bytes, captions, characters, tokens, found = [], [], [], [], [], []
     for record in sorted(drawn):
@@ -91,7 +92,7 @@ def inspect_source(source: Source, samples: int) -> Facts:
             image_format = Image.open(io.BytesIO(pair.image)).format or "unknown"
         except ShardError:
             raise
-        except Exception as error:  # a source and its pictures are whatever somebody has put on the web
+        except Exception as error:  # data from the web raises errors of any kind
             reason = reason_of(error)
             bad[reason] += 1
             if bad[reason] <= BAD_EXAMPLES:
@@ -127,15 +128,15 @@ def inspect_source(source: Source, samples: int) -> Facts:
 
 
 def _token_counts(captions: Sequence[str]) -> list[int]:
-    # The last token is end-of-text; "!" has the id 0, like the padding behind it.
+    # end-of-text is the last id that is not 0. Counting zeros would not do: "!" has the id 0, like the padding.
     rows = tokenize(list(captions), LONGEST_CAPTION, truncate=True)
     return [int(np.flatnonzero(row)[-1]) + 1 for row in rows]
 
 
 def format_facts(facts: Facts) -> list[str]:
-    """The facts as lines of text."""
+    """Returns the facts as lines of text."""
     share = "all of them" if facts.looked_at == facts.records else f"{facts.looked_at:,} of them, drawn with seed 0,"
-    lines = [f"{facts.records:,} records; {share} were looked at"]
+    lines = [f"{facts.records:,} records; {share} were read"]
     bad = sum(facts.bad.values())
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in facts.bad.most_common())
     lines.append(f"bad               {facts.bad_share:.2%}" + (f": {reasons}" if bad else ""))
@@ -152,19 +153,19 @@ def format_facts(facts: Facts) -> list[str]:
         f"labels            {facts.labels:,} different",
         f"truncated at {CONTEXT_LENGTH}   {truncated:.2%} of the captions",
         "",
-        f"{'':<18}{'least':>11}{'5 %':>11}{'median':>11}{'95 %':>11}{'most':>11}",
+        f"{'':<18}{'min':>11}{'5 %':>11}{'median':>11}{'95 %':>11}{'max':>11}",
     ]
     rows = {
         "short side, px": facts.short_sides,
         "long side, px": facts.long_sides,
-        "picture, bytes": facts.image_bytes,
-        "captions a pair": facts.captions,
+        "image, bytes": facts.image_bytes,
+        "captions per pair": facts.captions,
         "characters": facts.characters,
         "tokens": facts.tokens,
     }
     for name, values in rows.items():
-        quantiles = np.percentile(values, QUANTILES, method="nearest")
-        lines.append(f"{name:<18}" + "".join(f"{int(value):>11,}" for value in quantiles))
+        percentiles = np.percentile(values, PERCENTILES, method="nearest")
+        lines.append(f"{name:<18}" + "".join(f"{int(value):>11,}" for value in percentiles))
     lines += ["", "samples"]
     for sample in facts.samples[:: max(1, len(facts.samples) // PRINTED_SAMPLES)][:PRINTED_SAMPLES]:
         width, height = sample.size
@@ -177,7 +178,7 @@ def format_facts(facts: Facts) -> list[str]:
 
 
 def _quoted(text: str, length: int = 80) -> str:
-    """On one line and without what would steer a terminal."""
+    """Returns the text in quotes, on one line and without control characters."""
     shown = text if len(text) <= length else f"{text[: length - 1]}…"
     return json.dumps("".join(c if c.isprintable() or c in "\n\t" else "�" for c in shown), ensure_ascii=False)
 
@@ -187,7 +188,7 @@ def _printable(line: str) -> str:
 
 
 def contact_sheet(title: str, facts: Facts) -> str:
-    """One self-contained HTML page: the facts, and the samples with their captions."""
+    """Returns one self-contained HTML page with the facts and the samples with their captions."""
     figures = []
     for sample in facts.samples:
         stream = io.BytesIO()
@@ -216,7 +217,7 @@ def _list(captions: Sequence[str]) -> str:
 
 
 def _escaped(text: str) -> str:
-    return html.escape(text).encode("utf-8", "replace").decode()  # half a character would not be written
+    return html.escape(text).encode("utf-8", "replace").decode()  # UTF-8 cannot encode half a surrogate pair
 
 
 _PAGE = """<!doctype html>
@@ -251,25 +252,26 @@ p, summary {{ margin: 0.4rem 0 0; color: var(--quiet); font-size: 14px; overflow
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """How fast the input pipeline of this host gives images."""
+    """How fast the input pipeline of this host produces images."""
 
     images_per_second: float
-    images_per_cpu_second: float | None  # None where the system does not tell the workers' CPU time
+    images_per_cpu_second: float | None  # None where the system does not report the workers' CPU time
     cores: int
 
     def hosts_for(self, pairs_per_second: float) -> int:
-        """How many hosts like this one give so many pairs a second."""
+        """Returns how many hosts like this one produce that many pairs per second."""
         return max(1, math.ceil(pairs_per_second / self.images_per_second))
 
 
 def measure_feed(
     batches: Iterator[dict[str, np.ndarray]], warm_up: float = WARM_UP, measured: float = MEASURED
 ) -> Feed:
-    """Draws batches, as :class:`clip_jax.data.pipeline.Batches` gives them, and throws them away.
+    """Measures how fast batches are produced.
 
     Args:
-      batches: what to draw from; each has an ``image`` of shape ``[B, ...]``.
-      warm_up, measured: seconds; at least one batch is drawn in each.
+      batches: as :class:`clip_jax.data.pipeline.Batches`; ``image`` has the shape ``[B, ...]``.
+      warm_up: seconds before the measurement; at least one batch is drawn.
+      measured: seconds of the measurement; at least one batch is drawn.
     """
     _draw(batches, warm_up)
     cpu, start = _cpu_seconds(), time.perf_counter()
@@ -281,7 +283,7 @@ def measure_feed(
 
 
 def _draw(batches: Iterator[dict[str, np.ndarray]], seconds: float) -> int:
-    """Draws one batch, and more until the time is over; returns the number of images."""
+    """Draws at least one batch until the time is over. Returns the number of images."""
     images, end = 0, time.perf_counter() + seconds
     while not images or time.perf_counter() < end:
         images += len(next(batches)["image"])
@@ -289,7 +291,7 @@ def _draw(batches: Iterator[dict[str, np.ndarray]], seconds: float) -> int:
 
 
 def _cpu_seconds() -> float | None:
-    """CPU time of this process and of those that it started and that still run."""
+    """Returns the CPU time of this process and its running children; None if the system does not report it."""
     own = resource.getrusage(resource.RUSAGE_SELF)
     total = own.ru_utime + own.ru_stime
     for child in multiprocessing.active_children():
@@ -302,5 +304,5 @@ def _cpu_seconds() -> float | None:
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Returns the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

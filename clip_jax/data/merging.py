@@ -1,4 +1,7 @@
-"""Records of one key: those of the same picture become one with all their captions, those of another are left out."""
+"""Decides what happens to records that share a key, when a source is converted to shards.
+
+Records with the same image become one record with all captions. Records with another image are left out.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -7,28 +10,28 @@ import numpy as np
 
 from clip_jax.data.sources import Pair
 
-DIGEST_BYTES = 16  # of a key's or picture's digest: no two of a billion are alike by chance
+DIGEST_BYTES = 16  # long enough that no two of a billion keys or images share a digest by chance
 
 
 class Plan(NamedTuple):
-    """What is done with the repeated records of one shard, by their index in the source.
+    """What to do with the repeated records of one shard. Records are named by their index in the source.
 
-    ``duplicates`` have the key of an earlier record and another picture; ``merged`` have its picture, too. ``takes`` is
-    for each record of the shard that others are merged into: itself, and those.
+    ``duplicates`` have the key of an earlier record and another image; ``merged`` have its image, too. Each list of
+    ``groups`` starts with a record of this shard, and goes on with the records that are merged into it.
     """
 
     duplicates: list[int]
     merged: list[int]
-    takes: list[list[int]]
+    groups: list[list[int]]
 
 
 def plan_shards(notes: Iterable[dict], pairs_per_shard: int) -> dict[int, Plan]:
-    """The plan of each shard that has something to leave out or to merge; 40 bytes of memory a pair.
+    """Returns the plan of each shard with records to leave out or merge, by shard. Takes 40 bytes of memory per pair.
 
     Args:
-      notes: of all shards, each with the ``records`` of the source that can be used (int64), and the digests of their
-        ``keys`` and ``images``, all as bytes.
-      pairs_per_shard: how many records of the source a shard stands for.
+      notes: for each shard, as bytes: ``records``, the indices of its usable records (int64), and the digests of their
+        ``keys`` and ``images``.
+      pairs_per_shard: how many records of the source a shard covers.
     """
     records, keys, images = [], [], []
     for note in notes:
@@ -37,37 +40,37 @@ def plan_shards(notes: Iterable[dict], pairs_per_shard: int) -> dict[int, Plan]:
         images.append(np.frombuffer(note["images"], f"V{DIGEST_BYTES}"))
     records, keys, images = map(np.concatenate, (records, keys, images))
     _, firsts, of_key = np.unique(keys.view("u8,u8"), return_index=True, return_inverse=True)
-    first = firsts[of_key]  # of each record, the place of the first with its key
+    first = firsts[of_key]  # for each record, the position of the first one with its key
     plans: dict[int, Plan] = {}
-    takes: dict[int, list[int]] = {}
-    for place in np.flatnonzero(first != np.arange(len(records))).tolist():
-        record, kept = int(records[place]), int(first[place])
+    groups: dict[int, list[int]] = {}
+    for position in np.flatnonzero(first != np.arange(len(records))).tolist():
+        record, kept = int(records[position]), int(first[position])
         plan = plans.setdefault(record // pairs_per_shard, Plan([], [], []))
-        if images[place] != images[kept]:
+        if images[position] != images[kept]:
             plan.duplicates.append(record)
             continue
         plan.merged.append(record)
         into = int(records[kept])
-        if into not in takes:
-            takes[into] = [into]
-            plans.setdefault(into // pairs_per_shard, Plan([], [], [])).takes.append(takes[into])
-        takes[into].append(record)
+        if into not in groups:
+            groups[into] = [into]
+            plans.setdefault(into // pairs_per_shard, Plan([], [], [])).groups.append(groups[into])
+        groups[into].append(record)
     return plans
 
 
 def merge(pairs: Sequence[Pair]) -> Pair:
-    """The first pair with the captions and classes of all, each once.
+    """Returns the first pair with the captions and classes of all pairs, each once.
 
-    Where a pair has weights for its captions, those of a pair without are alike and sum to 1, and a caption that
-    several pairs have gets the sum of its weights.
+    If a pair has proportions for its captions, the captions of a pair without get equal ones that sum to 1. A caption
+    of several pairs gets the sum of its proportions.
     """
-    weights: dict[str, float] = {}
+    proportions: dict[str, float] = {}
     for pair in pairs:
-        alike = [1 / len(pair.captions)] * len(pair.captions)
-        for caption, weight in zip(pair.captions, pair.weights or alike, strict=True):
-            weights[caption] = weights.get(caption, 0.0) + float(weight)
+        equal = [1 / len(pair.captions)] * len(pair.captions)
+        for caption, proportion in zip(pair.captions, pair.proportions or equal, strict=True):
+            proportions[caption] = proportions.get(caption, 0.0) + float(proportion)
     labels = dict.fromkeys(label for pair in pairs for label in pair.label.split("\n") if label)
-    weighted = any(len(pair.weights) for pair in pairs)
+    weighted = any(len(pair.proportions) for pair in pairs)
     return pairs[0]._replace(
-        captions=list(weights), label="\n".join(labels), weights=list(weights.values()) if weighted else []
+        captions=list(proportions), label="\n".join(labels), proportions=list(proportions.values()) if weighted else []
     )

@@ -1,6 +1,6 @@
-"""The stream of training batches: a global shuffle, one transform, and a position that is one number.
+"""Shuffles, decodes and batches the training pairs; one number, the position, is enough to resume.
 
-Everything up to batching is random access, so batch ``k`` is a function of (source, seed, k) alone: the same for any
+Everything up to batching is random access, so batch ``k`` depends only on (source, seed, k): it is the same for any
 number of hosts, workers and threads, and after any interruption.
 """
 
@@ -9,7 +9,7 @@ import multiprocessing
 import signal
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import grain
 import ml_collections
@@ -25,24 +25,28 @@ from clip_jax.data.workers import end_with_parent
 from clip_jax.errors import FailedError, one_line
 from clip_jax.models.preprocessing import OPENAI_PREPROCESSING, Preprocessing
 
-if TYPE_CHECKING:  # the workers that decode images need no model
+if TYPE_CHECKING:  # the worker processes that decode images must not import models
     from clip_jax.models.presets import CLIPPreset
 
-# Raise this whenever the same pictures would come out as other pixels or tokens: a run then refuses to resume.
+# Raise this whenever the same pairs would give other pixels or tokens: older runs then refuse to resume.
 TRANSFORM_VERSION = 3
-MAX_NEIGHBOURS = 100
-LARGEST_PART = 256  # examples
-# Grain's shuffle (0.2.18) is no permutation where the greatest index is one of these: index 0 gets the same place.
-UNSHUFFLED = {4**power for power in range(8, 32)}
+MAX_NEIGHBORS = 100
+MAX_PART_SIZE = 256  # examples
+# Where the largest index is one of these, Grain's shuffle (0.2.18) is not a permutation: it maps index 0 to the same
+# position.
+BROKEN_MAX_INDICES = {4**power for power in range(8, 32)}
 
 
 class InputError(FailedError):
-    """The input cannot go on: a shard is lost, a worker has died, or too many samples in a row are bad."""
+    """The input cannot continue: a shard is lost, a worker has died, or too many samples in a row are bad."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """From an encoded pair to what a tower sees; ``min_side`` px and ``max_aspect_ratio`` tell pictures to replace."""
+    """Turns an encoded pair into the arrays that the towers take.
+
+    Images with a side below ``min_side`` px or a ratio of sides above ``max_aspect_ratio`` are replaced.
+    """
 
     image_size: int
     context_length: int
@@ -52,10 +56,10 @@ class Transform:
     preprocessing: Preprocessing = OPENAI_PREPROCESSING
 
     def decode(self, pair: Pair) -> tuple[np.ndarray, tuple[int, int]]:
-        """The image's pixels, uint8 ``[H, W, 3]``, and its own width and height, which may be larger.
+        """Returns the image's pixels, uint8 ``[H, W, 3]``, and its width and height before any reduction.
 
         Raises:
-          ImageError: the picture cannot be used.
+          ImageError: the image cannot be used.
         """
         limits = (self.min_side, self.max_aspect_ratio)
         return decode_for_training(pair.image, self.image_size, self.augmentation, *limits, self.preprocessing)
@@ -63,18 +67,18 @@ class Transform:
     def __call__(
         self, pair: Pair, pixels: np.ndarray, size: tuple[int, int], rng: np.random.Generator
     ) -> dict[str, np.ndarray]:
-        """``tokens`` int32 ``[L]`` of one of the captions, and ``image`` uint8 ``[S, S, 3]`` from what was decoded."""
+        """Returns ``tokens`` int32 ``[L]`` of one caption and ``image`` uint8 ``[S, S, 3]`` of decoded pixels."""
         caption = draw_caption(pair, rng)
         image = training_transform(pixels, self.image_size, rng, self.augmentation, size, self.preprocessing)
         return {"tokens": tokenize(caption, self.context_length, truncate=True)[0], "image": image}
 
     def check(self, pair: Pair) -> None:
-        """Raises ImageError if the picture cannot be used."""
+        """Raises ImageError if the image cannot be used."""
         decode_pixels(pair.image, self.min_side, self.max_aspect_ratio)
 
 
 def transform_of(data: ml_collections.ConfigDict, preset: "CLIPPreset", image_size: int) -> Transform:
-    """The transform that ``config.data`` and the model ask for, to images of ``image_size`` pixels."""
+    """Returns the transform of ``config.data`` and the model, to images of ``image_size`` pixels."""
     return Transform(
         image_size,
         preset.text.context_length,
@@ -87,10 +91,10 @@ def transform_of(data: ml_collections.ConfigDict, preset: "CLIPPreset", image_si
 
 @dataclasses.dataclass(frozen=True)
 class LoadPair:
-    """Turns a pair's index into one training example; never fails on a single bad sample.
+    """Loads the training example at an index. A single bad sample is not an error.
 
-    A sample that cannot be used is replaced by the next of its source that can, which keeps every count exact; its
-    index and what is wrong with it are reported beside the example.
+    A bad sample is replaced by the next good one of its source, which keeps every count exact. The example then has
+    the index and the reason of the bad sample, too.
     """
 
     mixture: Mixture
@@ -103,66 +107,93 @@ class LoadPair:
     def __setstate__(self, state: dict) -> None:
         use_access(state.pop("access"))
         self.__dict__.update(state)
-        # Unpickling is the one moment that a worker process gives us before it starts to read.
+        # Unpickling is the only moment at which our code runs in a worker process before it starts to read.
         if multiprocessing.parent_process():
-            # On Ctrl-C the training process saves first and ends its workers then.
+            # On Ctrl-C the training process saves first, and then ends its workers.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             end_with_parent()
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Returns ``image`` uint8 ``[S, S, 3]``, ``tokens`` int32 ``[L]``, and of a sample that was replaced ``bad``
-        int64, its index, and ``bad_reason`` int8, its place in ``REASONS``; else both are -1.
+        """Loads one example.
 
-        Also ``seed`` uint32, for whatever the step draws for this pair at this visit, and ``source`` int32, the place
-        of its source in the mixture.
+        Returns:
+          ``image`` uint8 ``[S, S, 3]``, ``tokens`` int32 ``[L]``, ``seed`` uint32 for what the step draws for this
+          pair at this visit, ``source`` int32, the index of its source in the mixture, and of a sample that was
+          replaced ``bad`` int64, its index, and ``bad_reason`` int8, the index in ``REASONS``; else both are -1.
 
         Raises:
-          InputError: the record and its next hundred neighbours are all bad.
-          ShardError: the file that holds it is lost.
+          InputError: the record and its next hundred neighbors are all bad.
+          ShardError: the file of the record is lost.
         """
         problem, tried = None, 0
-        for place in self.mixture.neighbours(index, MAX_NEIGHBOURS):
+        for neighbor in self.mixture.neighbors(index, MAX_NEIGHBORS):
             try:
-                example = self.transform(*self._decoded(place), rng)
+                example = self.transform(*self._decoded(neighbor), rng)
             except ShardError:
                 raise
-            except Exception as error:  # a source and its pictures are whatever somebody has put on the web
+            except Exception as error:  # data from the web raises errors of any kind
                 problem, tried = problem or error, tried + 1
                 continue
             return example | {
                 "bad": np.int64(index if problem else -1),
                 "bad_reason": np.int8(REASONS.index(reason_of(problem)) if problem else -1),
                 "source": np.int32(self.mixture.locate(index)[0]),
-                "seed": rng.integers(2**32, dtype=np.uint32),  # drawn last: the others are as without it
+                "seed": rng.integers(2**32, dtype=np.uint32),  # drawn last, so that earlier draws do not depend on it
             }
-        raise InputError(f"{tried} samples in a row cannot be used, from {index} on; the first: {problem}")
+        raise InputError(f"{tried} samples in a row cannot be used, from record {index} on; the first: {problem}")
 
-    def _decoded(self, place: int) -> tuple[Pair, np.ndarray, tuple[int, int]]:
-        if (kept := self.cache.get(place)) is not None:
-            return kept
-        pair = self.mixture[place]
+    def _decoded(self, index: int) -> tuple[Pair, np.ndarray, tuple[int, int]]:
+        if (cached := self.cache.get(index)) is not None:
+            return cached
+        pair = self.mixture[index]
         pixels, size = self.transform.decode(pair)
-        self.cache.add(place, pair, pixels, size)
+        self.cache.add(index, pair, pixels, size)
         return pair, pixels, size
 
 
 def reason_of(problem: Exception) -> str:
-    """The one of ``REASONS`` that a bad sample's error counts as."""
+    """Returns which of ``REASONS`` the error of a bad sample counts as."""
     return problem.reason if isinstance(problem, ImageError | PairError) else "damaged_record"
 
 
 def draw_caption(pair: Pair, rng: np.random.Generator) -> str:
-    """One of a pair's captions, by their weights if it has any."""
-    if not pair.weights:
+    """Draws one of a pair's captions, by their proportions if it has any, else uniformly."""
+    if not pair.proportions:
         return pair.captions[rng.integers(len(pair.captions))]
-    ends = np.cumsum(pair.weights)
+    ends = np.cumsum(pair.proportions)
     return pair.captions[int(np.searchsorted(ends, rng.random() * ends[-1], side="right"))]
 
 
-class Batches(Iterator[dict[str, np.ndarray]]):
-    """This host's share of each global batch, forever: ``image`` ``[B, S, S, 3]`` and all that :class:`LoadPair` gives.
+class Host(NamedTuple):
+    """Which of how many hosts this one is."""
 
-    ``position`` is the number of examples that all hosts have drawn so far; set it to resume.
+    index: int = 0
+    count: int = 1
+
+
+class Workers(NamedTuple):
+    """What reads and decodes on this host: worker processes, or with 0 this process, each with so many threads."""
+
+    processes: int = 0
+    threads: int = 1
+
+
+ONE_HOST, NO_WORKERS = Host(), Workers()
+
+
+class Batches(Iterator[dict[str, np.ndarray]]):
+    """Yields this host's share of each global batch, forever: the fields of :class:`LoadPair` with a leading axis B.
+
+    Args:
+      load_pair: loads one example.
+      global_batch_size: number of examples over all hosts.
+      seed: seed of the order and of the transform.
+      host: this host.
+      workers: what reads and decodes.
+      position: number of examples that all hosts have drawn before; give it to resume.
+
+    Raises:
+      ValueError: the hosts cannot share the batch equally.
     """
 
     def __init__(
@@ -170,28 +201,30 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         load_pair: LoadPair,
         global_batch_size: int,
         seed: int,
-        host: int = 0,
-        hosts: int = 1,
-        num_workers: int = 0,
-        num_threads: int = 1,
+        host: Host = ONE_HOST,
+        workers: Workers = NO_WORKERS,
         position: int = 0,
     ):
         _parse_absl_flags()
         examples = order(load_pair.mixture, seed).random_map(load_pair)
-        local_batch_size, uneven = divmod(global_batch_size, hosts)
+        local_batch_size, uneven = divmod(global_batch_size, host.count)
         if uneven:
-            raise ValueError(f"a global batch of {global_batch_size} cannot be divided among {hosts} hosts")
-        # A thread of grain's makes a whole batch, so large ones are made in parts: all threads begin with the first.
-        self._parts = local_batch_size // _largest_divisor(local_batch_size, LARGEST_PART)
-        ahead = -(-2 * self._parts // max(1, num_workers))  # two batches over all workers
+            raise ValueError(
+                f"a global batch of {global_batch_size} cannot be divided among {host.count} hosts; choose a multiple"
+            )
+        # One Grain thread makes a whole batch. Large batches are made in parts, so that all threads work on the first.
+        self._parts = local_batch_size // _largest_divisor(local_batch_size, MAX_PART_SIZE)
+        ahead = -(-2 * self._parts // max(1, workers.processes))  # two batches over all workers
         processes = None
-        if num_workers:
-            processes = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1)
+        if workers.processes:
+            processes = grain.MultiprocessingOptions(num_workers=workers.processes, per_worker_buffer_size=1)
         self._iterator = grain.experimental.ElasticIterator(
             examples,
             global_batch_size // self._parts,
-            grain.sharding.ShardOptions(shard_index=host, shard_count=hosts),
-            read_options=grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(num_threads, ahead)),
+            grain.sharding.ShardOptions(shard_index=host.index, shard_count=host.count),
+            read_options=grain.ReadOptions(
+                num_threads=workers.threads, prefetch_buffer_size=max(workers.threads, ahead)
+            ),
             multiprocessing_options=processes,
         )
         if position:
@@ -199,6 +232,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
 
     @property
     def position(self) -> int:
+        """The number of examples that all hosts have drawn so far."""
         return self._iterator.get_state()["global_next_index"]
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -206,7 +240,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
             parts = [next(self._iterator) for _ in range(self._parts)]
         except InputError:
             raise
-        except Exception as error:  # of a worker that was killed, or has failed: grain's own kinds
+        except Exception as error:  # a worker was killed or has failed: Grain raises its own kinds
             reason = one_line(error, longest=500)
             kind = "" if isinstance(error, ShardError) else f"{type(error).__name__}: "
             raise InputError(kind + reason) from error
@@ -226,19 +260,22 @@ def _largest_divisor(number: int, most: int) -> int:
 
 
 def order(mixture: Mixture, seed: int) -> grain.MapDataset:
-    """Indices of pairs, forever: each source's in a new order in each epoch, by the mixture's weights if it has any."""
+    """Returns an endless data set of pair indices: each epoch of a source has a new order.
+
+    The mixture's proportions, if it has any, decide which source each draw comes from.
+    """
     if mixture.schedule is None:
         return shuffled(len(mixture), seed)
-    # Grain's second epoch of one seed is the first of the next seed, so neighbouring seeds would share orders.
+    # Grain's second epoch of a seed is the first epoch of the next seed, so consecutive seeds would share orders.
     seeds = np.random.SeedSequence(seed).generate_state(len(mixture.sources)).tolist()
     orders = [shuffled(*arguments) for arguments in zip(map(len, mixture.sources), seeds, strict=True)]
-    return grain.MapDataset.range(sys.maxsize).seed(seed).map(_WeightedOrder(mixture, orders))
+    return grain.MapDataset.range(sys.maxsize).seed(seed).map(_MixedOrder(mixture, orders))
 
 
 def shuffled(size: int, seed: int) -> grain.MapDataset:
-    """The numbers below ``size``, forever, each once in an epoch."""
-    # Distinct seeds for order and transform come from one: grain derives each by the place in the chain.
-    if size - 1 not in UNSHUFFLED:
+    """Returns an endless data set of the numbers below ``size``, each once per epoch."""
+    # Grain derives a seed for each step of the chain, so order and transform get distinct ones.
+    if size - 1 not in BROKEN_MAX_INDICES:
         return grain.MapDataset.range(size).seed(seed).shuffle().repeat()
     one_more = grain.MapDataset.range(size + 1).seed(seed).shuffle().repeat()
     return grain.MapDataset.range(sys.maxsize).seed(seed).map(_WithoutLast(size, one_more))
@@ -246,19 +283,19 @@ def shuffled(size: int, seed: int) -> grain.MapDataset:
 
 @dataclasses.dataclass(frozen=True)
 class _WithoutLast:
-    """A permutation of the numbers below ``size`` out of one that has a number more."""
+    """Makes a permutation of the numbers below ``size`` from one with one more number."""
 
     size: int
     one_more: grain.MapDataset
 
     def __call__(self, position: int) -> int:
-        epoch, place = divmod(position, self.size)
-        number = self.one_more[epoch * (self.size + 1) + place]
+        epoch, index = divmod(position, self.size)
+        number = self.one_more[epoch * (self.size + 1) + index]
         return number if number < self.size else self.one_more[epoch * (self.size + 1) + self.size]
 
 
 @dataclasses.dataclass(frozen=True)
-class _WeightedOrder:
+class _MixedOrder:
     mixture: Mixture
     orders: list[grain.MapDataset]
 
@@ -268,7 +305,7 @@ class _WeightedOrder:
 
 
 def _parse_absl_flags() -> None:
-    # Grain's workers read absl's flags and fail where nobody has parsed them, as in a notebook.
+    # Grain's workers read absl's flags, and fail if these are not parsed, as in a notebook.
     from absl import flags
 
     if not flags.FLAGS.is_parsed():

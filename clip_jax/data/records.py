@@ -1,9 +1,9 @@
-"""Any source as ArrayRecord shards: written by several processes, every picture decoded once, safe to kill.
+"""Converts any source to ArrayRecord shards, in several processes. It can be killed and continued at any moment.
 
-A shard holds the usable pairs of a fixed range of the source's records, so its bytes depend on the source and the
-settings alone. A folder that is not finished has ``parts/``: ``job.json``, which says what is being written, and a note
-for each shard that is whole. Shards and notes are written under temporary names and renamed, so whatever kills the
-program leaves nothing that the next start would trust wrongly. ``manifest.json`` comes last, and ``parts/`` goes.
+A shard holds the usable pairs of a fixed range of the source's records, so its bytes depend only on the source and the
+settings. An unfinished folder has ``parts/`` with ``job.json``, the description of the conversion, and a note for each
+complete shard. Shards and notes are written under temporary names and then renamed, so a kill leaves no incomplete
+file under a final name. At the end ``manifest.json`` is written and ``parts/`` is removed.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ from clip_jax.data.sources.buckets import Access, current_access, use_access
 from clip_jax.data.workers import end_with_parent
 from clip_jax.files import PREFIX, whole, write_whole
 
-FORMAT_VERSION = 2  # raise it when the same pairs would come out as other bytes: a conversion then starts anew
-NOTHING = Plan([], [], [])
-NOTICE_EVERY = 0.5  # seconds between two calls of the progress function
+FORMAT_VERSION = 2  # raise this when the same pairs would give other bytes: older conversions are then not continued
+EMPTY_PLAN = Plan([], [], [])
+PROGRESS_EVERY = 0.5  # seconds between two calls of the progress function
 
 Progress = Callable[[int, int], None]
 
@@ -40,31 +40,31 @@ def write_records(
     workers: int = 1,
     progress: Progress = lambda done, total: None,
 ) -> dict:
-    """Writes the pairs of a source as ``pairs-*.array_record`` into a folder, or goes on with what is there already.
+    """Writes the pairs of a source as ``pairs-*.array_record`` into a folder, or continues an earlier call.
 
-    Pairs of one key and one picture, as rows of a table with a caption each, become one pair with all captions. Pairs
-    whose picture cannot be decoded, that have no caption, or whose key an earlier pair with another picture has, are
-    left out; they are listed in ``bad_samples.jsonl`` and counted in ``manifest.json``.
+    Pairs with the same key and image, such as table rows with one caption each, become one pair with all captions.
+    A pair is left out if its image cannot be decoded, it has no caption, or an earlier pair has its key and another
+    image. Such pairs are listed in ``bad_samples.jsonl`` and counted in ``manifest.json``.
 
     Args:
-      source: what to write; it goes to the workers by pickle.
-      source_name: for the manifest and for messages.
-      folder: new, empty, or one that the same call was writing into.
-      settings: see there.
-      workers: processes; 1: this one alone.
-      progress: called now and then with how many of how many records are done.
+      source: what to convert. The workers get it by pickle.
+      source_name: name for the manifest and for messages.
+      folder: new, empty, or one that an earlier call with the same arguments has written to.
+      settings: size and encoding of what is written.
+      workers: number of processes; 1: this process only.
+      progress: called from time to time with the number of records that are done, and of all records.
 
     Returns:
       The manifest: ``pairs``, ``captions``, ``image_bytes``, ``merged`` records, ``bad_samples`` by reason, ``shards``
-      with the name, pairs, size and SHA-256 of each, ``licence``, and the ``conversion``: the source and the settings.
+      with the name, pairs, size and SHA-256 of each, ``licence``, and the ``conversion``: source and settings.
 
     Raises:
-      ValueError: the source is empty, or the folder holds something else.
+      ValueError: the source is empty, or the folder holds other files.
       OSError: the folder cannot be written to, or the disk is full.
       WriteError: no pair can be used, or a worker was killed.
     """
     if not len(source):
-        raise ValueError(f"{source_name} holds no pairs")
+        raise ValueError(f"{source_name} has no pairs")
     job = Job(source, folder, settings)
     conversion = {
         "format_version": FORMAT_VERSION,
@@ -76,10 +76,10 @@ def write_records(
     finished = _open_folder(job, conversion)
     if finished:
         return finished
-    _run(job, {shard: NOTHING for shard in range(job.shards) if job.note(shard) is None}, workers, progress)
+    _run(job, {shard: EMPTY_PLAN for shard in range(job.shards) if job.note(shard) is None}, workers, progress)
     plans = plan_shards(map(job.note, range(job.shards)), settings.pairs_per_shard)
-    anew = {shard: plan for shard, plan in plans.items() if job.note(shard)["plan"] != list(plan)}
-    _run(job, anew, workers, progress)
+    changed = {shard: plan for shard, plan in plans.items() if job.note(shard)["plan"] != list(plan)}
+    _run(job, changed, workers, progress)
     manifest = _summarize(job) | {"licence": settings.licence, "conversion": conversion}
     if not manifest["pairs"]:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in manifest["bad_samples"].items())
@@ -91,16 +91,16 @@ def write_records(
 
 
 def _open_folder(job: Job, conversion: dict) -> dict | None:
-    """Makes the folder ready; returns the manifest if all is there already.
+    """Prepares the folder. Returns the manifest if the conversion is already finished.
 
     Raises:
-      ValueError: the folder holds something else.
+      ValueError: the folder holds other files or another conversion.
     """
     manifest, started = job.folder / "manifest.json", job.parts / "job.json"
     if manifest.is_file():
         found = _read_json(manifest)
         _check_same(job.folder, found.get("conversion", {}), conversion)
-        shutil.rmtree(job.parts, ignore_errors=True)  # killed after the manifest
+        shutil.rmtree(job.parts, ignore_errors=True)  # a kill after the manifest leaves it
         return found
     if started.is_file():
         _check_same(job.folder, _read_json(started), conversion)
@@ -108,7 +108,7 @@ def _open_folder(job: Job, conversion: dict) -> dict | None:
             unfinished.unlink(missing_ok=True)
         return None
     if job.folder.is_dir() and any(path != job.parts for path in job.folder.iterdir()):
-        raise ValueError(f"{job.folder} holds other files and no conversion to go on with; choose a new folder")
+        raise ValueError(f"{job.folder} holds other files and no conversion to continue; choose a new folder")
     job.folder.mkdir(parents=True, exist_ok=True)
     job.parts.mkdir(exist_ok=True)
     write_whole(started, json.dumps(conversion))
@@ -121,12 +121,12 @@ def _read_json(path: pathlib.Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; choose a new folder") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{path} is no manifest of a conversion; choose a new folder")
+        raise ValueError(f"{path} is not the manifest of a conversion; choose a new folder")
     return found
 
 
 def _check_same(folder: pathlib.Path, before: dict, now: dict) -> None:
-    """Raises ValueError, naming what differs, unless both conversions are the same."""
+    """Raises ValueError, with the differences, unless both conversions are the same."""
     before = before | before.get("settings", {})
     now = now | now["settings"]
     different = [
@@ -139,7 +139,7 @@ def _check_same(folder: pathlib.Path, before: dict, now: dict) -> None:
 
 
 def _summarize(job: Job) -> dict:
-    """Writes ``bad_samples.jsonl`` and returns all of the manifest that the shards' notes know."""
+    """Writes ``bad_samples.jsonl`` and returns the part of the manifest that comes from the shards' notes."""
     totals, reasons, shards = Counter(pairs=0, captions=0, image_bytes=0, merged=0), Counter(), []
     with (
         whole(job.folder / "bad_samples.jsonl", folder=job.parts) as unfinished,
@@ -159,7 +159,7 @@ def _summarize(job: Job) -> dict:
 
 
 def _run(job: Job, shards: dict[int, Plan], workers: int, progress: Progress) -> None:
-    """Writes these shards, each by its plan."""
+    """Writes the given shards by their plans."""
     if not shards:
         return
     total = sum(len(job.records(shard)) for shard in shards)
@@ -172,28 +172,30 @@ def _run(job: Job, shards: dict[int, Plan], workers: int, progress: Progress) ->
         try:
             _run_in_workers(job, shards, min(workers, len(shards)), lambda done: progress(done, total))
         except BrokenProcessPool:
-            raise WriteError("a worker process was killed, perhaps for memory; start again to go on") from None
+            raise WriteError(
+                "a worker process was killed, perhaps for lack of memory; run the command again to continue"
+            ) from None
     progress(total, total)
 
 
 def _run_in_workers(job: Job, shards: dict[int, Plan], workers: int, progress: Callable[[int], None]) -> None:
-    context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads of this process hold
+    context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
     done, stop = context.Value("Q", 0), context.Event()
     with ProcessPoolExecutor(
         workers, context, initializer=_start_worker, initargs=(job, done, stop, current_access())
     ) as pool:
         try:
-            # The workers inherit the mask: on Ctrl-C, which reaches them as well, this process says when to stop.
+            # Ctrl-C reaches the workers, too. They inherit this mask and ignore it: this process stops them.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             pending = {pool.submit(_write_in_worker, shard, plan) for shard, plan in shards.items()}
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             while pending:
-                finished, pending = wait(pending, timeout=NOTICE_EVERY, return_when=FIRST_COMPLETED)
+                finished, pending = wait(pending, timeout=PROGRESS_EVERY, return_when=FIRST_COMPLETED)
                 for future in finished:
                     future.result()
                 if pending:
                     progress(done.value)
-        except BaseException:  # Ctrl-C as well: the block would wait until all that was submitted is done
+        except BaseException:  # also Ctrl-C: the pool would otherwise finish all shards first
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
@@ -201,16 +203,16 @@ def _run_in_workers(job: Job, shards: dict[int, Plan], workers: int, progress: C
 
 class _Counted:
     def __init__(self, progress: Progress, total: int):
-        self._progress, self._total, self._done, self._told = progress, total, 0, 0.0
+        self._progress, self._total, self._done, self._last_call = progress, total, 0, 0.0
 
     def tick(self) -> None:
         self._done += 1
-        if self._done < self._total and time.monotonic() > self._told + NOTICE_EVERY:
-            self._told = time.monotonic()
+        if self._done < self._total and time.monotonic() > self._last_call + PROGRESS_EVERY:
+            self._last_call = time.monotonic()
             self._progress(self._done, self._total)
 
 
-_worker: dict = {}  # of a worker process: what all of its shards need
+_worker: dict = {}  # in a worker process: what all of its shards need
 
 
 def _start_worker(job: Job, done, stop, access: Access) -> None:

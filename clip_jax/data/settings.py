@@ -1,4 +1,4 @@
-"""The config's section ``data``: where the pairs come from, how they are read and how images are varied."""
+"""The config section ``data``: where the pairs come from, how they are read and how images are augmented."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,36 +6,38 @@ from collections.abc import Mapping
 from clip_jax.data.augmentation import Augmentation
 from clip_jax.settings import may_change, must_be, must_be_positive, must_not_be_negative
 
-LARGEST_STRENGTHS = {"rotation": 180, "hue": 180, "blur": 16}  # degrees, degrees, px; of all others it is 1
+MAX_STRENGTHS = {"rotation": 180, "hue": 180, "blur": 16}  # degrees, degrees, px; 1 for all others
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
     """Defaults of ``config.data``.
 
-    A resumed run compares what the source holds instead of its name, so that data can be moved.
+    A resumed run compares the content of the source and not its name, so that data can be moved.
     """
 
     source: str = may_change("")  # see clip_jax.data.sources; several are joined by " + "
-    weights: str = may_change("")  # proportions of several sources, as 3:1; empty: every pair is as likely
-    min_image_side: int = 1  # px; smaller images are replaced, as all bad samples are
-    max_aspect_ratio: float = 100.0  # longer and thinner images are replaced as well
-    max_bad_share: float = may_change(0.1)  # of the samples; a larger share of bad ones ends the run
-    num_workers: int = may_change(4)  # processes that decode; 0: threads of this process
-    num_threads: int = may_change(1)  # in each process; more where images are read one by one over a network
-    cache_mebibytes: int = may_change(0)  # of decoded images, in each worker; for small data sets seen many times
-    bucket_timeout: float = may_change(15.0)  # seconds for an answer of up to 8 MiB from gs://, s3:// or a web server
-    bucket_retries: int = may_change(2)  # after the first try; then the record is bad, or the source cannot be opened
-    bucket_connections: int = may_change(32)  # at most, of each process
+    weights: str = may_change("")  # proportions of several sources, such as 3:1; empty: all pairs are equally likely
+    min_image_side: int = 1  # px; smaller images are replaced, like all bad samples
+    max_aspect_ratio: float = 100.0  # images with a larger ratio of sides are replaced
+    max_bad_share: float = may_change(0.1)  # a larger share of bad samples ends the run
+    num_workers: int = may_change(4)  # processes that decode; 0: this process decodes
+    num_threads: int = may_change(1)  # in each process; use more if each image is a request over a network
+    cache_mebibytes: int = may_change(0)  # decoded images that each worker caches; for small data sets
+    bucket_timeout: float = may_change(15.0)  # seconds until gs://, s3:// or a web server must have sent up to 8 MiB
+    bucket_retries: int = may_change(
+        2
+    )  # after the first attempt; then the record is bad, or the source cannot be opened
+    bucket_connections: int = may_change(32)  # largest number in each process
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
 
     def problems(self) -> list[str]:
-        """One line for each value that cannot be used."""
+        """Returns one line for each invalid value."""
         prefix = "config.data"
         return [
             *must_be(
                 bool(self.source),
-                "no data: name some with --config.data.source=folder:/images, csv:/pairs.csv or "
+                "config.data.source is empty: set it, such as --config.data.source=folder:/images, csv:/pairs.csv or "
                 "wds:/data/{00000..00099}.tar",
             ),
             *must_be_positive(self, ("min_image_side", "num_threads", "bucket_timeout", "bucket_connections"), prefix),
@@ -51,6 +53,6 @@ class DataSettings:
 def _problems_of_strengths(augmentation: Mapping[str, float], prefix: str) -> list[str]:
     problems = []
     for name, strength in augmentation.items():
-        largest = LARGEST_STRENGTHS.get(name, 1)
+        largest = MAX_STRENGTHS.get(name, 1)
         problems += must_be(0 <= strength <= largest, f"{prefix}.{name}={strength} must be in [0, {largest}]")
     return problems

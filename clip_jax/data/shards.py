@@ -1,4 +1,4 @@
-"""One shard of a conversion: a fixed range of a source's records, checked, packed and written as ArrayRecord."""
+"""Writes one shard of a conversion: checks a fixed range of a source's records and writes them as ArrayRecord."""
 
 import dataclasses
 import hashlib
@@ -18,27 +18,27 @@ from clip_jax.data.sources import Pair, PairError, Source
 from clip_jax.errors import FailedError, one_line
 from clip_jax.files import whole, write_whole
 
-SHARD_OPTIONS = "group_size:1,uncompressed"  # random access to single records; pictures are compressed already
+SHARD_OPTIONS = "group_size:1,uncompressed"  # random access to single records; images are compressed already
 BUFFER = re.compile(r" <_io\.BytesIO object at 0x[0-9a-fA-F]+>")
 
 
 class WriteError(FailedError):
-    """The shards cannot be written to the end; the message is one line."""
+    """The conversion cannot be finished."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the bytes of the shards depend on, next to the source."""
+    """Settings on which the bytes of the shards depend. The manifest stores them under these names."""
 
     pairs_per_shard: int = 10_000
-    image_size: int = 0  # px of the short side that larger pictures are scaled down to; 0: their bytes stay as they are
-    quality: int = 92  # of the JPEGs that scaled pictures become
+    image_size: int = 0  # px; larger images are scaled down to this short side; 0: no image is changed
+    quality: int = 92  # of the JPEGs that scaled images become
     licence: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A source, its way into a folder, and where in it everything is."""
+    """A conversion of a source to a folder, with the paths of its files."""
 
     source: Source
     folder: pathlib.Path
@@ -46,13 +46,16 @@ class Job:
 
     @property
     def shards(self) -> int:
+        """The number of shards."""
         return -(-len(self.source) // self.settings.pairs_per_shard)
 
     @property
     def parts(self) -> pathlib.Path:
+        """The folder of an unfinished conversion's notes."""
         return self.folder / "parts"
 
     def records(self, shard: int) -> range:
+        """Returns the indices of the source's records that belong to a shard."""
         start = shard * self.settings.pairs_per_shard
         return range(start, min(start + self.settings.pairs_per_shard, len(self.source)))
 
@@ -63,7 +66,7 @@ class Job:
         return self.parts / f"{shard:05}.note"
 
     def note(self, shard: int) -> dict | None:
-        """What is known of a shard (see :func:`write_shard`) if it is whole."""
+        """Returns the note of a shard (see :func:`write_shard`), or None if the shard is not complete."""
         path = self.note_path(shard)
         if not path.is_file():
             return None
@@ -74,69 +77,67 @@ class Job:
 
 
 def checked(pair: Pair, settings: Settings) -> Pair:
-    """The pair as it is written: without blank captions, its picture decoded once and made smaller where asked for.
+    """Returns the pair to write: without blank captions, and with its image scaled down if it is too large.
 
     Raises:
-      PairError: no caption is left.
-      ImageError: the picture cannot be decoded; a training would have found out later.
+      PairError: it has no caption that is not blank.
+      ImageError: the image cannot be decoded.
     """
     pair = without_blanks(pair)
-    picture = decode_image(pair.image)
-    scaled = 0 < settings.image_size < min(picture.size)
-    return pair._replace(image=_scaled(picture, settings) if scaled else pair.image)
+    image = decode_image(pair.image)
+    scaled = 0 < settings.image_size < min(image.size)
+    return pair._replace(image=_scaled(image, settings) if scaled else pair.image)
 
 
 def without_blanks(pair: Pair) -> Pair:
-    """The pair without blank captions. Raises PairError if it has no other."""
+    """Returns the pair without blank captions. Raises PairError if it has no others."""
     kept = [index for index, caption in enumerate(pair.captions) if caption.strip()]
     if not kept:
         raise PairError(f"{pair.key} has no caption", "empty_caption")
     return pair._replace(
         captions=[pair.captions[index] for index in kept],
-        weights=[float(pair.weights[index]) for index in kept] if len(pair.weights) else [],
+        proportions=[float(pair.proportions[index]) for index in kept] if len(pair.proportions) else [],
     )
 
 
 def pack(pair: Pair) -> bytes:
-    """The record of a pair: what :class:`clip_jax.data.sources.ArrayRecordSource` reads.
+    """Returns the record of a pair, which :class:`clip_jax.data.sources.ArrayRecordSource` reads.
 
     Raises:
-      PairError: a text cannot be written.
+      PairError: a text cannot be encoded as UTF-8.
     """
     record = {"key": pair.key, "image": pair.image, "captions": list(pair.captions), "label": pair.label}
-    if pair.weights:
-        record["weights"] = list(pair.weights)
+    if pair.proportions:
+        record["weights"] = list(pair.proportions)
     try:
         return msgpack.packb(record)
     except UnicodeEncodeError:
         raise PairError(f"{pair.key!a} has a text with half a character", "damaged_record") from None
 
 
-def _scaled(picture: Image.Image, settings: Settings) -> bytes:
-    scale = settings.image_size / min(picture.size)
-    size = tuple(max(settings.image_size, round(side * scale)) for side in picture.size)
+def _scaled(image: Image.Image, settings: Settings) -> bytes:
+    scale = settings.image_size / min(image.size)
+    size = tuple(max(settings.image_size, round(side * scale)) for side in image.size)
     stream = io.BytesIO()
-    picture.resize(size, Image.Resampling.BICUBIC).save(stream, "JPEG", quality=settings.quality)
+    image.resize(size, Image.Resampling.BICUBIC).save(stream, "JPEG", quality=settings.quality)
     return stream.getvalue()
 
 
 def write_shard(job: Job, shard: int, plan: Plan, tick: Callable[[], None]) -> None:
-    """Writes one shard and then its note, each whole or not at all.
-
-    A shard of which nothing can be used becomes a note alone.
+    """Writes one shard and then its note. Neither exists incomplete. A shard without a usable pair has only a note.
 
     Args:
-      job: what to write.
-      shard: its number.
-      plan: what to leave out and to merge, known from the notes of all shards.
-      tick: called after each record; whatever it raises ends the writing.
+      job: the conversion.
+      shard: number of the shard.
+      plan: what to leave out and to merge, computed from the notes of all shards.
+      tick: called after each record. An exception that it raises ends the writing.
 
     Raises:
       OSError: the shard or its note cannot be written.
       WriteError: a record that is to be merged can no longer be read.
     """
     bad, usable, captions, image_bytes = [], _Usable(), 0, 0
-    duplicates, takes = set(plan.duplicates), {records[0]: records[1:] for records in plan.takes}
+    duplicates, groups = set(plan.duplicates), {records[0]: records[1:] for records in plan.groups}
     known = _Usable.of_note(job.note(shard), set(plan.merged))
     path = job.shard_path(shard)
     with whole(path, folder=job.parts) as unfinished, _Writer(unfinished) as writer:
@@ -149,14 +150,14 @@ def write_shard(job: Job, shard: int, plan: Plan, tick: Callable[[], None]) -> N
             try:
                 pair = _read(job.source, record)
                 key = str(pair.key)
-                image = pair.image  # as the source has it, which is what makes two pictures the same
+                image = pair.image  # unscaled: images are compared as the source has them
                 pair = checked(pair, job.settings)
                 packed = pack(pair)
                 usable.add(record, digest(key.encode()), digest(image))
                 if record in duplicates:
-                    raise PairError(f"an earlier pair with another picture has the key {key}", "duplicate_key")
-                if record in takes:
-                    pair = merge([pair, *(_again(job.source, other) for other in takes[record])])
+                    raise PairError(f"an earlier pair with another image has the key {key}", "duplicate_key")
+                if record in groups:
+                    pair = merge([pair, *(_again(job.source, other) for other in groups[record])])
                     packed = pack(pair)
                 writer.write(packed)
                 captions, image_bytes = captions + len(pair.captions), image_bytes + len(pair.image)
@@ -183,7 +184,7 @@ def write_shard(job: Job, shard: int, plan: Plan, tick: Callable[[], None]) -> N
 
 
 class _Usable:
-    """The records of a shard that can be used, with the digests of their keys and pictures."""
+    """The usable records of a shard, with the digests of their keys and images."""
 
     def __init__(self):
         self.records, self.keys, self.images = [], [], []
@@ -195,11 +196,11 @@ class _Usable:
 
     @staticmethod
     def of_note(note: dict | None, wanted: set[int]) -> dict[int, tuple[bytes, bytes]]:
-        """The digests of the wanted records."""
+        """Returns the digests of the wanted records."""
         if note is None or not wanted:
             return {}
         records = np.frombuffer(note["records"], np.int64).tolist()
-        spans = [slice(place, place + DIGEST_BYTES) for place in range(0, len(note["keys"]), DIGEST_BYTES)]
+        spans = [slice(start, start + DIGEST_BYTES) for start in range(0, len(note["keys"]), DIGEST_BYTES)]
         return {
             record: (note["keys"][span], note["images"][span])
             for record, span in zip(records, spans, strict=True)
@@ -212,12 +213,12 @@ def digest(data: bytes) -> bytes:
 
 
 def _read(source: Source, record: int) -> Pair:
-    """Raises PairError for whatever is wrong with the record, OSError if the file that holds it is lost."""
+    """Reads a record. Raises PairError if the record is bad, OSError if its file is lost."""
     try:
         return source[record]
     except (PairError, OSError):
         raise
-    except Exception as error:  # a source is whatever somebody has put on the web
+    except Exception as error:  # data from the web raises errors of any kind
         raise PairError(f"record {record}: {type(error).__name__}: {one_line(error)}") from None
 
 
@@ -225,16 +226,16 @@ def _again(source: Source, record: int) -> Pair:
     try:
         return without_blanks(_read(source, record))
     except PairError as error:
-        raise WriteError(f"record {record} can no longer be read: {error}; start again") from None
+        raise WriteError(f"record {record} can no longer be read: {error}; run the command again") from None
 
 
 def _message(error: Exception) -> str:
-    # Pillow names the buffer that it read from by its address, which differs each time.
+    # Pillow's messages contain the address of the buffer, which differs each time.
     return BUFFER.sub("", str(error))
 
 
 class _Writer:
-    """An ArrayRecordWriter whose errors are OSErrors."""
+    """An ArrayRecordWriter that raises OSError."""
 
     def __init__(self, path: pathlib.Path):
         self._path = path

@@ -1,7 +1,7 @@
-"""OpenAI's CLIP byte-pair tokenizer, id for id, without PyTorch or JAX.
+"""Turns text into the token ids of OpenAI's CLIP tokenizer, and back, without PyTorch or JAX.
 
-The ids, the cleaning and the split into words follow github.com/openai/CLIP (``clip/simple_tokenizer.py``,
-Radford et al. 2021, arXiv:2103.00020); the vocabulary is theirs (MIT licence, beside the file).
+Ids, cleaning and the split into words are those of github.com/openai/CLIP (``clip/simple_tokenizer.py``,
+Radford et al. 2021, arXiv:2103.00020); the vocabulary is theirs, too (MIT license, next to the file).
 """
 
 import functools
@@ -23,42 +23,42 @@ START_OF_TEXT = 49_406
 END_OF_TEXT = 49_407
 SPECIAL_TOKENS = {"<|startoftext|>": START_OF_TEXT, "<|endoftext|>": END_OF_TEXT}
 
-_FIRST_MERGE = 512  # after the 256 bytes and the same 256 at the end of a word
-_GONE = -1
-# Ids follow this order of the 256 bytes: those that print in Latin-1 first, the others after them. The file
-# writes a byte of the second kind as the character 256 + its place there, so that no symbol holds a blank.
-_PRINTING = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_BYTES = [*_PRINTING, *sorted(set(range(256)) - set(_PRINTING))]
+_FIRST_MERGE = 512  # the first ids are the 256 bytes, and the 256 bytes at the end of a word
+_REMOVED = -1
+# Ids follow this order of the 256 bytes: first those that are printable in Latin-1, then the others. The file writes
+# the n-th of the others as the character 256 + n, so that no symbol contains a blank.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTES = [*_PRINTABLE, *sorted(set(range(256)) - set(_PRINTABLE))]
 _BYTE_IDS = [_BYTES.index(byte) for byte in range(256)]
-# "IGNORECASE" still matters after lower(): the long s, which stays as it is, matches the "s" in these patterns.
+# IGNORECASE still matters after lower(): the long s is unchanged by lower() and matches the "s" in these patterns.
 _PIECES = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
 )
-# A longer word (a URL, a sentence in a script without blanks) hardly ever comes back: it would only push out
-# others. With both limits the cache of one process stays below 30 MB, however long it runs.
+# Longer words (URLs, sentences in scripts without blanks) rarely occur again, and would only evict others. With both
+# limits the cache of a process stays below 30 MB.
 _CACHED_WORDS = 1 << 16
 _CACHED_WORD_LENGTH = 32
 _SHOWN_CHARACTERS = 60
 
-# Two bytes hold any id, and joining byte strings is the fastest way Python has to join arrays.
+# Two bytes hold any id, and joining byte strings is Python's fastest way to join arrays.
 _START, _END = (array("H", [token]).tobytes() for token in (START_OF_TEXT, END_OF_TEXT))
 _TOKEN_BYTES = len(_END)
 
 
 def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: bool = False) -> np.ndarray:
-    """Turns one text or several into rows of token ids, as ``clip.tokenize`` does.
+    """Returns the token ids of one or more texts, as ``clip.tokenize`` does.
 
     Args:
         texts: one text, or a sequence of B texts.
-        context_length: L, the length of a row; 77 for every model OpenAI published.
-        truncate: cut a text that is too long, and keep the end-of-text token as the last one.
+        context_length: L, the length of a row; 77 for every model that OpenAI published.
+        truncate: cut texts that are too long; the last token is then still end-of-text.
 
     Returns:
         int32 ``[B, L]``: start-of-text, the text, end-of-text, then zeros. B is 1 for a single text.
 
     Raises:
         TypeError: an entry is not a string.
-        ValueError: a text needs more than L tokens and ``truncate`` is off, or L cannot hold the two markers.
+        ValueError: a text needs more than L tokens and ``truncate`` is off, or L is below 2.
 
     Source: github.com/openai/CLIP, ``clip/clip.py``.
     """
@@ -73,8 +73,9 @@ def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: boo
         if len(row) > room:
             if not truncate:
                 raise ValueError(
-                    f"texts[{index}], {_shortened(text)!r}, is {len(row) // _TOKEN_BYTES} tokens long with its two "
-                    f"markers, more than context_length={context_length}: shorten it, or cut it with truncate=True"
+                    f"texts[{index}], {_shortened(text)!r}, has {len(row) // _TOKEN_BYTES} tokens with "
+                    f"start-of-text and end-of-text, more than context_length={context_length}: shorten it, or set "
+                    "truncate=True"
                 )
             row = row[: room - _TOKEN_BYTES] + _END
         rows.append(row.ljust(room, b"\0"))
@@ -82,10 +83,10 @@ def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: boo
 
 
 def decode(tokens: Iterable[int]) -> str:
-    """Turns one row of token ids back into text: lower case, one blank after each piece but the last.
+    """Returns the text of one row of token ids, in lower case, with single blanks between its pieces.
 
-    Reads as the model does: a start-of-text that comes first is dropped, and nothing counts from the first
-    end-of-text on. Bytes that are not UTF-8, as truncation can leave, become U+FFFD.
+    A leading start-of-text is dropped. The first end-of-text and everything after it is ignored. Bytes that are not
+    UTF-8, which truncation can leave, become U+FFFD.
 
     Args:
         tokens: integers, ``[L]``: a row of :func:`tokenize`, or any part of one.
@@ -98,28 +99,30 @@ def decode(tokens: Iterable[int]) -> str:
     """
     spelling = _vocabulary().spelling
     text = b""
-    for place, token in enumerate(map(int, tokens)):
+    for position, token in enumerate(map(int, tokens)):
         if not 0 <= token < VOCAB_SIZE:
-            raise ValueError(f"tokens[{place}] is {token}, outside the vocabulary of {VOCAB_SIZE}")
+            raise ValueError(f"tokens[{position}] is {token}, outside the vocabulary of {VOCAB_SIZE}")
         if token == END_OF_TEXT:
             break
-        if place or token != START_OF_TEXT:
+        if position or token != START_OF_TEXT:
             text += spelling[token]
     return text.decode(errors="replace").removesuffix(" ")
 
 
 def _encode(text: str) -> bytes:
-    # Of printable ASCII, ftfy changes only entities that end in ";". It costs ten times all the rest, so it gets
-    # no text that it is sure to leave as it is.
+    # In printable ASCII, ftfy changes only entities that end in ";". It costs ten times as much as all the rest, so it
+    # is skipped where it cannot change anything.
     if not (text.isascii() and text.isprintable() and ("&" not in text or ";" not in text)):
         text = ftfy.fix_text(text)
     # Lower case before the split: what a capital sigma becomes depends on the letters around it.
     words = html.unescape(html.unescape(text)).lower().split()
-    return b"".join([_remembered(word) if len(word) <= _CACHED_WORD_LENGTH else _encode_word(word) for word in words])
+    return b"".join(
+        [_encode_cached(word) if len(word) <= _CACHED_WORD_LENGTH else _encode_word(word) for word in words]
+    )
 
 
 def _encode_word(word: str) -> bytes:
-    # No piece spans a blank, so a word's tokens do not depend on the words around it and can be remembered.
+    # No piece contains a blank, so a word's tokens do not depend on the words around it and can be cached.
     vocabulary = _vocabulary()
     tokens: list[int] = []
     for piece in [word] if word in vocabulary.whole else _PIECES.findall(word):
@@ -127,51 +130,51 @@ def _encode_word(word: str) -> bytes:
     return array("H", tokens).tobytes()
 
 
-_remembered = functools.lru_cache(_CACHED_WORDS)(_encode_word)
+_encode_cached = functools.lru_cache(_CACHED_WORDS)(_encode_word)
 
 
 def _merge(piece: str, merges: dict[tuple[int, int], int]) -> list[int]:
-    # A merge's id is also its rank, and no merge makes a pair of lower rank than its own (each symbol is made by
-    # one merge, before any merge uses it): taking the least (rank, place) in turn gives what whole passes give.
-    # The heap keeps a long unbroken text at n log n.
+    # A merge's id is also its rank. No merge creates a pair of lower rank than its own, since each symbol is made by
+    # one merge before another merge uses it. So taking the least (rank, position) in turn gives the same as passes
+    # over all positions, and the heap makes it n log n for a long text without blanks.
     symbols = [_BYTE_IDS[byte] for byte in piece.encode()]
     symbols[-1] += 256
     end = len(symbols)
     after = list(range(1, end + 1))
     before = list(range(-1, end - 1))
-    heap = [(merges[pair], place) for place, pair in enumerate(pairwise(symbols)) if pair in merges]
+    heap = [(merges[pair], position) for position, pair in enumerate(pairwise(symbols)) if pair in merges]
     heapq.heapify(heap)
     while heap:
-        merged, place = heapq.heappop(heap)
-        gone = after[place]
-        if gone == end or merges.get((symbols[place], symbols[gone])) != merged:
+        merged, position = heapq.heappop(heap)
+        removed = after[position]
+        if removed == end or merges.get((symbols[position], symbols[removed])) != merged:
             continue
-        symbols[place], symbols[gone] = merged, _GONE
-        after[place] = after[gone]
-        if after[place] < end:
-            before[after[place]] = place
-        for left, right in ((before[place], place), (place, after[place])):
+        symbols[position], symbols[removed] = merged, _REMOVED
+        after[position] = after[removed]
+        if after[position] < end:
+            before[after[position]] = position
+        for left, right in ((before[position], position), (position, after[position])):
             if left >= 0 and right < end and (rank := merges.get((symbols[left], symbols[right]))):
                 heapq.heappush(heap, (rank, left))
-    return [symbol for symbol in symbols if symbol != _GONE]
+    return [symbol for symbol in symbols if symbol != _REMOVED]
 
 
 class _Vocabulary(NamedTuple):
-    merges: dict[tuple[int, int], int]  # the ids of two neighbours -> the id of the symbol they become
-    whole: dict[str, int]  # every word that is one token; merging its bytes gives that token too
-    spelling: list[bytes]  # the bytes of each id, with a blank where a word ends
+    merges: dict[tuple[int, int], int]  # ids of two adjacent symbols: id of the merged symbol
+    whole: dict[str, int]  # words that are one token: its id, which merging their bytes gives, too
+    spelling: list[bytes]  # bytes of each id, with a blank where a word ends
 
 
 @functools.cache
 def published_vocabulary() -> tuple[dict[str, int], list[str]]:
-    """The vocabulary as the published file spells it, which is how other libraries' tokenizers are set up.
+    """Returns the vocabulary as the published file spells it, which other libraries' tokenizers take.
 
     Returns:
         The id of each symbol, and the merges in the order of their rank, each as ``"left right"``.
     """
     packed = (resources.files("clip_jax.data") / "vocabulary" / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
     lines = gzip.decompress(packed).decode("utf-8").split("\n")[1 : VOCAB_SIZE - _FIRST_MERGE - len(SPECIAL_TOKENS) + 1]
-    letters = [chr(byte) for byte in _PRINTING] + [chr(256 + place) for place in range(256 - len(_PRINTING))]
+    letters = [chr(byte) for byte in _PRINTABLE] + [chr(256 + n) for n in range(256 - len(_PRINTABLE))]
     symbols = [
         *letters,
         *(letter + "</w>" for letter in letters),
@@ -190,7 +193,7 @@ def _vocabulary() -> _Vocabulary:
         left, right = line.split()
         merges[ids[left], ids[right]] = token
         spelling.append(spelling[ids[left]] + spelling[ids[right]])
-    # Bytes that are not UTF-8 alone become lone surrogates here, and so match no word.
+    # Symbols that are not UTF-8 become lone surrogates here, and so match no word.
     whole = {text[:-1].decode(errors="surrogateescape"): i for i, text in enumerate(spelling) if text.endswith(b" ")}
     return _Vocabulary(
         merges, whole | SPECIAL_TOKENS, spelling + [special.encode() + b" " for special in SPECIAL_TOKENS]

@@ -1,4 +1,4 @@
-"""What every worker process of ours does first."""
+"""Ends worker processes whose parent process was killed."""
 
 import multiprocessing
 import os
@@ -6,7 +6,7 @@ import threading
 
 
 def end_with_parent() -> None:
-    """Keeps this process from outliving a parent that was killed and could not end it; does nothing in a parent."""
+    """Makes a worker process exit as soon as its parent is gone. In any other process it does nothing."""
     if parent := multiprocessing.parent_process():
         threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
 

@@ -1,1 +1,1 @@
-"""What a model can do without further training, and the report of it."""
+"""Measures what a trained model can do without more training, and writes reports."""

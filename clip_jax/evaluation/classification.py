@@ -1,4 +1,4 @@
-"""A classification task with its data: classes, images, baselines, and the linear probe."""
+"""Opens the data of a zero-shot classification task, and scores models on it."""
 
 import pathlib
 from collections.abc import Sequence
@@ -10,16 +10,16 @@ from PIL import Image
 from clip_jax.data.sources import JOIN
 from clip_jax.data.sources.digest import digest
 from clip_jax.data.sources.fields import split_options
+from clip_jax.evaluation.cached import Classifier
 from clip_jax.evaluation.embedding import Embedder
+from clip_jax.evaluation.images import Annotation, Images, open_on_all_hosts, read_annotations
 from clip_jax.evaluation.labels import check_names, choose_rows, match_classes, no_match
 from clip_jax.evaluation.linear_probe import Split, linear_probe
 from clip_jax.evaluation.measuring import Extras, finite, under_corruptions
 from clip_jax.evaluation.metrics import average_precision_11, roc_auc
-from clip_jax.evaluation.pictures import Pictures, Said, open_on_all_hosts, read_said
-from clip_jax.evaluation.registry import Task
-from clip_jax.evaluation.remembered import Classifier
 from clip_jax.evaluation.results import TaskResult
 from clip_jax.evaluation.similarity import copies, ties
+from clip_jax.evaluation.task import Task
 from clip_jax.evaluation.zero_shot import (
     Prompts,
     classify,
@@ -27,107 +27,113 @@ from clip_jax.evaluation.zero_shot import (
     largest_class_ranks,
     load_prompts,
     multi_label_metrics,
-    nearest_mean_picture_scores,
+    nearest_mean_image_scores,
     rank_metrics,
     single_label_metrics,
     two_class_metrics,
 )
 from clip_jax.models.preprocessing import Preprocessing
 
-RANDOM_RANKINGS = 20  # whose mean is the chance of an average precision
-BASELINE_SIDE = 32  # px; the mean of many images has no finer detail
+RANDOM_RANKINGS = 20  # their mean estimates the chance level of average precision
+BASELINE_SIDE = 32  # px; a mean of many images has no finer detail
 
 
-class LabelledImages(NamedTuple):
-    """Images of a source, the class numbers of each, and sentences about what was matched loosely or left out."""
+class LabeledImages(NamedTuple):
+    """Images of a source, the class indices of each, and notes on labels and records that were left out."""
 
-    pictures: Pictures
+    images: Images
     classes: list[list[int]]
     notes: list[str]
 
     @property
     def labels(self) -> np.ndarray:
-        """int32 ``[M]``, where every image has one class."""
+        """The class indices int32 ``[M]``, if every image has one class."""
         return np.array(self.classes, np.int32)[:, 0]
 
 
 class ClassificationTask:
-    """A labelled set and its prompts. :mod:`clip_jax.evaluation.labels` has the rule by which labels are matched.
+    """A labeled set of images and its prompts. :mod:`clip_jax.evaluation.labels` matches labels with class names.
+
+    Args:
+      task: a task of kind ``zero_shot``.
+      image_size: the model's, in pixels.
+      data: the folder that replaces ``{data}`` in sources.
+      preprocessing: the model's.
 
     Raises:
       FileNotFoundError: the data, or the package that reads it, is missing.
-      ValueError: class names, labels, images and metric do not go together; one line.
+      ValueError: class names, labels, images or metric do not match each other; one line.
     """
 
     def __init__(self, task: Task, image_size: int, data: str, preprocessing: Preprocessing):
         self.task, self._image_size, self._data, self._preprocessing = task, image_size, data, preprocessing
         self._several = task.metric == "average_precision_11"
-        prompts = load_prompts(task.prompts) if task.prompts else beside_the_shards(task.source.replace("{data}", data))
+        source = task.source.replace("{data}", data)
+        prompts = load_prompts(task.prompts) if task.prompts else read_shard_prompts(source)
         self._templates = task.templates or prompts.templates or ("{}",)
         wrong = [template for template in self._templates if template.count("{}") != 1]
         if wrong:
-            raise ValueError(f"the template {wrong[0]!r} must have one {{}}, the place of the name")
+            raise ValueError(f"the template {wrong[0]!r} must have one {{}} for the class name")
         self.class_names = list(task.class_names or prompts.class_names)
         self._labels = list(task.labels or (() if task.class_names else prompts.labels))
         check_names(self.class_names, self._labels)
-        said, pictures, fingerprint = self._open(task.source)
+        annotations, images, fingerprint = self._open(task.source)
         empty = []
         if not self.class_names:
-            # As labels, so that numbers of another source are not taken for indices into an order nobody gave.
-            self.class_names = self._labels = _own_classes(said)
-            empty = _empty_folders(task.source.replace("{data}", data), self.class_names)
+            # As labels too: otherwise numbers of another source would match as indices, in an order that no one stated.
+            self.class_names = self._labels = _own_classes(annotations)
+            empty = _empty_folders(source, self.class_names)
         self._check_class_count()
-        images = self._labelled(task.source, said, pictures)
-        self.pictures, self._classes, self._notes = images.pictures, images.classes, images.notes
+        self.images, self._classes, self._notes = self._label(annotations, images)
         self._check_metric_has_images()
         self._notes += [*empty, *_same_names(self.class_names)]
         self._identity = {
-            "images": digest(fingerprint, len(self.pictures)),
+            "images": digest(fingerprint, len(self.images)),
             "classes": digest(self.class_names, self._classes),
             "templates": digest(list(self._templates)),
         }
         self._baseline = self._other_source("pixel_baseline") if task.pixel_baseline else None
 
-    def _open(self, source: str) -> tuple[list[Said], Pictures, str]:
+    def _open(self, source: str) -> tuple[list[Annotation], Images, str]:
         source = source.replace("{data}", self._data)
         opened = open_on_all_hosts(source)
-        pictures = Pictures(source, opened, self._image_size, self._preprocessing)
-        return read_said(source, opened), pictures, opened.fingerprint()
+        images = Images(source, opened, self._image_size, self._preprocessing)
+        return read_annotations(source, opened), images, opened.fingerprint()
 
-    def _labelled(self, source: str, said: list[Said], pictures: Pictures, other: bool = False) -> LabelledImages:
-        """The images of the task's classes. ``other`` sources may have more classes; they are left out and counted."""
-        found = dict.fromkeys(label for one in said for label in one.labels)
+    def _label(self, annotations: list[Annotation], images: Images, other: bool = False) -> LabeledImages:
+        """Returns the images of the task's classes. ``other``: images of other classes are left out and counted."""
+        found = dict.fromkeys(label for annotation in annotations for label in annotation.labels)
         matching = match_classes(found, self.class_names, self._labels)
-        if matching.unknown and (not matching.number_of or not (other or self.task.other_classes)):
+        if matching.unknown and (not matching.index_of or not (other or self.task.other_classes)):
             raise ValueError(no_match(matching.unknown, len(found), self.class_names, self._labels))
         answers = "cannot be its answers" if other else "remain possible answers"
-        rows = choose_rows(said, matching, self.class_names, self._several, answers)
-        return LabelledImages(pictures.chosen(rows.rows), rows.classes, rows.notes)
+        rows = choose_rows(annotations, matching, self.class_names, self._several, answers)
+        return LabeledImages(images.select(rows.rows), rows.classes, rows.notes)
 
-    def _other_source(self, key: str) -> LabelledImages:
-        """Opens ``train``, ``validation`` or ``pixel_baseline``; its notes and errors begin with the key."""
+    def _other_source(self, key: str) -> LabeledImages:
+        """Opens ``train``, ``validation`` or ``pixel_baseline``. Its notes and errors begin with the key."""
         source = getattr(self.task, key)
         try:
-            said, pictures, _ = self._open(source)
-            images = self._labelled(source, said, pictures, other=True)
+            annotations, images, _ = self._open(source)
+            labeled = self._label(annotations, images, other=True)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{key}: {error}") from None
         except ValueError as error:
             raise ValueError(f"{key}={source}: {error}") from None
-        own = ["these are the task's own images, so its numbers say nothing about other images"]
-        notes = (own if source == self.task.source else []) + images.notes
-        return images._replace(notes=[f"{key}: {note}" for note in notes])
+        own = ["these are the task's own images, so its numbers do not hold for other images"]
+        notes = (own if source == self.task.source else []) + labeled.notes
+        return labeled._replace(notes=[f"{key}: {note}" for note in notes])
 
     def _check_class_count(self) -> None:
         count, metric = len(self.class_names), self.task.metric
         if (metric in ("top_5", "mean_top_1_top_5") and count < 5) or (metric == "roc_auc" and count != 2):
-            raise ValueError(f"{metric} is no metric of {count} classes")
+            raise ValueError(f"metric={metric!r} cannot be computed for {count} classes")
 
     def _check_metric_has_images(self) -> None:
         if self.task.metric not in ("average_precision_11", "roc_auc"):
             return
-        present = {number for numbers in self._classes for number in numbers}
-        absent = [name for number, name in enumerate(self.class_names) if number not in present]
+        present = {index for indices in self._classes for index in indices}
+        absent = [name for index, name in enumerate(self.class_names) if index not in present]
         if absent:
             raise ValueError(
                 f"{self.task.metric} needs images of every class, and {len(absent)} of {len(self.class_names)} have "
@@ -135,16 +141,17 @@ class ClassificationTask:
             )
 
     def score(self, embedder: Embedder, classifier: Classifier, extras: Extras) -> TaskResult:
+        """Scores the embedder's model. Raises ValueError or FloatingPointError, one line, if that fails."""
         splits, probe_notes = self._probe_splits() if extras.linear_probe else ([], [])
         weights = classifier(self.class_names, self._templates)
-        metrics, arrays, equal = self._measure(embedder, weights, self.pictures)
+        metrics, arrays, equal = self._measure(embedder, weights, self.images)
         shift = {}
         if extras.synthetic_shift:
-            shift = under_corruptions(self.pictures, lambda pictures: self._main(embedder, weights, pictures))
+            shift = under_corruptions(self.images, lambda images: self._main(embedder, weights, images))
         probe, why_not = self._probe(embedder, splits) if splits else ({}, [])
         baseline, baseline_notes = {}, []
         if extras.baseline and self._baseline:
-            baseline, baseline_notes = self._nearest_mean_picture(), self._baseline.notes
+            baseline, baseline_notes = self._nearest_mean_image(), self._baseline.notes
         own = [self.task.note] if self.task.note else []
         notes = [*own, *self._notes, *equal, *_equal_classes(weights, self.class_names), *baseline_notes]
         return TaskResult(
@@ -153,7 +160,7 @@ class ClassificationTask:
             self.task.kind,
             self.task.metric,
             metrics,
-            {"images": len(self.pictures), "classes": len(self.class_names)},
+            {"images": len(self.images), "classes": len(self.class_names)},
             chance=self._chance(),
             largest_class=self._largest_class(),
             baseline=baseline,
@@ -163,15 +170,15 @@ class ClassificationTask:
             identity=self._identity,
             class_names=self.class_names,
             arrays=arrays,
-            picture=self.pictures.__getitem__,
+            image_at=self.images.__getitem__,
         )
 
-    def _main(self, embedder: Embedder, weights: np.ndarray, pictures: Pictures) -> float:
-        return self._measure(embedder, weights, pictures)[0][self.task.metric]
+    def _main(self, embedder: Embedder, weights: np.ndarray, images: Images) -> float:
+        return self._measure(embedder, weights, images)[0][self.task.metric]
 
-    def _measure(self, embedder: Embedder, weights: np.ndarray, pictures: Pictures) -> tuple[dict, dict, list[str]]:
-        """Metrics, arrays of the result, and a note where images are copies of each other."""
-        embeddings = finite(embedder.encode_image(pictures))
+    def _measure(self, embedder: Embedder, weights: np.ndarray, images: Images) -> tuple[dict, dict, list[str]]:
+        """Returns metrics, arrays of the result, and notes on images with equal embeddings."""
+        embeddings = finite(embedder.encode_image(images))
         equal = copies(embeddings)
         notes = [f"{equal:,} of {len(embeddings):,} images have the same embedding as an earlier one"] if equal else []
         if self._several:
@@ -191,7 +198,7 @@ class ClassificationTask:
         return np.array(self._classes, np.int32)[:, 0]
 
     def _targets(self) -> np.ndarray:
-        """bool ``[M, C]``, where images have several classes."""
+        """Returns the classes of each image, bool ``[M, C]``."""
         targets = np.zeros((len(self._classes), len(self.class_names)), bool)
         for row, classes in enumerate(self._classes):
             targets[row, classes] = True
@@ -205,16 +212,16 @@ class ClassificationTask:
     def _chance(self) -> dict[str, float]:
         count = len(self.class_names)
         if self._several:
-            # More than the share of right images, since precision is interpolated: the mean over random rankings.
+            # Above the share of images of the class, since the precision is interpolated.
             targets, random = self._targets(), np.random.default_rng(0)
             draws = [average_precision_11(random.random(targets.shape), targets) for _ in range(RANDOM_RANKINGS)]
             return {"average_precision_11": float(np.mean(draws))}
         top = {f"top_{k}": k / count for k in (1, 5) if k <= count}
-        asked = {"roc_auc": 0.5, "mean_top_1_top_5": sum(top.values()) / 2}
-        return top | {"mean_per_class": 1 / count} | {k: v for k, v in asked.items() if k == self.task.metric}
+        main = {"roc_auc": 0.5, "mean_top_1_top_5": sum(top.values()) / 2}
+        return top | {"mean_per_class": 1 / count} | {k: v for k, v in main.items() if k == self.task.metric}
 
     def _largest_class(self) -> dict[str, float]:
-        """What the same answer to every image gets: the classes in the order of their size."""
+        """Returns the metrics of one answer for all images: the classes in the order of their size."""
         if self._several:
             targets = self._targets()
             return {"average_precision_11": average_precision_11(np.zeros(targets.shape), targets)}
@@ -222,20 +229,20 @@ class ClassificationTask:
         metrics = self._with_mean(rank_metrics(largest_class_ranks(labels, count), labels, count))
         return metrics | ({"roc_auc": 0.5} if self.task.metric == "roc_auc" else {})
 
-    def _nearest_mean_picture(self) -> dict[str, float]:
+    def _nearest_mean_image(self) -> dict[str, float]:
         labels, count = self._label_array(), len(self.class_names)
-        scores = nearest_mean_picture_scores(
-            small(self.pictures), small(self._baseline.pictures), self._baseline.labels, count
+        scores = nearest_mean_image_scores(
+            thumbnails(self.images), thumbnails(self._baseline.images), self._baseline.labels, count
         )
         metrics = self._with_mean(rank_metrics(label_ranks(scores, labels), labels, count))
         if self.task.metric == "roc_auc" and np.isfinite(scores).all():
             metrics["roc_auc"] = roc_auc(scores[:, 1] - scores[:, 0], labels)
         return metrics
 
-    def _probe_splits(self) -> tuple[list[LabelledImages], list[str]]:
-        """Training and validation images of the linear probe, or none and the reason; before anything is embedded."""
+    def _probe_splits(self) -> tuple[list[LabeledImages], list[str]]:
+        """Returns the training and validation images of the linear probe, or none and a note with the reason."""
         if self._several or not self.task.train:
-            why = "images have several classes" if self._several else "the task names no training split"
+            why = "images have several classes" if self._several else "the task has no training split"
             return [], [f"no linear probe: {why}"]
         try:
             splits = [self._other_source(key) for key in ("train", "validation") if getattr(self.task, key)]
@@ -243,27 +250,27 @@ class ClassificationTask:
             return [], [f"no linear probe: {error}"]
         return splits, [f"linear probe, {note}" for split in splits for note in split.notes]
 
-    def _probe(self, embedder: Embedder, splits: list[LabelledImages]) -> tuple[dict[str, float], list[str]]:
-        train, *validation = [Split(finite(embedder.image_features(split.pictures)), split.labels) for split in splits]
-        test = Split(finite(embedder.image_features(self.pictures)), self._label_array())
+    def _probe(self, embedder: Embedder, splits: list[LabeledImages]) -> tuple[dict[str, float], list[str]]:
+        train, *validation = [Split(finite(embedder.image_features(split.images)), split.labels) for split in splits]
+        test = Split(finite(embedder.image_features(self.images)), self._label_array())
         try:
             return linear_probe(train, test, len(self.class_names), embedder.mesh, *validation), []
-        except ValueError as error:  # too few images, or classes, to fit it
+        except ValueError as error:  # too few images or classes
             return {}, [f"no linear probe: {error}"]
 
 
-def _own_classes(said: Sequence[Said]) -> list[str]:
-    """The classes of a source as class names, in order of occurrence."""
-    found = list(dict.fromkeys(label for one in said for label in one.labels))
+def _own_classes(annotations: Sequence[Annotation]) -> list[str]:
+    """Returns the labels of a source as class names, in order of occurrence."""
+    found = list(dict.fromkeys(label for annotation in annotations for label in annotation.labels))
     if found and all(label.isdecimal() for label in found):
-        raise ValueError("its classes are numbers; give their class_names, in order")
+        raise ValueError("its classes are numbers; give class_names in the order of the numbers")
     if not found:
-        raise ValueError(f"none of its {len(said):,} images has a class; name the field that holds it with ?label=")
+        raise ValueError(f"none of its {len(annotations):,} images has a class; name its field with ?label=")
     return found
 
 
 def _empty_folders(source: str, class_names: Sequence[str]) -> list[str]:
-    """A note where folders of an image_folder have no image, so that they are no classes."""
+    """Returns a note on folders of an image_folder without images: they are not classes."""
     kind, _, where = source.partition(":")
     if kind != "image_folder" or JOIN in source:
         return []
@@ -271,7 +278,7 @@ def _empty_folders(source: str, class_names: Sequence[str]) -> list[str]:
     empty = sorted({entry.name for entry in folder.iterdir() if entry.is_dir()} - set(class_names))
     if not empty:
         return []
-    return [f"{len(empty):,} folders have no image that can be read and are no classes, such as {empty[0]!r}"]
+    return [f"{len(empty):,} folders have no image that can be read and are not classes, such as {empty[0]!r}"]
 
 
 def _same_names(class_names: Sequence[str]) -> list[str]:
@@ -279,41 +286,41 @@ def _same_names(class_names: Sequence[str]) -> list[str]:
     if len(set(class_names)) == len(class_names):
         return []
     return [
-        f"{len(twice)} class names stand for several classes each, such as {twice[0]!r}: the first is the answer, and "
+        f"{len(twice)} class names belong to several classes each, such as {twice[0]!r}: the first is the answer, and "
         "images of the others count as wrong"
     ]
 
 
 def _equal_classes(weights: np.ndarray, class_names: Sequence[str]) -> list[str]:
-    """A note where classes of different names have equal text embeddings, since a tie counts as wrong."""
+    """Returns a note on classes of different names with equal text embeddings: a tie counts as wrong."""
     _, name_of = np.unique(np.asarray(class_names), return_inverse=True)
     equal = ties(weights, name_of)
     if not equal:
         return []
     return [
-        f"{equal:,} of {len(weights):,} classes have the same text embedding as a class of another name, so that "
+        f"{equal:,} of {len(weights):,} classes have the same text embedding as a class of another name, so "
         "images of these classes count as wrong; the tokenizer ignores case and cuts long texts"
     ]
 
 
-def beside_the_shards(source: str) -> Prompts:
-    """The class names and templates that CLIP_benchmark's data sets have beside their tars; none if there are none."""
+def read_shard_prompts(source: str) -> Prompts:
+    """Returns the class names and templates in files next to the tars, as in CLIP_benchmark; empty without files."""
     if not source.startswith("wds:"):
         return Prompts((), (), ())
     folder = pathlib.Path(source.removeprefix("wds:").partition("?")[0]).parent
 
     def lines(name: str) -> tuple[str, ...]:
-        files = [place / name for place in (folder, folder.parent) if (place / name).is_file()]
+        files = [parent / name for parent in (folder, folder.parent) if (parent / name).is_file()]
         return tuple(files[0].read_text(encoding="utf-8-sig").splitlines()) if files else ()
 
     templates = tuple(line.replace("{c}", "{}") for line in lines("zeroshot_classification_templates.txt") if line)
     return Prompts(templates, lines("classnames.txt"), ())
 
 
-def small(pictures: Pictures) -> np.ndarray:
-    """All of them at most 32 pixels wide: uint8 ``[M, S, S, 3]``."""
-    side = min(BASELINE_SIDE, pictures.like.shape[0])
-    result = np.empty((len(pictures), side, side, 3), np.uint8)
-    for place, picture in enumerate(pictures):
-        result[place] = Image.fromarray(picture).resize((side, side), Image.Resampling.BOX)
+def thumbnails(images: Images) -> np.ndarray:
+    """Returns the images resized to at most 32 pixels: uint8 ``[M, S, S, 3]``."""
+    side = min(BASELINE_SIDE, images.like.shape[0])
+    result = np.empty((len(images), side, side, 3), np.uint8)
+    for index, image in enumerate(images):
+        result[index] = Image.fromarray(image).resize((side, side), Image.Resampling.BOX)
     return result

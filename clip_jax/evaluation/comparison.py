@@ -1,8 +1,8 @@
-"""Several models side by side, from what their evaluations wrote: with intervals, and differences that are paired.
+"""Compares the evaluations of several models, with intervals and paired differences.
 
-Models that answered the same questions fail on the same hard ones, so that the interval of their difference is far
-narrower than their own two intervals suggest. Results of a task that differ in more than the model, such as in the
-number of images, are compared with a note that states it.
+Models that answered the same questions tend to fail on the same ones, so the interval of their difference is much
+narrower than their own intervals. If results of a task differ in more than the model, such as in the number of images,
+a note states it.
 """
 
 import json
@@ -15,20 +15,20 @@ import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
-from clip_jax.evaluation.figures import BLUE, GREEN, GREY, ORANGE, Html, axes_of, escaped, figure_html
+from clip_jax.evaluation.figures import BLUE, GRAY, GREEN, ORANGE, Html, axes_of, escaped, figure_html
 from clip_jax.evaluation.report.page import metric_name, page, percent, table, title_of
 from clip_jax.evaluation.results import REFERENCES, mark, not_above
 
 RESAMPLES = 1_000
 CONFIDENCE = 95  # per cent
-CHUNK = 8_000_000  # draws at a time: what bounds the memory
-COLOURS = (BLUE, ORANGE, GREEN, GREY, "#8250df", "#bf3989", "#0a7ea4", "#9a6700")
+CHUNK = 8_000_000  # draws at a time; bounds the memory
+COLORS = (BLUE, ORANGE, GREEN, GRAY, "#8250df", "#bf3989", "#0a7ea4", "#9a6700")
 
-Statistic = Callable[[np.ndarray], np.ndarray]  # of indices [R, M] of drawn examples, one value a resample, [R]
+Statistic = Callable[[np.ndarray], np.ndarray]  # from indices [R, M] of drawn examples to values [R]
 
 
 class Estimate(NamedTuple):
-    """A share, or a difference of two, and its interval; ``low`` and ``high`` are None where it cannot be resampled."""
+    """A share or a difference of shares, and its interval; ``low`` and ``high`` are None without an interval."""
 
     value: float
     low: float | None = None
@@ -36,11 +36,14 @@ class Estimate(NamedTuple):
 
 
 class TaskComparison(NamedTuple):
-    """One task; a list has an entry for each model, None for one that does not have the task.
+    """The comparison of one task. Lists have one entry for each model.
 
-    ``differences`` are to the first model that has it, whose own entry is None. ``not_above`` names the references,
-    such as chance, that a model's value does not exceed. ``notes`` are sentences about what the models' results of this
-    task do not have in common, such as the number of images.
+    Attributes:
+      name, title, metric: those of the task.
+      values: the main metric; None for a model without this task.
+      differences: to the first model with this task; None for that model.
+      not_above: the names of the references, such as chance, that the value does not exceed.
+      notes: sentences on differences in more than the model, such as in the number of images.
     """
 
     name: str
@@ -53,13 +56,13 @@ class TaskComparison(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """The models' names, in the order of the folders, and the tasks that at least two have."""
+    """The names of the models, in the order of the folders, and the tasks that at least two have."""
 
     models: list[str]
     tasks: list[TaskComparison]
 
     def table(self) -> str:
-        """Lines of text: a task a block, a model a line."""
+        """Returns text with a block for each task and a line for each model."""
         width = max(map(len, self.models))
         lines = [f"{CONFIDENCE} % intervals, {RESAMPLES:,} resamples; differences are to the first model, in points"]
         for task in self.tasks:
@@ -74,7 +77,7 @@ class Comparison(NamedTuple):
 
 
 def format_estimate(estimate: Estimate | None, sign: bool = False) -> str:
-    """Such as ``63.2 [62.8, 63.6]``, in per cent; empty for None."""
+    """Returns a text such as ``63.2 [62.8, 63.6]``, in per cent; empty for None."""
     if estimate is None:
         return ""
     value, low, high = estimate
@@ -83,11 +86,14 @@ def format_estimate(estimate: Estimate | None, sign: bool = False) -> str:
 
 
 def statistic_of(metric: str, arrays: dict[str, np.ndarray]) -> tuple[int, Statistic] | None:
-    """The number of examples and what computes the metric from some of them; None where the arrays do not allow it.
+    """Returns the number of examples and a function that computes the metric of drawn examples.
 
     Args:
       metric: a key of :attr:`clip_jax.evaluation.results.TaskResult.metrics`.
-      arrays: as there.
+      arrays: as in :attr:`clip_jax.evaluation.results.TaskResult.arrays`.
+
+    Returns:
+      None if the arrays do not have what the metric needs.
     """
     labels, best = arrays.get("labels"), arrays.get("best")
     if metric in ("top_1", "top_5", "mean_per_class"):
@@ -113,14 +119,14 @@ def _mean_per_class(hits: np.ndarray, labels: np.ndarray) -> Statistic:
         cells = (labels[drawn] + classes * np.arange(len(drawn))[:, None]).ravel()
         counts = np.bincount(cells, minlength=classes * len(drawn)).reshape(-1, classes)
         right = np.bincount(cells, hits[drawn].ravel(), classes * len(drawn)).reshape(-1, classes)
-        # A class that was not drawn has no recall.
+        # A class that was not drawn has no recall and does not count.
         return (right / np.maximum(counts, 1)).sum(axis=1) / (counts > 0).sum(axis=1)
 
     return statistic
 
 
 def bootstrap(examples: int, statistic: Statistic, seed: int = 0) -> np.ndarray:
-    """The statistic on resamples of ``examples`` examples, float64 ``[RESAMPLES]``; a seed always draws the same."""
+    """Returns the statistic of random resamples of ``examples`` examples, float64 ``[RESAMPLES]``."""
     generator = np.random.default_rng(seed)
     chunk = max(1, CHUNK // examples)
     values = []
@@ -131,25 +137,25 @@ def bootstrap(examples: int, statistic: Statistic, seed: int = 0) -> np.ndarray:
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """The middle ``CONFIDENCE`` per cent of resampled values ``[R]``."""
+    """Returns the bounds of the middle ``CONFIDENCE`` per cent of resampled values ``[R]``."""
     tail = (100 - CONFIDENCE) / 2
     low, high = np.percentile(values, [tail, 100 - tail])
     return float(low), float(high)
 
 
 def compare(folders: Sequence[epath.Path]) -> Comparison:
-    """Compares the evaluations in these folders, as :func:`clip_jax.evaluation.results.write_results` leaves them.
+    """Compares the evaluations in these folders, written by :func:`clip_jax.evaluation.results.write_results`.
 
     Raises:
       FileNotFoundError: a folder has no results.
-      ValueError: fewer than two folders, no task that two have, or a file that is damaged.
+      ValueError: there are fewer than two folders, no two have the same task, or a file is damaged.
     """
     folders = [epath.Path(folder) for folder in folders]
     if len(folders) < 2:
         raise ValueError("a comparison needs at least two folders")
     records = [_read_results(folder) for folder in folders]
     names = [title_of(record["model"]) for record in records]
-    if len(set(names)) < len(names):  # the paths tell more
+    if len(set(names)) < len(names):
         names = [record["model"] for record in records]
     models = [
         f"{name} ({folder})" if names.count(name) > 1 else name for name, folder in zip(names, folders, strict=True)
@@ -181,34 +187,34 @@ def _compare_task(
         if value is None or index == first:
             differences.append(None)
             continue
-        unlike = _unlike(entries[first], entry)
+        changes = _changes(entries[first], entry)
         same = (
-            _same_examples(arrays[first], arrays[index], metric) and not {"images", "classes", "texts"} & unlike.keys()
+            _same_examples(arrays[first], arrays[index], metric) and not {"images", "classes", "texts"} & changes.keys()
         )
         paired = same and drawn is not None and resampled[first] is not None
         differences.append(_estimate(value - values[first].value, drawn - resampled[first] if paired else None))
         if not same and arrays[first] and arrays[index]:
-            unlike.setdefault("images", "other questions")
-        if unlike:
+            changes.setdefault("images", "other questions")
+        if changes:
             notes.append(
-                f"{models[index]} differs from {models[first]} in more than the model: {', '.join(unlike.values())}"
+                f"{models[index]} differs from {models[first]} in more than the model: {', '.join(changes.values())}"
             )
     return TaskComparison(name, entries[first]["title"] or name, metric, values, differences, low, notes)
 
 
-def _unlike(first: dict, other: dict) -> dict[str, str]:
-    """What two results of a task do not have in common, as phrases, by ``images``, ``classes`` and so on."""
-    unlike = {}
+def _changes(first: dict, other: dict) -> dict[str, str]:
+    """Returns the differences of two results of a task as phrases, by ``images``, ``classes`` and so on."""
+    changes = {}
     for what in dict.fromkeys([*first["counts"], *other["counts"]]):
         counts = [entry["counts"].get(what) for entry in (other, first)]
         if counts[0] != counts[1]:
-            unlike[what] = f"{' instead of '.join('no' if count is None else f'{count:,}' for count in counts)} {what}"
+            changes[what] = f"{' instead of '.join('no' if count is None else f'{count:,}' for count in counts)} {what}"
     for what in first["identity"].keys() & other["identity"].keys():
         if first["identity"][what] != other["identity"][what]:
-            unlike.setdefault(what, f"other {'classes or labels' if what == 'classes' else what}")
+            changes.setdefault(what, f"other {'classes or labels' if what == 'classes' else what}")
     if first["metric"] != other["metric"]:
-        unlike["metric"] = f"its metric is {metric_name(other['metric'])}"
-    return unlike
+        changes["metric"] = f"its metric is {metric_name(other['metric'])}"
+    return changes
 
 
 def _estimate(value: float | None, drawn: np.ndarray | None) -> Estimate | None:
@@ -218,7 +224,7 @@ def _estimate(value: float | None, drawn: np.ndarray | None) -> Estimate | None:
 
 
 def _same_examples(first: dict[str, np.ndarray], second: dict[str, np.ndarray], metric: str) -> bool:
-    """Whether two models were asked the same, as far as the arrays tell."""
+    """Whether two models were scored on the same examples, as far as the arrays show."""
     if "labels" in first and "labels" in second:
         return np.array_equal(first["labels"], second["labels"])
     rank = f"{metric.partition('_recall@')[0]}_rank"
@@ -246,7 +252,7 @@ def _read_results(folder: epath.Path) -> dict:
             for name, task in record["tasks"].items()
         }
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} is not what an evaluation writes") from None
+        raise ValueError(f"{path} was not written by an evaluation; evaluate again to write it") from None
     return {"model": str(model), "tasks": tasks}
 
 
@@ -258,11 +264,16 @@ def _read_arrays(folder: epath.Path, task: str) -> dict[str, np.ndarray]:
         with path.open("rb") as stream, np.load(stream) as file:
             return {name: file[name] for name in file.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile):
-        raise ValueError(f"{path} is damaged; evaluate again to write it anew") from None
+        raise ValueError(f"{path} is damaged; evaluate again to write it") from None
 
 
 def comparison_figure(comparison: Comparison, differences: bool) -> Figure:
-    """A row a task, a point with its interval a model: the metric itself, or its difference to the first model."""
+    """Draws a row for each task and a point with its interval for each model.
+
+    Args:
+      comparison: of the models.
+      differences: whether points are differences to the first model, instead of the metric itself.
+    """
     rows = [task.differences if differences else task.values for task in comparison.tasks]
     models = len(comparison.models)
     figure, axes = axes_of(5.4, 1.2 + 0.2 * models + len(rows) * (0.36 + 0.16 * models))
@@ -270,27 +281,27 @@ def comparison_figure(comparison: Comparison, differences: bool) -> Figure:
         points = [(row, estimates[model]) for row, estimates in enumerate(rows) if estimates[model]]
         if not points:
             continue
-        places = [row + 0.65 * (model + 0.5) / models for row, _ in points]
+        heights = [row + 0.65 * (model + 0.5) / models for row, _ in points]
         shares = [100 * estimate.value for _, estimate in points]
-        colour = COLOURS[model % len(COLOURS)]
-        axes.plot(shares, places, "o", color=colour, markersize=5, label=_plain(name))
-        for place, (_, (_, low, high)) in zip(places, points, strict=True):
+        color = COLORS[model % len(COLORS)]
+        axes.plot(shares, heights, "o", color=color, markersize=5, label=_plain(name))
+        for height, (_, (_, low, high)) in zip(heights, points, strict=True):
             if low is not None:
-                axes.plot([100 * low, 100 * high], [place, place], color=colour, linewidth=2)
-    # Above its row instead of beside it, a title leaves the width of a phone to the points.
+                axes.plot([100 * low, 100 * high], [height, height], color=color, linewidth=2)
+    # Titles are above their rows: next to them, they would leave no width on a phone.
     for row, task in enumerate(comparison.tasks):
         axes.text(0, row - 0.08, _plain(task.title), transform=axes.get_yaxis_transform(), fontsize=9)
     axes.set_yticks([])
     axes.set_ylim(len(rows) - 0.2, -0.45)
     axes.set_xlabel("difference to the first model, points" if differences else "%")
     if differences:
-        axes.axvline(0, color=GREY, linewidth=1)
+        axes.axvline(0, color=GRAY, linewidth=1)
     figure.legend(loc="outside upper left", fontsize=9)
     return figure
 
 
 def _plain(text: str) -> str:
-    # A lone $ would switch matplotlib to mathematics.
+    # matplotlib reads text between $ as mathematics.
     return text.replace("$", r"\$")
 
 
@@ -300,7 +311,7 @@ def _marked(estimate: Estimate, low: list[str]) -> Html:
 
 
 def write_comparison(folder: epath.Path, comparison: Comparison) -> None:
-    """Writes ``folder/comparison.html``, one page that needs nothing beside itself."""
+    """Writes ``folder/comparison.html``, one page that needs no other file."""
     shown = {
         "Main metric of each task": comparison_figure(comparison, differences=False),
         "Differences to the first model": comparison_figure(comparison, differences=True),
@@ -310,11 +321,11 @@ def write_comparison(folder: epath.Path, comparison: Comparison) -> None:
         Html("<h1>Comparison</h1>"),
         Html(f"<ol>{''.join(f'<li>{escaped(model)}</li>' for model in comparison.models)}</ol>"),
         Html(
-            f"<p>In brackets and as lines: {CONFIDENCE} % intervals from {RESAMPLES:,} resamples of the images or "
-            "queries. Differences are to the first model that has the task; where both answered the same questions, "
-            "they are compared question by question. A difference whose interval does not contain 0 is unlikely to "
-            "depend on which images the task has. A note below a task states where its results differ in more than the "
-            "model.</p>"
+            f"<p>Brackets and lines: {CONFIDENCE} % intervals from {RESAMPLES:,} resamples of the images or queries. "
+            "Differences are to the first model that has the task. If both answered the same questions, they are "
+            "compared question by question. If the interval of a difference does not contain 0, the difference is "
+            "unlikely to depend on which images the task has. A note below a task states if its results differ in "
+            "more than the model.</p>"
         ),
         Html(f'<div class="plots">{"".join(figures)}</div>'),
     ]

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clip_jax.data.tokenizer import tokenize
-from clip_jax.evaluation.pictures import all_gather_objects, raise_first
+from clip_jax.evaluation.images import all_gather_objects, raise_first
 from clip_jax.models.clip import CLIP, normalize_images
 from clip_jax.sharding import batch_sharding, replicated
 
@@ -72,7 +72,7 @@ class Embedder:
     def encode_image(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """uint8 ``[M, S, S, 3]`` to image_embeddings float32 ``[M, D]`` of unit length.
 
-        ``images`` is an array, or :class:`clip_jax.evaluation.pictures.Pictures`. Raises ValueError on all hosts where
+        ``images`` is an array, or :class:`clip_jax.evaluation.images.Images`. Raises ValueError on all hosts where
         a picture cannot be read on one.
         """
         return self._in_batches(self._encode_image, images)

@@ -1,4 +1,4 @@
-"""What the report shows: plots as SVG and pictures as PNG or JPEG, each within the page as a data: URI."""
+"""Draws the plots and images of a report as HTML: SVG, PNG or JPEG in data: URIs."""
 
 import base64
 import html
@@ -14,11 +14,11 @@ from PIL import Image
 from clip_jax.evaluation.metrics import calibration
 from clip_jax.evaluation.robustness import logit, predicted_shift
 
-PICTURE_SIDE = 160  # px
-CRISP_SIDE = 64  # px; smaller pictures are drawings or nearly so, where JPEG would show
-MOST_POINTS = 800  # of a curve: more than a plot has pixels
+IMAGE_SIDE = 160  # px
+CRISP_SIDE = 64  # px; JPEG would show in smaller images
+MAX_POINTS = 800  # of a curve; a plot has fewer pixels
 PERCENT_TICKS = (0.1, 0.5, 1, 2, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 98, 99, 99.5, 99.9)
-BLUE, ORANGE, GREY, GREEN = "#2563a8", "#d9730d", "#6e7781", "#1a7f37"
+BLUE, ORANGE, GRAY, GREEN = "#2563a8", "#d9730d", "#6e7781", "#1a7f37"
 _STYLE = {
     "svg.hashsalt": "clip_jax",
     "font.size": 10,
@@ -32,23 +32,23 @@ _STYLE = {
 
 
 class Html(str):
-    """A piece of a page: nothing in it is to be escaped again."""
+    """A piece of HTML, which :func:`escaped` leaves unchanged."""
 
     __slots__ = ()
 
 
 def escaped(text: object) -> Html:
-    """Text as HTML; what is HTML already stays as it is."""
+    """Returns text as HTML. Returns :class:`Html` unchanged."""
     if isinstance(text, Html):
         return text
-    # Half a character, which JSON can hold, could not be written.
+    # A lone surrogate, which JSON allows, cannot be written as UTF-8.
     return Html(html.escape(str(text)).encode("utf-8", "replace").decode())
 
 
-def picture_html(pixels: np.ndarray, alt: str) -> Html:
-    """An ``img`` of uint8 pixels ``[H, W, 3]``, scaled to at most ``PICTURE_SIDE``."""
+def image_html(pixels: np.ndarray, alt: str) -> Html:
+    """Returns an ``img`` of uint8 pixels ``[H, W, 3]``, scaled to at most ``IMAGE_SIDE``."""
     image = Image.fromarray(pixels)
-    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     stream = io.BytesIO()
     crisp = max(image.size) <= CRISP_SIDE
     image.save(stream, "PNG", optimize=True) if crisp else image.save(stream, "JPEG", quality=85)
@@ -59,7 +59,7 @@ def picture_html(pixels: np.ndarray, alt: str) -> Html:
 
 
 def figure_html(figure: Figure, alt: str, caption: str = "") -> Html:
-    """A ``figure`` with the plot as SVG."""
+    """Returns a ``figure`` with the plot as SVG."""
     stream = io.BytesIO()
     with matplotlib.rc_context(_STYLE):
         figure.savefig(stream, format="svg", metadata={"Date": None})
@@ -72,7 +72,7 @@ def figure_html(figure: Figure, alt: str, caption: str = "") -> Html:
 
 
 def axes_of(width: float = 4.6, height: float = 3.2) -> tuple[Figure, Axes]:
-    """A figure with one plot, in inches."""
+    """Returns a figure with one plot; the size is in inches."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         return figure, figure.subplots()
@@ -83,22 +83,22 @@ def curves_figure(
     levels: Mapping[str, tuple[str, float]] | None = None,
     **labels,
 ) -> Figure:
-    """Lines over steps.
+    """Draws lines over steps.
 
     Args:
       curves: steps and values by name.
-      levels: by the name of a curve, the name and the height of a dashed horizontal line in its color.
-      **labels: of the axes, as :meth:`matplotlib.axes.Axes.set` takes them.
+      levels: by curve, the name and height of a dashed horizontal line in the color of the curve.
+      **labels: arguments of :meth:`matplotlib.axes.Axes.set`.
     """
     figure, axes = axes_of()
-    for (name, (steps, values)), colour in zip(curves.items(), (BLUE, ORANGE, GREEN, GREY), strict=False):
-        every = -(-len(steps) // MOST_POINTS) or 1
-        # From the end, so that the last point is always one of those shown.
+    for (name, (steps, values)), color in zip(curves.items(), (BLUE, ORANGE, GREEN, GRAY), strict=False):
+        every = -(-len(steps) // MAX_POINTS) or 1
+        # From the end, so that the last point is always shown.
         steps, values = steps[::-1][::every], values[::-1][::every]
-        axes.plot(steps, values, "o-" if len(steps) < 30 else "-", markersize=4, color=colour, label=name)
+        axes.plot(steps, values, "o-" if len(steps) < 30 else "-", markersize=4, color=color, label=name)
         if levels and name in levels:
             what, height = levels[name]
-            axes.axhline(height, color=colour, linestyle="--", label=f"{name}, {what}")
+            axes.axhline(height, color=color, linestyle="--", label=f"{name}, {what}")
     axes.set(xlabel="step", **labels)
     if len(curves) > 1 or levels:
         axes.legend(fontsize=9)
@@ -106,33 +106,33 @@ def curves_figure(
 
 
 def reliability_figure(confidence: np.ndarray, right: np.ndarray) -> Figure:
-    """How often answers of a probability are right.
+    """Draws the accuracy of answers over their probability.
 
     Args:
-      confidence: the probability of each picture's first answer, ``[M]``.
+      confidence: the probability of each image's first answer, ``[M]``.
       right: whether it is right, bool ``[M]``.
     """
     figure, axes = axes_of(4.6, 4.2)
     _, stated, accuracy, counts = calibration(confidence, right)
     filled, bins = counts > 0, len(counts)
     stated, accuracy = 100 * stated[filled], 100 * accuracy[filled]
-    centres = (np.arange(bins)[filled] + 0.5) * 100 / bins
-    axes.bar(centres, accuracy, width=0.9 * 100 / bins, color="#c7dbf0", edgecolor=BLUE, linewidth=0.8)
-    axes.plot([0, 100], [0, 100], "--", color=GREY, linewidth=1)
+    centers = (np.arange(bins)[filled] + 0.5) * 100 / bins
+    axes.bar(centers, accuracy, width=0.9 * 100 / bins, color="#c7dbf0", edgecolor=BLUE, linewidth=0.8)
+    axes.plot([0, 100], [0, 100], "--", color=GRAY, linewidth=1)
     axes.scatter(stated, accuracy, s=12 + 150 * counts[filled] / counts.sum(), color=BLUE, zorder=3)
     axes.set(xlabel="stated probability, %", ylabel="right, %", xlim=(0, 100), ylim=(0, 103))
     return figure
 
 
-def synthetic_shift_figure(untouched: float, accuracies: Mapping[str, Sequence[float]]) -> Figure:
-    """The main metric (shares in, per cent shown) over the strength of each corruption; 0 is the untouched picture."""
+def synthetic_shift_figure(original: float, accuracies: Mapping[str, Sequence[float]]) -> Figure:
+    """Draws the main metric (shares, shown in per cent) over the strength of each corruption; 0 is the original."""
     figure, axes = axes_of(5.4, 3.4)
-    colours = matplotlib.colormaps["tab10"].colors
+    colors = matplotlib.colormaps["tab10"].colors
     for index, (name, values) in enumerate(accuracies.items()):
-        heights = [100 * value for value in (untouched, *values)]
-        style = ("-", "--", ":")[index // len(colours) % 3]
+        heights = [100 * value for value in (original, *values)]
+        style = ("-", "--", ":")[index // len(colors) % 3]
         label = name.replace("_", " ").strip()
-        axes.plot(range(len(heights)), heights, style, color=colours[index % 10], label=label, linewidth=1.4)
+        axes.plot(range(len(heights)), heights, style, color=colors[index % 10], label=label, linewidth=1.4)
     axes.set(xlabel="strength", ylabel="accuracy, %", ylim=(0, None))
     figure.legend(loc="outside right center", fontsize=8)
     return figure
@@ -144,30 +144,30 @@ def shift_figure(
     line: tuple[float, float] | None,
     **labels,
 ) -> Figure:
-    """Accuracy under a shift against that on ImageNet, both on logit scales, with the line y = x.
+    """Draws the accuracy under a shift over that on ImageNet, both on logit scales, with the line y = x.
 
     Args:
-      groups: accuracies on ImageNet and under the shift, shares, of groups of other models.
-      here: the same two of this model, drawn as a star.
+      groups: by name of a group of other models, their accuracies on ImageNet and under the shift, as shares.
+      here: the two accuracies of this model, drawn as a star.
       line: slope and intercept of the standard models' line.
-      **labels: of the axes, as :meth:`matplotlib.axes.Axes.set` takes them.
+      **labels: arguments of :meth:`matplotlib.axes.Axes.set`.
     """
     figure, axes = axes_of(4.6, 4.4)
-    for (name, (imagenet, shift)), colour in zip(groups.items(), (GREY, BLUE, GREEN), strict=False):
+    for (name, (imagenet, shift)), color in zip(groups.items(), (GRAY, BLUE, GREEN), strict=False):
         if len(imagenet):
-            axes.scatter(logit(imagenet), logit(shift), s=18, color=colour, alpha=0.8, label=name)
+            axes.scatter(logit(imagenet), logit(shift), s=18, color=color, alpha=0.8, label=name)
     axes.scatter(*logit(here), marker="*", s=190, color=ORANGE, edgecolor="white", label="this model", zorder=4)
     everywhere = [
         logit([here[axis], *(value for group in groups.values() for value in group[axis])]) for axis in (0, 1)
     ]
     x_ticks, y_ticks = (_percent_ticks(values) for values in everywhere)
     bounds = np.array([logit(x_ticks[0] / 100), logit(x_ticks[-1] / 100)])
-    axes.plot(bounds, bounds, ":", color=GREY, linewidth=1, label="no loss (y = x)")
+    axes.plot(bounds, bounds, ":", color=GRAY, linewidth=1, label="no loss (y = x)")
     if line:
         shares = 1 / (1 + np.exp(-np.linspace(*bounds, 50)))
-        axes.plot(logit(shares), logit(predicted_shift(shares, line)), color=GREY, linewidth=1, label="their line")
+        axes.plot(logit(shares), logit(predicted_shift(shares, line)), color=GRAY, linewidth=1, label="their line")
     for axis, ticks in (("x", x_ticks), ("y", y_ticks)):
-        # Near 50 % a logit scale is so dense that all ticks would touch.
+        # Near 50 % a logit scale is so dense that the labels would overlap.
         step = -(-len(ticks) // 8)
         shown = ticks[::step] if ticks[-1] in ticks[::step] else (*ticks[::step], ticks[-1])
         getattr(axes, f"set_{axis}ticks")(logit(np.array(shown) / 100), [f"{tick:g}" for tick in shown])
@@ -178,7 +178,7 @@ def shift_figure(
 
 
 def _percent_ticks(logits: np.ndarray) -> tuple[float, ...]:
-    """The round percentages around all values, one beyond them at either end."""
+    """Returns the round percentages around all values, and one more at either end."""
     ticks = logit(np.array(PERCENT_TICKS) / 100)
     first = max(int(np.searchsorted(ticks, logits.min(), "left")) - 1, 0)
     last = min(int(np.searchsorted(ticks, logits.max(), "right")), len(ticks) - 1)

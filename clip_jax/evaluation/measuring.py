@@ -1,4 +1,4 @@
-"""What tasks of all kinds share: the extras that can be asked for, corruptions, and a check of embeddings."""
+"""Shared by tasks of all kinds: optional measurements, scores under corruption, and a check of embeddings."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,12 +6,12 @@ from collections.abc import Callable
 import numpy as np
 
 from clip_jax.evaluation.corruptions import CORRUPTIONS, STRENGTHS, corruption
-from clip_jax.evaluation.pictures import Pictures
+from clip_jax.evaluation.images import Images
 
 
 @dataclasses.dataclass(frozen=True)
 class Extras:
-    """What is measured in addition to a task's own metrics, where the task has the data for it."""
+    """Optional measurements, made in addition to a task's metrics if the task has the data for them."""
 
     baseline: bool = False
     synthetic_shift: bool = False
@@ -21,19 +21,17 @@ class Extras:
 NO_EXTRAS = Extras()
 
 
-def under_corruptions(pictures: Pictures, measure: Callable[[Pictures], float]) -> dict[str, list[float]]:
-    """What is measured on the pictures under each corruption, at strengths 1 to 5."""
-    return {
-        name: [measure(pictures.changed(corruption(name, strength))) for strength in STRENGTHS] for name in CORRUPTIONS
-    }
+def under_corruptions(images: Images, measure: Callable[[Images], float]) -> dict[str, list[float]]:
+    """Returns ``measure(images)`` under each corruption, at strengths 1 to 5."""
+    return {name: [measure(images.map(corruption(name, strength))) for strength in STRENGTHS] for name in CORRUPTIONS}
 
 
 def finite(embeddings: np.ndarray) -> np.ndarray:
-    """The same embeddings; raises FloatingPointError if one is not finite."""
+    """Returns ``embeddings``, ``[M, D]``. Raises FloatingPointError if one is not finite."""
     wrong = np.count_nonzero(~np.isfinite(embeddings).all(axis=1))
     if wrong:
         raise FloatingPointError(
-            f"{wrong:,} of {len(embeddings):,} embeddings are not finite; the weights are damaged, or too large for "
-            "the dtype"
+            f"{wrong:,} of {len(embeddings):,} embeddings are not finite; the model's parameters are damaged, or "
+            "too large for the dtype"
         )
     return embeddings

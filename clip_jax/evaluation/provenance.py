@@ -1,4 +1,4 @@
-"""When, by which command, with which code and on which devices a report's numbers were made."""
+"""Records how results were made: the date, command, code version and devices."""
 
 import dataclasses
 import datetime
@@ -22,18 +22,18 @@ ROOT = pathlib.Path(clip_jax.__file__).parent.parent
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """Facts about how results came about; empty strings where one does not apply.
+    """Facts about how results were made. A fact that does not apply is an empty string.
 
     Attributes:
       date: UTC, to the minute.
       command: as typed, with ``python`` instead of its path.
       devices: number and kind, and the number of hosts.
-      versions: of clip_jax, Python, JAX and what the numbers depend on.
-      commit: of the git checkout that clip_jax was imported from, with a remark if files differ from it.
+      versions: of clip_jax, Python, JAX and other packages that the numbers depend on.
+      commit: of the git checkout that clip_jax was imported from, with a remark if files were changed.
       model: as given to the command.
-      steps: of training.
-      training_time, evaluation_time: for people, such as ``6m02s``.
-      config: of the run as JSON, or the description of a model that was not trained here.
+      steps: number of training steps.
+      training_time, evaluation_time: text such as ``6m02s``.
+      config: the run's config as JSON, or the description of a model that was not trained here.
     """
 
     date: str
@@ -48,7 +48,7 @@ class Provenance:
     config: str = ""
 
     def facts(self) -> dict[str, str]:
-        """The facts that are known, by their name for people, without the config."""
+        """Returns the facts that are known, except the config, by the name that the report shows."""
         named = {
             "Date": self.date,
             "Command": self.command,
@@ -64,12 +64,12 @@ class Provenance:
 
 
 def provenance(module: str, arguments: Sequence[str], **others: str) -> Provenance:
-    """The provenance of what this process has just computed.
+    """Returns the provenance of results that this process computed.
 
     Args:
-      module: of the command, such as ``clip_jax.evaluate``.
-      arguments: of the command.
-      **others: further attributes of :class:`Provenance`.
+      module: the module of the command, such as ``clip_jax.evaluate``.
+      arguments: the arguments of the command.
+      **others: other attributes of :class:`Provenance`.
     """
     now = datetime.datetime.now(datetime.UTC)
     command = shlex.join(["python", "-m", module, *arguments])
@@ -100,7 +100,7 @@ def _version(package: str) -> str:
 
 
 def commit_of(root: pathlib.Path) -> str:
-    """The commit of the git checkout that holds ``root/clip_jax``; empty if there is no git or no such checkout."""
+    """Returns the commit of the git checkout with ``root/clip_jax``; empty without git or a checkout."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
@@ -109,7 +109,7 @@ def commit_of(root: pathlib.Path) -> str:
         return done.stdout.strip()
 
     try:
-        # An installed package may be below a checkout of something else, which does not track it.
+        # An installed package may be inside the checkout of another project, which does not track it.
         git("ls-files", "--error-unmatch", "clip_jax/__init__.py")
         commit = git("rev-parse", "HEAD")
         changed = git("status", "--porcelain", "--untracked-files=no")

@@ -1,4 +1,4 @@
-"""What an evaluation found, as data: for ``results.json``, for curves, for the report and for comparisons."""
+"""The results of an evaluation as data classes: printed, written to ``results.json``, and read by the report."""
 
 import dataclasses
 import json
@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from etils import epath
 
-TOP = 5  # classes that are kept for each picture
-# What a metric is compared with, by attribute of a TaskResult, and how people call it.
-REFERENCES = {"baseline": "nearest mean picture", "largest_class": "largest class", "chance": "chance"}
-PROBE_METRICS = {"accuracy": "top_1", "mean_per_class": "mean_per_class"}  # of a linear probe, with the zero-shot name
+TOP = 5  # classes that are kept for each image
+# Attributes of TaskResult that a metric is compared with, and the names that are printed.
+REFERENCES = {"baseline": "nearest mean image", "largest_class": "largest class", "chance": "chance"}
+PROBE_METRICS = {"accuracy": "top_1", "mean_per_class": "mean_per_class"}  # of a linear probe: of zero-shot
 
 
 def not_above(levels: Mapping[str, Mapping[str, float]], metric: str, value: float | None) -> list[str]:
-    """The names of the references that ``value`` does not exceed; ``levels`` are by key of REFERENCES and metric."""
+    """Returns the names of the references that ``value`` does not exceed; ``levels`` has a dict for each reference."""
     found = {name: levels.get(key, {}).get(metric) for key, name in REFERENCES.items()}
     return [name for name, level in found.items() if None not in (value, level) and value <= level + 1e-9]
 
@@ -24,28 +24,28 @@ class TaskResult:
     """One task's result. Every metric is a share in [0, 1].
 
     Attributes:
-      name, title, kind, metric: as the task has them (:mod:`clip_jax.evaluation.registry`); ``metric`` is the one that
-        the task is known by, a key of ``metrics``.
-      metrics: of zero-shot classification ``top_1``, ``top_5``, ``mean_per_class``, ``calibration_error`` and, where
-        the task asks for it, ``mean_top_1_top_5``, ``average_precision_11`` or ``roc_auc``; of retrieval
+      name, title, kind, metric: those of the :class:`clip_jax.evaluation.task.Task`. ``metric`` is the main metric, a
+        key of ``metrics``.
+      metrics: for zero-shot classification ``top_1``, ``top_5``, ``mean_per_class``, ``calibration_error`` and, if it
+        is the main metric, ``mean_top_1_top_5``, ``average_precision_11`` or ``roc_auc``. For retrieval
         ``image_to_text_recall@1`` and so on.
       counts: ``images``, and ``classes`` or ``texts``.
-      chance: what guessing gets, by metric.
-      largest_class: what answering each image with the largest class gets, by metric; empty for retrieval.
-      baseline: what the nearest mean picture gets, by metric; empty without one.
-      synthetic_shift: the main metric under each corruption at strengths 1 to 5; empty where not asked for.
-      linear_probe: ``accuracy``, ``C`` and more; empty where not asked for.
-      notes: sentences about what was left out, matched loosely, asked for and not there.
-      identity: digests of the images, classes and templates, or images and texts, by which results of the same task
-        are recognized.
-      class_names: of zero-shot classification.
-      arrays: by picture, for comparisons and the report. Zero-shot: ``labels`` int32 ``[M]`` (missing where pictures
-        have several), ``best`` int32 ``[M, K]`` and ``probabilities`` float32 ``[M, K]`` of the K = min(5, C) best
-        classes. Retrieval: ``image_to_text_rank`` int32 ``[I]`` and ``text_to_image_rank`` int32 ``[T]``, how many
-        wrong candidates stand before the first right one; for the grid ``shown_texts`` int32 ``[Q]``, ``best_images``
-        int32 ``[Q, 5]`` and ``right_images`` bool ``[Q, 5]``.
-      texts: of ``shown_texts``, in the same order.
-      picture: from an index to uint8 ``[S, S, 3]``, for the report.
+      chance: the expected value of guessing, by metric.
+      largest_class: the value of answering every image with the largest class, by metric; empty for retrieval.
+      baseline: the value of the nearest mean image, by metric; empty without this baseline.
+      synthetic_shift: the main metric under each corruption at strengths 1 to 5; empty if not measured.
+      linear_probe: ``accuracy``, ``C`` and more; empty if not measured.
+      notes: sentences about records that were left out, labels that were matched loosely, and missing measurements.
+      identity: digests of the images, classes and templates, or of images and texts. Results of the same task have the
+        same digests.
+      class_names: for zero-shot classification.
+      arrays: answers for comparisons and the report. Zero-shot: ``labels`` int32 ``[M]`` (missing if images have
+        several), ``best`` int32 ``[M, K]`` and ``probabilities`` float32 ``[M, K]`` of the K = min(5, C) best classes.
+        Retrieval: ``image_to_text_rank`` int32 ``[I]`` and ``text_to_image_rank`` int32 ``[T]``, how many wrong
+        candidates rank before the first match; for the report ``shown_texts`` int32 ``[Q]``, ``best_images`` int32
+        ``[Q, 5]`` and ``right_images`` bool ``[Q, 5]``.
+      texts: the texts of ``shown_texts``, in the same order.
+      image_at: from an index to the image uint8 ``[S, S, 3]``, for the report.
     """
 
     name: str
@@ -64,20 +64,20 @@ class TaskResult:
     class_names: list[str] = dataclasses.field(default_factory=list)
     arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     texts: list[str] = dataclasses.field(default_factory=list)
-    picture: Callable[[int], np.ndarray] | None = None
+    image_at: Callable[[int], np.ndarray] | None = None
 
     def not_above(self, metric: str, value: float | None = None) -> list[str]:
-        """Which of chance, largest class and nearest mean picture a metric does not exceed; empty if all is well.
+        """Returns the names of the references, such as chance, that a metric does not exceed.
 
         Args:
           metric: a key of ``metrics``.
-          value: instead of ``metrics[metric]``, as for a linear probe.
+          value: replaces ``metrics[metric]``, for a linear probe.
         """
         value = self.metrics.get(metric) if value is None else value
         return not_above({key: getattr(self, key) for key in REFERENCES}, metric, value)
 
     def as_dict(self) -> dict:
-        """Everything but arrays and images, for JSON; empty values are left out."""
+        """Returns all but arrays and images, for JSON. Empty values are left out."""
         kept = ("name", "title", "kind", "metric", "metrics", "counts", "chance", "largest_class", "baseline")
         record = {name: getattr(self, name) for name in (*kept, "synthetic_shift", "linear_probe", "notes", "identity")}
         record["not_above"] = self.not_above(self.metric)
@@ -86,7 +86,7 @@ class TaskResult:
 
 @dataclasses.dataclass(frozen=True)
 class MissingTask:
-    """A task that was not scored: ``reason`` says why, ``how_to_get`` the mend where its data is not there."""
+    """A task that was not scored: the reason, and how to get its data if it is missing."""
 
     name: str
     title: str
@@ -96,7 +96,7 @@ class MissingTask:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """Of one model: what was measured and what could not be."""
+    """The results of one model: the tasks that were scored, and those that were not."""
 
     model: str
     architecture: str
@@ -112,7 +112,7 @@ class Results:
         }
 
     def scalars(self) -> dict[str, float]:
-        """Every metric by one name, for curves."""
+        """Returns every metric, by ``task/metric``."""
         return {f"{task.name}/{name}": value for task in self.tasks for name, value in task.metrics.items()}
 
     def line(self) -> str:
@@ -120,19 +120,19 @@ class Results:
         return "  ".join(main_metric(task) for task in self.tasks)
 
     def table(self) -> str:
-        """All results, as the lines that a finished run prints."""
+        """Returns all results as lines of text."""
         lines = [line for task in self.tasks for line in _task_lines(task)]
         lines += [f"{task.name} was not scored: {task.reason}" for task in self.missing]
         return "\n".join(lines)
 
 
 def main_metric(task: TaskResult) -> str:
-    """Such as ``digits top_1 7.1% (not above largest class, chance)``."""
+    """Returns a text such as ``digits top_1 7.1% (not above largest class, chance)``."""
     return f"{task.name} {task.metric} {task.metrics[task.metric]:.1%}{mark(task.not_above(task.metric))}"
 
 
 def mark(not_above: list[str]) -> str:
-    """Such as `` (not above chance)``; empty for none."""
+    """Returns a text such as `` (not above chance)``; empty for no names."""
     return f" (not above {', '.join(not_above)})" if not_above else ""
 
 
@@ -164,7 +164,7 @@ def _task_lines(task: TaskResult) -> list[str]:
 
 
 def write_results(folder: epath.Path, results: Results) -> None:
-    """``results.json``, and each task's arrays as ``arrays/TASK.npz``."""
+    """Writes ``results.json``, and each task's arrays to ``arrays/TASK.npz``."""
     (folder / "arrays").mkdir(parents=True, exist_ok=True)
     for task in results.tasks:
         with (folder / "arrays" / f"{task.name}.npz").open("wb") as stream:

@@ -1,28 +1,28 @@
-"""Effective robustness: what a model keeps under a natural shift beyond what its ImageNet accuracy promises.
+"""Effective robustness: a model's accuracy under a natural shift, above what its ImageNet accuracy predicts.
 
-The paper's figure 13 and section 3.3, after Taori et al. (arXiv 2007.00644): among models trained on ImageNet the
-accuracy under a shift follows from that on ImageNet, along a straight line once both are in logits.
+For models trained on ImageNet, the logits of the two accuracies are on a straight line, which gives the prediction.
+Source: section 3.3 and figure 13 of the paper, after Taori et al. (arXiv 2007.00644).
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-# Tables give a tenth of a per cent, and some sets were built from what a standard model gets wrong: none right there
-# must not become a point at minus infinity that the whole line follows.
-LEAST_SHARE = 1e-3
+# Published accuracies have a precision of 0.1 %. Some data sets consist of the mistakes of a standard model, which has
+# an accuracy of 0 there: its logit of minus infinity would determine the line.
+MIN_SHARE = 1e-3
 
 
 def logit(share: float | Sequence[float] | np.ndarray) -> np.ndarray:
-    """log(p / (1 - p)) of shares in [0, 1], of any shape; those next to 0 or 1 count as ``LEAST_SHARE`` from them."""
-    clipped = np.clip(np.asarray(share, np.float64), LEAST_SHARE, 1 - LEAST_SHARE)
+    """Returns log(p / (1 - p)) of shares of any shape, clipped to ``[MIN_SHARE, 1 - MIN_SHARE]``."""
+    clipped = np.clip(np.asarray(share, np.float64), MIN_SHARE, 1 - MIN_SHARE)
     return np.log(clipped / (1 - clipped))
 
 
 def fit_standard_line(
     imagenet: Sequence[float] | np.ndarray, shift: Sequence[float] | np.ndarray
 ) -> tuple[float, float]:
-    """The least-squares line through standard models, in logits.
+    """Fits the least-squares line through standard models, in logits.
 
     Args:
       imagenet: each model's accuracy on ImageNet, a share in [0, 1], ``[N]``.
@@ -36,7 +36,7 @@ def fit_standard_line(
     """
     x, y = logit(imagenet), logit(shift)
     if x.ndim != 1 or x.shape != y.shape:
-        raise ValueError(f"a line needs two equally long lists of accuracies, not shapes {x.shape} and {y.shape}")
+        raise ValueError(f"a line needs two lists of accuracies of one length, not shapes {x.shape} and {y.shape}")
     if len(np.unique(x)) < 2:
         raise ValueError("a line needs models with two different accuracies on ImageNet")
     x_mean, y_mean = x.mean(), y.mean()
@@ -45,11 +45,11 @@ def fit_standard_line(
 
 
 def predicted_shift(imagenet: float | Sequence[float] | np.ndarray, line: tuple[float, float]) -> np.ndarray:
-    """The accuracy under the shift, a share, that the line promises to models of this accuracy on ImageNet."""
+    """Returns the accuracy under the shift that the line predicts from the accuracy on ImageNet; both are shares."""
     slope, intercept = line
     return 1 / (1 + np.exp(-(slope * logit(imagenet) + intercept)))
 
 
 def effective_robustness(imagenet: float, shift: float, line: tuple[float, float]) -> float:
-    """The accuracy under the shift minus what :func:`predicted_shift` says; shares, positive is better."""
+    """Returns the accuracy under the shift minus :func:`predicted_shift`; a share, positive is better."""
     return float(shift - predicted_shift(imagenet, line))

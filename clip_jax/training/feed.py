@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 
 from clip_jax.data.bad_samples import REASONS, BadSample, BadSamples
 from clip_jax.data.decoded_cache import DecodedCache
-from clip_jax.data.pipeline import Batches, LoadPair, transform_of
+from clip_jax.data.pipeline import Batches, Host, LoadPair, Workers, transform_of
 from clip_jax.errors import one_line
 from clip_jax.models.presets import model_preset
 from clip_jax.training.preparation import Run
@@ -98,10 +98,8 @@ class Feed:
             LoadPair(self._run.mixture, transform, DecodedCache(config.data.cache_mebibytes)),
             config.global_batch_size,
             config.seed,
-            jax.process_index(),
-            jax.process_count(),
-            config.data.num_workers,
-            config.data.num_threads,
+            Host(jax.process_index(), jax.process_count()),
+            Workers(config.data.num_workers, config.data.num_threads),
             position,
         )
 

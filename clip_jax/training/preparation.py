@@ -17,8 +17,8 @@ from clip_jax.data.images import ImageError
 from clip_jax.data.pipeline import TRANSFORM_VERSION, Transform, transform_of
 from clip_jax.data.sources import Mixture, PairError, open_mixture
 from clip_jax.data.sources.buckets import access_of, use_access
+from clip_jax.evaluation.evaluations import Evaluations
 from clip_jax.evaluation.registry import find_tasks
-from clip_jax.evaluation.tasks import Evaluations
 from clip_jax.losses import starting_parameters
 from clip_jax.models.presets import model_preset
 from clip_jax.run_folder import CheckpointError, absolute, read_config, saved_fingerprint

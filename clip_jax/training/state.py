@@ -1,6 +1,7 @@
 """The training state, and what a config makes before the first step: the mesh, the model and the state on it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -107,6 +108,7 @@ def abstract_variables(model: CLIP, mesh: Mesh) -> dict:
     return _abstract(lambda key: _init_variables(model, key), mesh)
 
 
+@functools.lru_cache(maxsize=4)  # a training asks three times, and tracing the initialization takes a second
 def abstract_state(model: CLIP, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, with nothing computed: what restoring and compiling need."""
     return _abstract(lambda key: _init_state(model, optimizer, key), mesh)

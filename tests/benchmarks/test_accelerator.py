@@ -7,13 +7,14 @@ import subprocess
 import sys
 
 import pytest
+from trial import QUICK_COMPILATION
 
 from benchmarks import accelerator
 from benchmarks.accelerator import Bench, Duel, measure_all, next_batch, plan, refusal, run_alone
 from benchmarks.accelerator_measurements import NotThereError, config_of, status_of, timed
 from benchmarks.accelerator_report import best, label, left_out, number, ratio, summarize, tables, with_shares
-from clip_jax.config import REMAT_POLICIES
 from clip_jax.losses.softmax import FORMS
+from clip_jax.models.execution import REMAT_POLICIES
 
 REPOSITORY = pathlib.Path(__file__).parent.parent.parent
 WITHOUT_TORCH = "not there: No module named 'torch'"
@@ -25,7 +26,7 @@ PRODUCT = {"part": "ceilings", "side": "jax", "case": {"what": "matrix product",
 
 def environment_of_a_user() -> dict[str, str]:
     """Without the virtual devices that the tests have."""
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return os.environ | {"XLA_FLAGS": QUICK_COMPILATION}
 
 
 def step_of(side: dict, batch_size: int, seconds: float, **setting) -> dict:

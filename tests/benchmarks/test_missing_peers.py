@@ -36,7 +36,7 @@ def no_peers(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in PEERS else find(name, *rest))
 
 
-@pytest.mark.usefixtures("no_peers", "quick_compilation")
+@pytest.mark.usefixtures("no_peers")
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_the_rest_is_measured(name, monkeypatch, capsys):
     arguments, peers, measured = BENCHMARKS[name]

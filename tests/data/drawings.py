@@ -1,11 +1,13 @@
-"""Images made by hand, and augmentations of them."""
+"""Drawn images, and strong augmentations of them, for the tests of images."""
 
 import dataclasses
+import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from clip_jax.data.augmentation import Augmentation
+from clip_jax.data.images import decode_for_training, training_transform
 
 STRONG = Augmentation(
     flip=0.5,
@@ -38,7 +40,34 @@ def noise(width: int, height: int) -> Image.Image:
 
 
 def drawing(size: int = 32) -> Image.Image:
-    """A red square on white: something whose edges, colour and place can be told."""
+    """A red square on white, whose edges, color and position are known."""
     image = Image.new("RGB", (size, size), "white")
     image.paste((220, 30, 40), (size // 4, size // 4, size // 2, size // 2))
     return image
+
+
+def photograph(width: int, height: int) -> Image.Image:
+    """Like a photograph: colored noise whose power falls with frequency, hard-edged shapes, and sensor noise."""
+    rng = np.random.default_rng(width * height)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width) * width)
+    frequency[0, 0] = np.inf
+    spectrum = (rng.normal(size=(3, *frequency.shape)) + 1j * rng.normal(size=(3, *frequency.shape))) / frequency**1.6
+    channels = np.fft.irfft2(spectrum, (height, width))
+    light, *colors = channels / channels.std(axis=(1, 2), keepdims=True)
+    pixels = 120 + 50 * light[..., None] + 15 * np.stack((colors[0], -colors[0] - colors[1], colors[1]), axis=-1)
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    for x, y in rng.random((12, 2)) * image.size:
+        radius = rng.uniform(0.02, 0.1) * min(image.size)
+        ImageDraw.Draw(image).circle((x, y), radius, tuple(rng.integers(256, size=3).tolist()))
+    return Image.fromarray((np.asarray(image) + rng.normal(size=pixels.shape) * 3).clip(0, 255).astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def training_pixels(data: bytes, image_size: int, rng: np.random.Generator, augmentation: Augmentation, **limits):
+    pixels, size = decode_for_training(data, image_size, augmentation, **limits)
+    return training_transform(pixels, image_size, rng, augmentation, size)

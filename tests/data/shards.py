@@ -1,4 +1,4 @@
-"""Small shards for the tests of sources and of the pipeline."""
+"""Makes small shards for the tests of sources and of the pipeline."""
 
 import io
 import json
@@ -10,8 +10,8 @@ from PIL import Image
 from clip_jax.data.sources import PairError
 
 
-def picture(number: int, size: int = 8, kind: str = "PNG") -> bytes:
-    """A picture of one colour that tells its number below 65,536."""
+def image_bytes(number: int, size: int = 8, kind: str = "PNG") -> bytes:
+    """Encodes an image whose color is a number below 65,536."""
     stream = io.BytesIO()
     Image.new("RGB", (size, size), (number % 256, number // 256, 7)).save(stream, kind)
     return stream.getvalue()
@@ -26,27 +26,27 @@ def write_tar(path: pathlib.Path, members: list[tuple[str, bytes]], kind: int = 
 
 
 def pair_members(numbers: range) -> list[tuple[str, bytes]]:
-    """What img2dataset writes for each pair: the picture, its caption, and a JSON."""
+    """Returns the members that img2dataset writes for each pair: image, caption and JSON."""
     members = []
     for number in numbers:
-        told = {"caption": f"told {number}", "alt": f"instead {number}", "label": f"class {number % 3}"}
+        texts = {"caption": f"told {number}", "alt": f"instead {number}", "label": f"class {number % 3}"}
         members += [
-            (f"{number:06d}.png", picture(number)),
+            (f"{number:06d}.png", image_bytes(number)),
             (f"{number:06d}.txt", f"number {number}".encode()),
-            (f"{number:06d}.json", json.dumps(told).encode()),
+            (f"{number:06d}.json", json.dumps(texts).encode()),
         ]
     return members
 
 
 def write_shards(folder: pathlib.Path, shards: int, pairs: int) -> str:
-    """So many tars with so many pairs each; returns the source's name."""
+    """Writes tars with so many pairs each. Returns the source's name."""
     for shard in range(shards):
         write_tar(folder / f"{shard:05d}.tar", pair_members(range(shard * pairs, (shard + 1) * pairs)))
     return f"wds:{folder}/{{00000..{shards - 1:05d}}}.tar"
 
 
 def captions_or_reasons(source) -> list[list[str] | str]:
-    """Of each record its captions, or the reason why it is none."""
+    """Returns the captions of each record, or the reason why it is bad."""
     found = []
     for index in range(len(source)):
         try:

@@ -1,4 +1,4 @@
-"""What each augmentation does to images whose pixels are known."""
+"""Each augmentation has the expected effect on images with known pixels."""
 
 import math
 
@@ -16,7 +16,7 @@ def generator(seed: int = 0) -> np.random.Generator:
 
 
 @pytest.mark.parametrize("strengths", EACH_ALONE, ids=lambda it: next(k for k, v in vars(it).items() if v))
-def test_each_augmentation_alone_changes_the_picture_and_leaves_the_original(strengths):
+def test_each_augmentation_changes_the_image_and_not_its_input(strengths):
     image = drawing()
     before = image.tobytes()
     rng = generator()
@@ -25,7 +25,7 @@ def test_each_augmentation_alone_changes_the_picture_and_leaves_the_original(str
 
 
 @pytest.mark.parametrize("name", ["flip", "grayscale", "outline", "line_drawing", "erasing"])
-def test_probabilities_are_kept(name):
+def test_probabilities_are_exact(name):
     image, rng = drawing(), generator()
     changed = sum(augment(image, rng, Augmentation(**{name: 0.3})).tobytes() != image.tobytes() for _ in range(1000))
     assert abs(changed - 300) < 5 * math.sqrt(1000 * 0.3 * 0.7)
@@ -36,12 +36,12 @@ def test_a_certain_flip_mirrors():
     assert augment(image, generator(), Augmentation(flip=1.0)) == ImageOps.mirror(image)
 
 
-def test_a_shape_of_no_strength_moves_nothing():
+def test_a_shape_of_zero_strength_changes_nothing():
     image = noise(48, 48)
     assert change_shape(image, generator(), Augmentation()) == image
 
 
-def test_translation_moves_by_its_bound_at_most_and_fills_in_white():
+def test_translation_moves_at_most_by_its_bound_and_fills_in_white():
     dot = Image.new("RGB", (64, 64), "white")
     dot.putpixel((32, 32), (0, 0, 0))
     rng, reached = generator(), 0.0
@@ -55,7 +55,7 @@ def test_translation_moves_by_its_bound_at_most_and_fills_in_white():
     assert set(np.unique(moved)) == {0, 255}
 
 
-def test_zoom_goes_both_ways_between_its_bounds():
+def test_zoom_enlarges_and_reduces_within_its_bounds():
     rng = generator()
     areas = [
         (np.asarray(augment(drawing(64), rng, Augmentation(zoom=0.5)))[..., 1] < 128).sum() / 16**2 for _ in range(300)
@@ -63,7 +63,7 @@ def test_zoom_goes_both_ways_between_its_bounds():
     assert 1 / 1.5**2 * 0.85 < min(areas) < 0.6 and 1.8 < max(areas) < 1.5**2 * 1.15
 
 
-def test_rotation_turns_by_its_bound_at_most():
+def test_rotation_turns_at_most_by_its_bound():
     line = Image.new("RGB", (65, 65), "white")
     line.paste((0, 0, 0), (40, 32, 60, 33))
     rng, angles = generator(), []
@@ -73,7 +73,7 @@ def test_rotation_turns_by_its_bound_at_most():
     assert -22 < min(angles) < -15 and 15 < max(angles) < 22
 
 
-def test_grey_levels_survive_hue_and_saturation_and_colours_do_not():
+def test_hue_and_saturation_change_colors_but_not_grays():
     rng = generator()
     for _ in range(20):
         change = Augmentation(hue=180, saturation=1.0)
@@ -82,24 +82,24 @@ def test_grey_levels_survive_hue_and_saturation_and_colours_do_not():
             np.testing.assert_allclose(pixel, level, atol=1)
 
 
-def test_a_hue_of_a_third_of_the_circle_exchanges_the_channels():
+def test_a_hue_of_120_degrees_permutes_the_channels():
     rotated = np.array((10.0, 60.0, 200.0)) @ augmentation._hue_rotation(120).T
     np.testing.assert_allclose(rotated, (200, 10, 60), atol=1e-9)
 
 
-def test_grayscale_weighs_channels_as_pillow_does():
+def test_grayscale_weights_channels_like_pillow():
     image = noise(16, 16)
     gray = np.asarray(augment(image, generator(), Augmentation(grayscale=1.0))).astype(int)
     np.testing.assert_allclose(gray, np.asarray(image.convert("L").convert("RGB")), atol=1)
 
 
-def test_tint_colours_white_and_keeps_black():
+def test_tint_colors_white_and_keeps_black():
     tinted = augment(Image.new("RGB", (2, 2), "white"), generator(), Augmentation(tint=0.5)).getpixel((0, 0))
     assert len(set(tinted)) == 3 and min(tinted) >= 127
     assert augment(Image.new("RGB", (2, 2)), generator(), Augmentation(tint=0.5)).getpixel((0, 0)) == (0, 0, 0)
 
 
-def test_outlines_are_black_where_colours_meet_and_nowhere_else():
+def test_outlines_are_black_only_where_colors_meet():
     image = drawing()
     lines = np.asarray(draw_outlines(image, Image.new("RGB", image.size, "white")))
     expected = np.full((32, 32), 255)
@@ -114,7 +114,7 @@ def test_soft_shading_draws_no_outline():
     assert draw_outlines(shading, shading) == shading
 
 
-def test_erasing_covers_one_rectangle_of_one_colour():
+def test_erasing_covers_one_rectangle_of_one_color():
     image = Image.new("RGB", (40, 40), "white")
     rng = generator()
     for _ in range(50):

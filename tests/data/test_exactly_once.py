@@ -1,4 +1,4 @@
-"""Whatever the format, an epoch holds each pair once, on any number of hosts and workers, through any interruption."""
+"""In every format, an epoch has each pair once, on any number of hosts and workers and after any interruption."""
 
 import csv
 import itertools
@@ -8,10 +8,10 @@ import msgpack
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
-from shards import picture, write_shards
+from shards import image_bytes, write_shards
 
 from clip_jax.data.images import Augmentation
-from clip_jax.data.pipeline import Batches, LoadPair, Transform
+from clip_jax.data.pipeline import Batches, Host, LoadPair, Transform, Workers
 from clip_jax.data.sources import open_mixture
 from clip_jax.data.tokenizer import tokenize
 
@@ -20,7 +20,7 @@ PAIRS = 6  # of each source; seven of them make 42
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> list[str]:
-    """One source of each kind; the numbers of their pairs follow one another."""
+    """One source of each kind. Their pairs are numbered consecutively."""
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -35,18 +35,18 @@ def sources(tmp_path_factory) -> list[str]:
 
     writer = ArrayRecordWriter(str(folder / "pairs.array_record"), "group_size:1,uncompressed")
     for number in some():
-        writer.write(msgpack.packb({"image": picture(number), "captions": [f"number {number}"]}))
+        writer.write(msgpack.packb({"image": image_bytes(number), "captions": [f"number {number}"]}))
     writer.close()
     names.append(f"array_record:{folder}/pairs.array_record")
 
-    rows = [{"image": {"bytes": picture(number)}, "caption": f"number {number}"} for number in some()]
+    rows = [{"image": {"bytes": image_bytes(number)}, "caption": f"number {number}"} for number in some()]
     parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "pairs.parquet", row_group_size=4)
     names.append(f"parquet:{folder}/pairs.parquet")
 
     for kind in ("csv", "tsv", "jsonl"):
         rows = [(f"{number}.png", f"number {number}") for number in some()]
         for name, caption in rows:
-            (folder / name).write_bytes(picture(int(caption.split()[1])))
+            (folder / name).write_bytes(image_bytes(int(caption.split()[1])))
         with open(folder / f"pairs.{kind}", "w", newline="") as file:
             if kind == "jsonl":
                 file.writelines(json.dumps({"image": name, "caption": caption}) + "\n" for name, caption in rows)
@@ -55,20 +55,20 @@ def sources(tmp_path_factory) -> list[str]:
                 table.writerows([("image", "caption"), *rows])
         names.append(f"{kind}:{folder}/pairs.{kind}")
 
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     for number in some():
-        (folder / "pictures" / f"{number}.png").write_bytes(picture(number))
-        (folder / "pictures" / f"{number}.txt").write_text(f"number {number}\n")
-    return [*names, f"folder:{folder}/pictures"]
+        (folder / "images" / f"{number}.png").write_bytes(image_bytes(number))
+        (folder / "images" / f"{number}.txt").write_text(f"number {number}\n")
+    return [*names, f"folder:{folder}/images"]
 
 
-def batches(sources: list[str], weights: str = "", **arguments) -> Batches:
-    load_pair = LoadPair(open_mixture(" + ".join(sources), weights), Transform(8, 8, Augmentation()))
+def batches(sources: list[str], proportions: str = "", **arguments) -> Batches:
+    load_pair = LoadPair(open_mixture(" + ".join(sources), proportions), Transform(8, 8, Augmentation()))
     return Batches(load_pair, **({"global_batch_size": 12, "seed": 5} | arguments))
 
 
 def seen(batch: dict[str, np.ndarray]) -> list[int]:
-    """The numbers of a batch's pairs, after a look at whether picture and caption belong together."""
+    """Returns the numbers of a batch's pairs, and checks that image and caption belong together."""
     numbers = (batch["image"][:, 0, 0, 0].astype(int) + 256 * batch["image"][:, 0, 0, 1].astype(int)).tolist()
     for number, tokens in zip(numbers, batch["tokens"], strict=True):
         np.testing.assert_array_equal(tokens, tokenize(f"number {number}", 8)[0])
@@ -100,23 +100,23 @@ def test_each_epoch_is_the_multiset_of_all_pairs(undisturbed):
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_together_draw_the_same_batches(sources, undisturbed, hosts):
-    parts = [take(batches(sources, host=host, hosts=hosts), 14) for host in range(hosts)]
+    parts = [take(batches(sources, host=Host(host, hosts)), 14) for host in range(hosts)]
     for step, batch in enumerate(undisturbed):
         assert sorted(batch) == sorted(joined(part[step] for part in parts))
 
 
 def test_four_workers_draw_the_same_batches_in_the_same_order(sources, undisturbed):
-    assert take(batches(sources, num_workers=4), 14) == undisturbed
+    assert take(batches(sources, workers=Workers(4)), 14) == undisturbed
 
 
-def test_kills_and_resumptions_on_other_numbers_of_hosts_change_nothing(sources, undisturbed):
+def test_resuming_on_another_number_of_hosts_changes_nothing(sources, undisturbed):
     rng = np.random.default_rng(0)
     step, hosts_of_each, drawn = 0, [], []
     while step < 14:
         hosts, steps = int(rng.choice([1, 2, 3, 4])), int(rng.integers(1, 5))
         steps = min(steps, 14 - step)
-        # A killed run has drawn more than it has saved: what was read ahead is drawn again.
-        parts = [take(batches(sources, host=host, hosts=hosts, position=12 * step), steps + 1) for host in range(hosts)]
+        # A killed run has drawn more than it has saved, so it draws some pairs again.
+        parts = [take(batches(sources, host=Host(host, hosts), position=12 * step), steps + 1) for host in range(hosts)]
         drawn += [sorted(joined(part[number] for part in parts)) for number in range(steps)]
         step += steps
         hosts_of_each.append(hosts)
@@ -124,13 +124,13 @@ def test_kills_and_resumptions_on_other_numbers_of_hosts_change_nothing(sources,
     assert drawn == [sorted(batch) for batch in undisturbed]
 
 
-def test_another_global_batch_size_goes_on_with_the_next_pair(sources, undisturbed):
+def test_another_global_batch_size_continues_with_the_next_pair(sources, undisturbed):
     drawn = joined(undisturbed)
     assert joined(take(batches(sources, global_batch_size=7, position=36), 6)) == drawn[36:78]
 
 
-def test_weights_are_exact_over_the_period_and_each_source_has_epochs_of_its_own(sources):
-    drawn = joined(take(batches(sources, weights="6:1:1:1:1:1:1"), 12))
+def test_proportions_are_exact_over_a_period_and_each_source_has_its_own_epochs(sources):
+    drawn = joined(take(batches(sources, proportions="6:1:1:1:1:1:1"), 12))
     of = [[number for number in drawn if number // PAIRS == source] for source in range(7)]
     assert [len(part) for part in of] == [72, 12, 12, 12, 12, 12, 12]
     for source, part in enumerate(of):

@@ -1,4 +1,4 @@
-"""Drawings get their captions from the metadata of the SVGs; those that have none to speak of are left out."""
+"""Drawings get their captions from the metadata of the SVGs; drawings without usable metadata are left out."""
 
 import io
 from collections import Counter
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from clip_jax.data.openclipart import LICENCE, PARTS, Metadata, OpenClipart, captions_of, name_of, read_metadata
+from clip_jax.data.openclipart import LICENSE, PARTS, Metadata, OpenClipart, captions_of, name_of, read_metadata
 from clip_jax.data.sources import PairError
 
 PUBLIC_DOMAIN = "http://web.resource.org/cc/PublicDomain"
@@ -22,7 +22,7 @@ SVG = """<?xml version="1.0"?>
 
 
 class Library:
-    """A small one in two folders; each drawing has its own colour."""
+    """A small library in two folders. Each drawing has its own color."""
 
     def __init__(self, root):
         self.png, self.svg, self._count = root / "png", root / "svg", 0
@@ -76,7 +76,7 @@ def test_a_drawing_has_captions_from_title_keywords_and_category_and_keeps_its_t
     assert Image.open(io.BytesIO(pair.image)).mode == "RGBA"
 
 
-def test_what_cannot_be_used_says_why(library):
+def test_unusable_drawings_have_a_reason(library):
     library.add("animals/cat_v0.1", "Cat")
     library.add("animals/dog", "Dog", licence="http://creativecommons.org/licenses/GPL/2.0/")
     library.add("animals/emu", "")
@@ -115,21 +115,21 @@ def test_what_cannot_be_used_says_why(library):
         ("", "hummer_02", False, ""),
     ],
 )
-def test_a_title_that_many_share_gives_way_to_the_name_of_the_file(title, file_name, shared, name):
+def test_the_file_name_replaces_a_title_that_many_drawings_share(title, file_name, shared, name):
     assert name_of(Metadata(title, [], "Ann Other", PUBLIC_DOMAIN), file_name, shared) == name
 
 
 @given(
     st.text(min_size=1), st.lists(st.text(min_size=1)), st.sampled_from(["animals", "unsorted", "signs_and_symbols"])
 )
-def test_captions_are_all_different_and_have_the_name(name, keywords, category):
+def test_captions_differ_and_contain_the_name(name, keywords, category):
     captions = captions_of(name, keywords, category)
     assert captions[0] == name
     assert all(name in caption for caption in captions)
     assert len(set(captions)) == len(captions) <= 9
 
 
-def test_the_fingerprint_follows_pictures_and_words(library):
+def test_the_fingerprint_changes_with_images_and_texts(library):
     library.add("animals/cat", "Cat", color=1)
     fingerprints = {library.open().fingerprint(), library.open().fingerprint()}
     assert len(fingerprints) == 1
@@ -140,7 +140,7 @@ def test_the_fingerprint_follows_pictures_and_words(library):
     assert len(fingerprints) == 3
 
 
-def test_metadata_may_be_missing_altogether(tmp_path):
+def test_metadata_may_be_missing(tmp_path):
     (tmp_path / "plain.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
     assert read_metadata(tmp_path / "plain.svg") == Metadata("", [], "", "")
 
@@ -152,11 +152,11 @@ def test_missing_folders_are_named(tmp_path, library):
         OpenClipart(tmp_path, tmp_path)
 
 
-def test_the_licence_is_the_public_domain():
-    assert "public domain" in LICENCE
+def test_the_license_is_the_public_domain():
+    assert "public domain" in LICENSE
 
 
-def test_a_tenth_of_the_names_is_held_out_and_no_name_is_in_both_parts(library):
+def test_a_tenth_of_the_names_is_held_out_and_the_parts_share_no_name(library):
     for number in range(120):
         name = f"thing {number}".translate(str.maketrans("0123456789", "abcdefghij"))
         for copy in ("one", "two"):
@@ -176,7 +176,7 @@ def test_a_tenth_of_the_names_is_held_out_and_no_name_is_in_both_parts(library):
     assert sum(reasons(library.open(part))["no_title"] for part in ("train", "held_out")) == 1
 
 
-def test_a_part_that_is_not_there_is_named(library):
+def test_an_unknown_part_is_refused(library):
     library.add("things/pear", "pear")
-    with pytest.raises(ValueError, match="no part 'test' of the clip art; there are all, train, held_out"):
+    with pytest.raises(ValueError, match="no part 'test' of the clip art; the parts are all, train, held_out"):
         library.open("test")

@@ -1,4 +1,4 @@
-"""Batches are a function of source, seed and number alone."""
+"""Batches depend only on source, seed and position."""
 
 import io
 import pickle
@@ -10,12 +10,12 @@ from PIL import Image
 from clip_jax.data.bad_samples import REASONS
 from clip_jax.data.decoded_cache import DecodedCache
 from clip_jax.data.images import Augmentation
-from clip_jax.data.pipeline import Batches, InputError, LoadPair, Transform
+from clip_jax.data.pipeline import Batches, Host, InputError, LoadPair, Transform, Workers
 from clip_jax.data.sources import Mixture, Pair, open_source
 
 
 class Numbered:
-    """Eleven pictures that each have one colour, a caption with their number, and some broken ones."""
+    """Eleven images of one color each with their number as caption; some are broken."""
 
     def __init__(self, broken: tuple[int, ...] = ()):
         self._broken = broken
@@ -63,7 +63,7 @@ def test_an_epoch_holds_each_pair_once_and_the_next_has_another_order():
     assert first != list(range(11))
 
 
-def test_shapes_and_dtypes_are_those_of_the_contract():
+def test_batches_have_the_documented_shapes_and_dtypes():
     [batch] = take(batches(), 1)
     assert batch["image"].shape == (4, 8, 8, 3)
     assert batch["image"].dtype == np.uint8
@@ -76,7 +76,7 @@ def test_another_seed_gives_another_order():
 
 
 class Counted(Numbered):
-    """Counts how often it is read."""
+    """Counts how often records are read."""
 
     def __init__(self, broken: tuple[int, ...] = ()):
         super().__init__(broken)
@@ -88,14 +88,14 @@ class Counted(Numbered):
 
 
 @pytest.mark.parametrize("broken", [(), (5, 6)])
-def test_a_cache_changes_no_batch_and_reads_each_good_record_once(broken):
+def test_a_cache_does_not_change_batches_and_reads_each_good_record_once(broken):
     source = Counted(broken)
     assert_equal(take(batches(Numbered(broken)), 8), take(batches(source, cache=1), 8))
     good = [index for index in source.reads if index not in broken]
     assert sorted(good) == sorted(set(range(11)) - set(broken))
 
 
-def test_a_cache_keeps_what_fits_and_a_copy_starts_empty():
+def test_a_cache_has_a_size_limit_and_its_copy_is_empty():
     cache, pixels = DecodedCache(1), np.zeros((256, 512, 3), np.uint8)
     for index in range(4):
         cache.add(index, Pair(b"bytes", ["caption"], str(index)), pixels, (512, 256))
@@ -114,8 +114,8 @@ def test_a_cache_keeps_what_fits_and_a_copy_starts_empty():
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_workers_do_not_change_the_batches(num_workers):
-    source = open_source("emoji:noto/held_out")  # pickles, as whatever goes to a worker must
-    assert_equal(take(batches(source), 3), take(batches(source, num_workers=num_workers), 3))
+    source = open_source("emoji:noto/held_out")  # it can be pickled, as workers need
+    assert_equal(take(batches(source), 3), take(batches(source, workers=Workers(num_workers)), 3))
 
 
 def test_the_position_restores_the_stream():
@@ -129,17 +129,17 @@ def test_the_position_restores_the_stream():
     assert_equal(whole[3:], take(batches(position=position), 4))
 
 
-def test_hosts_share_each_global_batch_and_any_of_their_positions_restores_all():
+def test_hosts_share_each_global_batch_and_the_position_of_any_restores_all():
     alone = take(batches(), 3)
-    hosts = [take(batches(host=host, hosts=2), 3) for host in range(2)]
+    hosts = [take(batches(host=Host(host, 2)), 3) for host in range(2)]
     for step, batch in enumerate(alone):
         assert sorted(numbers([batch])) == sorted(numbers([host[step] for host in hosts]))
     assert numbers(take(batches(position=4), 1)) == numbers([alone[1]])
-    joined = numbers([take(batches(host=host, hosts=2, position=4), 1)[0] for host in range(2)])
+    joined = numbers([take(batches(host=Host(host, 2), position=4), 1)[0] for host in range(2)])
     assert sorted(joined) == sorted(numbers([alone[1]]))
 
 
-def test_a_broken_picture_becomes_its_next_neighbour_and_is_reported():
+def test_the_next_pair_replaces_a_broken_image_which_is_reported():
     taken = take(batches(Numbered(broken=(5, 6))), 3)
     drawn = numbers(taken)[:11]
     assert sorted(drawn) == sorted([*range(5), 7, 7, *range(7, 11)])
@@ -150,8 +150,8 @@ def test_a_broken_picture_becomes_its_next_neighbour_and_is_reported():
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_pictures_that_are_all_broken_end_the_stream_with_an_error(num_workers):
-    stream = batches(Numbered(broken=tuple(range(11))), num_workers=num_workers)
+def test_a_source_of_only_broken_images_is_an_error(num_workers):
+    stream = batches(Numbered(broken=tuple(range(11))), workers=Workers(num_workers))
     with pytest.raises(InputError, match="11 samples in a row"):
         take(stream, 1)
     stream.close()

@@ -1,4 +1,4 @@
-"""Whatever ends the writing, the shards come out as if nothing had; and they hold each usable pair once."""
+"""A conversion can be interrupted anywhere without changing its shards, which have each usable pair once."""
 
 import hashlib
 import io
@@ -17,17 +17,17 @@ from clip_jax.data.records import Settings, WriteError, write_records
 from clip_jax.data.sources import Pair, PairError, open_source
 
 
-def picture(width: int = 4, height: int = 4, kind: str = "PNG", color: int = 0) -> bytes:
+def image_bytes(width: int = 4, height: int = 4, kind: str = "PNG", color: int = 0) -> bytes:
     stream = io.BytesIO()
     Image.new("RGB", (width, height), (color, 0, 0)).save(stream, kind)
     return stream.getvalue()
 
 
-PICTURE = picture()
+IMAGE = image_bytes()
 
 
 class Listed:
-    """A source of these pairs; None is a damaged record."""
+    """A source of the given pairs. None is a damaged record."""
 
     def __init__(self, pairs: list[Pair | None], name: str = "listed"):
         self._pairs, self._name = pairs, name
@@ -46,7 +46,7 @@ class Listed:
 
 def pairs_of(folder: pathlib.Path) -> list[Pair]:
     source = open_source(f"array_record:{folder}/pairs-*")
-    return [source[index]._replace(weights=()) for index in range(len(source))]
+    return [source[index]._replace(proportions=()) for index in range(len(source))]
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
@@ -54,18 +54,18 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 
 
 def ten_pairs() -> Listed:
-    """Ten records, of which 0, 1, 4, 6 and 9 can be used."""
+    """Ten records. 0, 1, 4, 6 and 9 are usable."""
     good = [
-        Pair(picture(color=index), [f"number {index}", "a number"], f"key {index}", "number") for index in range(10)
+        Pair(image_bytes(color=index), [f"number {index}", "a number"], f"key {index}", "number") for index in range(10)
     ]
     pairs = [*good[:2], None, Pair(b"broken", ["a caption"], "broken"), *good[4:]]
-    pairs[5] = Pair(PICTURE, [" ", "\n"], "blank")
-    pairs[7] = pairs[1]._replace(captions=["again"], image=PICTURE)
-    pairs[8] = pairs[6]._replace(captions=["again"], image=PICTURE)
+    pairs[5] = Pair(IMAGE, [" ", "\n"], "blank")
+    pairs[7] = pairs[1]._replace(captions=["again"], image=IMAGE)
+    pairs[8] = pairs[6]._replace(captions=["again"], image=IMAGE)
     return Listed(pairs)
 
 
-def test_what_is_written_reads_back_without_what_is_bad(tmp_path):
+def test_the_good_pairs_can_be_read_back(tmp_path):
     source = ten_pairs()
     manifest = write_records(source, "ten", tmp_path / "out", Settings(pairs_per_shard=4, licence="CC0"))
     assert pairs_of(tmp_path / "out") == [source[index] for index in (0, 1, 4, 6, 9)]
@@ -92,12 +92,12 @@ def test_what_is_written_reads_back_without_what_is_bad(tmp_path):
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), min_size=1, max_size=12), st.integers(1, 5))
-def test_pairs_of_a_key_and_picture_become_one_and_other_pictures_of_the_key_are_left_out(
+def test_pairs_with_equal_key_and_image_are_merged_and_others_with_the_key_left_out(
     tmp_path_factory, drawn, pairs_per_shard
 ):
     folder = tmp_path_factory.mktemp("drawn")
-    pictures = [b"broken", PICTURE, picture(color=9)]
-    pairs = [Pair(pictures[which], [f"place {place}"], str(key)) for place, (key, which) in enumerate(drawn)]
+    images = [b"broken", IMAGE, image_bytes(color=9)]
+    pairs = [Pair(images[which], [f"position {position}"], str(key)) for position, (key, which) in enumerate(drawn)]
     expected: dict[str, Pair] = {}
     for pair in pairs:
         first = expected.get(pair.key)
@@ -115,10 +115,10 @@ def test_pairs_of_a_key_and_picture_become_one_and_other_pictures_of_the_key_are
     assert manifest["pairs"] + manifest["merged"] + sum(manifest["bad_samples"].values()) == len(pairs)
 
 
-def test_a_table_of_a_row_a_caption_becomes_a_record_a_picture(tmp_path):
-    """As COCO's captions are often written: all of a picture's rows in one place, or far apart."""
+def test_rows_of_one_caption_each_become_one_record_per_image(tmp_path):
+    """COCO's captions are often stored so, with the rows of an image together or far apart."""
     for number in range(4):
-        (tmp_path / f"{number}.png").write_bytes(picture(color=number))
+        (tmp_path / f"{number}.png").write_bytes(image_bytes(color=number))
     rows = [f"{number}.png,caption {turn} of {number}\n" for turn in range(5) for number in range(4)]
     (tmp_path / "pairs.csv").write_text("image,caption\n" + "".join(rows) + rows[0])
     source = f"csv:{tmp_path}/pairs.csv"
@@ -129,20 +129,20 @@ def test_a_table_of_a_row_a_caption_becomes_a_record_a_picture(tmp_path):
     assert (manifest["pairs"], manifest["merged"], manifest["bad_samples"]) == (4, 17, {})
 
 
-def test_merged_pairs_keep_weights_and_classes():
+def test_merged_pairs_keep_proportions_and_classes():
     pairs = [
-        Pair(PICTURE, ["a", "b"], "key", "cat", [3.0, 1.0]),
-        Pair(PICTURE, ["b", "c"], "key", "dog\ncat"),
+        Pair(IMAGE, ["a", "b"], "key", "cat", [3.0, 1.0]),
+        Pair(IMAGE, ["b", "c"], "key", "dog\ncat"),
     ]
     merged = merging.merge(pairs)
-    assert (merged.captions, merged.weights, merged.label) == (["a", "b", "c"], [3.0, 1.5, 0.5], "cat\ndog")
+    assert (merged.captions, merged.proportions, merged.label) == (["a", "b", "c"], [3.0, 1.5, 0.5], "cat\ndog")
 
 
 class Killed(BaseException):
-    """Stands for a signal at a chosen moment; see tests/test_prepare.py for real ones."""
+    """Simulates a signal at a chosen moment. tests/test_prepare.py sends real signals."""
 
 
-def test_an_end_before_or_after_any_rename_changes_nothing(tmp_path, monkeypatch):
+def test_a_kill_before_or_after_any_rename_changes_nothing(tmp_path, monkeypatch):
     undisturbed = tmp_path / "undisturbed"
     write_records(ten_pairs(), "ten", undisturbed, Settings(pairs_per_shard=3))
     replace, ended = os.replace, 0
@@ -175,7 +175,7 @@ def test_an_end_before_or_after_any_rename_changes_nothing(tmp_path, monkeypatch
     assert ended == 2 * (1 + 8 + 2 + 1 + 1)
 
 
-def test_whole_shards_are_not_written_again(tmp_path, monkeypatch):
+def test_complete_shards_are_not_written_again(tmp_path, monkeypatch):
     source, drawn = ten_pairs(), []
 
     class Counting(Listed):
@@ -193,7 +193,7 @@ def test_whole_shards_are_not_written_again(tmp_path, monkeypatch):
     assert 0 not in drawn[drawn.index("again") :]
 
 
-def test_a_shard_that_was_cut_short_is_written_again(tmp_path):
+def test_a_truncated_shard_is_written_again(tmp_path):
     with pytest.raises(Killed):
         write_records(ten_pairs(), "ten", tmp_path / "cut", Settings(pairs_per_shard=4), progress=end_when_done)
     shard = tmp_path / "cut/pairs-00000.array_record"
@@ -208,7 +208,7 @@ def end_when_done(done: int, total: int) -> None:
         raise Killed
 
 
-def test_a_finished_folder_is_left_as_it_is(tmp_path):
+def test_a_finished_folder_is_not_changed(tmp_path):
     settings = Settings(pairs_per_shard=4)
     manifest = write_records(ten_pairs(), "ten", tmp_path, settings)
     (tmp_path / "parts").mkdir()  # killed after the manifest
@@ -216,7 +216,7 @@ def test_a_finished_folder_is_left_as_it_is(tmp_path):
     assert not (tmp_path / "parts").exists()
 
 
-def test_progress_counts_records_up_to_the_last(tmp_path, monkeypatch):
+def test_progress_reports_all_records(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "NOTICE_EVERY", 0.0)
     seen = []
     write_records(
@@ -246,7 +246,7 @@ def test_another_conversion_into_the_same_folder_is_refused(tmp_path, finished):
     write()
 
 
-def test_a_folder_of_other_things_is_refused(tmp_path):
+def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("two years")
     with pytest.raises(ValueError, match="holds other files"):
         write_records(ten_pairs(), "ten", tmp_path, Settings())
@@ -260,8 +260,8 @@ def test_a_damaged_manifest_is_named(tmp_path, text):
         write_records(ten_pairs(), "ten", tmp_path, Settings())
 
 
-def test_an_empty_source_and_one_of_bad_pairs_alone_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="nothing holds no pairs"):
+def test_a_source_without_usable_pairs_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="nothing has no pairs"):
         write_records(Listed([]), "nothing", tmp_path / "a", Settings())
     assert not (tmp_path / "a").exists()
     with pytest.raises(WriteError, match="none of the 3 pairs of bad can be used: damaged_record 3"):
@@ -270,15 +270,15 @@ def test_an_empty_source_and_one_of_bad_pairs_alone_are_refused(tmp_path):
 
 
 def test_a_shard_without_a_usable_pair_has_no_file(tmp_path):
-    source = Listed([None, None, Pair(PICTURE, ["one"], "one")])
+    source = Listed([None, None, Pair(IMAGE, ["one"], "one")])
     manifest = write_records(source, "late", tmp_path, Settings(pairs_per_shard=2))
     assert [shard["name"] for shard in manifest["shards"]] == ["pairs-00001.array_record"]
     assert sorted(contents(tmp_path)) == ["bad_samples.jsonl", "manifest.json", "pairs-00001.array_record"]
 
 
-def test_larger_pictures_become_jpegs_of_the_short_side_and_others_stay(tmp_path):
+def test_larger_images_become_jpegs_and_others_are_unchanged(tmp_path):
     sizes = [(90, 45), (45, 90), (20, 300), (30, 30), (31, 31)]
-    pairs = [Pair(picture(*size), ["a picture"], str(size)) for size in sizes]
+    pairs = [Pair(image_bytes(*size), ["an image"], str(size)) for size in sizes]
     write_records(Listed(pairs), "sizes", tmp_path, Settings(image_size=30))
     written = pairs_of(tmp_path)
     shown = [Image.open(io.BytesIO(pair.image)) for pair in written]
@@ -299,14 +299,14 @@ def test_quality_sets_the_size_of_the_jpegs(tmp_path):
     assert sizes[0] < sizes[1] < len(stream.getvalue())
 
 
-def test_weights_and_blank_captions_stay_in_step():
-    pair = Pair(PICTURE, ["first", " ", "third"], "key", weights=[1, 2, 3])
+def test_removing_blank_captions_removes_their_proportions():
+    pair = Pair(IMAGE, ["first", " ", "third"], "key", proportions=[1, 2, 3])
     record = msgpack.unpackb(shards.pack(shards.checked(pair, Settings())))
     assert (record["captions"], record["weights"]) == (["first", "third"], [1.0, 3.0])
 
 
 def test_half_a_character_is_a_bad_sample(tmp_path):
-    source = Listed([Pair(PICTURE, ["fine"], "a"), Pair(PICTURE, ["\ud83d"], "b"), Pair(PICTURE, ["key"], "\ud83d")])
+    source = Listed([Pair(IMAGE, ["fine"], "a"), Pair(IMAGE, ["\ud83d"], "b"), Pair(IMAGE, ["key"], "\ud83d")])
     manifest = write_records(source, "halves", tmp_path, Settings())
     assert manifest["pairs"] == 1
     assert manifest["bad_samples"] == {"damaged_record": 2}

@@ -1,4 +1,4 @@
-"""The tokenizer against ids that OpenAI's own gave, and against itself: fast path, cache and batches change nothing."""
+"""The tokenizer gives OpenAI's ids; its fast path, cache and batches do not change them."""
 
 import html
 import json
@@ -26,7 +26,7 @@ NEARLY_ASCII = st.lists(st.one_of(st.sampled_from([*SCRAPS, " ", "\n", "cat"]), 
 
 
 def text_tokens(text: str) -> list[int]:
-    """The ids between the two markers."""
+    """Returns the ids between start-of-text and end-of-text."""
     row = tokenize(text, ENOUGH)[0].tolist()
     length = len(np.trim_zeros(row, "b"))
     return row[1 : length - 1]
@@ -59,7 +59,7 @@ def test_a_text_that_just_fits_is_not_an_error_and_one_token_more_is():
         tokenize("cat " * 76)
 
 
-def test_the_error_for_a_long_text_names_it_its_length_and_the_mend():
+def test_the_error_for_a_long_text_has_text_length_and_fix():
     with pytest.raises(ValueError, match="truncate=True") as caught:
         tokenize(["a cat", "dog " * 300])
     message = str(caught.value)
@@ -81,7 +81,7 @@ def test_the_error_for_a_long_text_names_it_its_length_and_the_mend():
         ([1.5], r"texts\[0\] is float"),
     ],
 )
-def test_anything_but_strings_is_an_error_that_names_the_entry(texts, message):
+def test_an_entry_that_is_not_a_string_is_refused_by_index(texts, message):
     with pytest.raises(TypeError, match=message):
         tokenize(texts)
 
@@ -123,19 +123,19 @@ def test_the_vocabulary_has_an_id_for_every_merge_and_merging_reaches_every_whol
 
 @given(PRINTABLE | NEARLY_ASCII | WIDE)
 @settings(max_examples=500, deadline=None)
-def test_the_ways_around_ftfy_and_around_merging_change_nothing(text):
+def test_skipping_ftfy_and_merges_changes_nothing(text):
     slow = []
     for piece in tokenizer._PIECES.findall(html.unescape(html.unescape(ftfy.fix_text(text))).lower()):
         special = {"<|startoftext|>": START_OF_TEXT, "<|endoftext|>": END_OF_TEXT}.get(piece)
         slow += [special] if special else tokenizer._merge(piece, tokenizer._vocabulary().merges)
-    tokenizer._remembered.cache_clear()
+    tokenizer._encode_cached.cache_clear()
     assert text_tokens(text) == slow
     assert text_tokens(text) == slow
 
 
 @given(st.lists(PRINTABLE | WIDE, max_size=8))
 @settings(deadline=None)
-def test_a_batch_is_its_texts_one_by_one(texts):
+def test_a_batch_equals_its_texts_one_by_one(texts):
     rows = tokenize(texts, ENOUGH)
     assert rows.tolist() == [tokenize(text, ENOUGH)[0].tolist() for text in texts]
 
@@ -161,9 +161,9 @@ def test_decoded_text_gives_the_same_ids_again_and_the_same_letters(text):
 
 
 def test_the_word_cache_is_bounded_and_long_words_stay_out_of_it():
-    tokenizer._remembered.cache_clear()
+    tokenizer._encode_cached.cache_clear()
     tokenize("antelope " + "z" * 5000, truncate=True)
-    information = tokenizer._remembered.cache_info()
+    information = tokenizer._encode_cached.cache_info()
     assert information.currsize == 1
     assert information.maxsize == 1 << 16
 

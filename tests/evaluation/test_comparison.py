@@ -1,4 +1,4 @@
-"""Comparisons on results whose intervals are known or follow from others."""
+"""Tests comparisons of results whose intervals are known."""
 
 import dataclasses
 import json
@@ -40,14 +40,14 @@ def draws(share, count=400):
     return np.arange(count) < share * count
 
 
-def test_the_interval_of_a_share_is_that_of_the_binomial():
+def test_the_interval_of_a_share_is_that_of_the_binomial_distribution():
     for count, share in [(400, 0.5), (2_500, 0.2)]:
         low, high = interval(bootstrap(*statistic_of("top_1", zero_shot(draws(share, count)).arrays)))
         half = 1.96 * np.sqrt(share * (1 - share) / count)
         assert (low, high) == pytest.approx((share - half, share + half), abs=0.2 * half)
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+def test_the_interval_covers_the_true_value_about_as_often_as_stated():
     rng = np.random.default_rng(0)
     intervals = [
         interval(bootstrap(*statistic_of("top_1", zero_shot(rng.random(200) < 0.3).arrays))) for _ in range(100)
@@ -97,7 +97,7 @@ def test_large_tasks_are_resampled_in_parts(monkeypatch):
     assert values.shape == (1_000,) and values.mean() == pytest.approx(0.3, abs=0.01)
 
 
-def test_the_difference_of_models_that_fail_on_the_same_pictures_is_narrow(tmp_path):
+def test_the_difference_of_models_that_fail_on_the_same_images_has_a_narrow_interval(tmp_path):
     hits = draws(0.5, 1_000)
     better = hits.copy()
     better[500:520] = True
@@ -114,7 +114,7 @@ def test_the_difference_of_models_that_fail_on_the_same_pictures_is_narrow(tmp_p
     assert difference.high - difference.low < (own.high - own.low) / 3
 
 
-def test_other_pictures_are_not_paired_and_other_metrics_have_no_interval(tmp_path):
+def test_other_images_are_not_paired_and_other_metrics_have_no_interval(tmp_path):
     tasks = [
         [zero_shot(draws(0.5, 100)), zero_shot(draws(0.5), "birds", "roc_auc"), retrieval(np.arange(10))],
         [zero_shot(draws(0.5, 200)), zero_shot(draws(0.5), "birds", "roc_auc"), retrieval(np.arange(10) // 2)],
@@ -165,11 +165,11 @@ def test_a_result_that_does_not_exceed_a_baseline_is_marked(tmp_path):
         for name, share in (("low", 0.5), ("middle", 0.6), ("high", 0.75))
     ]
     comparison = compare(folders)
-    everything = ["nearest mean picture", "largest class", "chance"]
+    everything = ["nearest mean image", "largest class", "chance"]
     assert comparison.tasks[0].not_above == [everything, everything[:1], []]
     lines = [line for line in comparison.table().splitlines() if line.startswith("  ")]
-    assert lines[0].endswith("(not above nearest mean picture, largest class, chance)")
-    assert lines[1].endswith("(not above nearest mean picture)") and "above" not in lines[2]
+    assert lines[0].endswith("(not above nearest mean image, largest class, chance)")
+    assert lines[1].endswith("(not above nearest mean image)") and "above" not in lines[2]
     write_comparison(tmp_path / "page", comparison)
     assert (tmp_path / "page/comparison.html").read_text(encoding="utf-8").count("not above") == 2
 
@@ -206,19 +206,19 @@ def test_the_text_and_the_page_hold_the_numbers(tmp_path):
     assert "50.0 [4" in html and "+12.5 [+" in html and html.count("<img ") == 2
 
 
-def test_models_are_called_by_their_names_where_these_differ(tmp_path):
+def test_models_are_shown_by_name_if_names_differ(tmp_path):
     models = ["/home/me/runs/one", "/home/me/runs/two", "/home/you/runs/two"]
     folders = [written(tmp_path / f"{n}", zero_shot(draws(0.5)), model=model) for n, model in enumerate(models)]
     assert compare(folders[:2]).models == ["one", "two"]
     assert compare(folders[1:]).models == models[1:]
 
 
-def test_equal_names_are_told_apart_by_their_folders(tmp_path):
+def test_equal_names_are_distinguished_by_their_folders(tmp_path):
     folders = [written(tmp_path / name, zero_shot(draws(0.5))) for name in "ab"]
     assert compare(folders).models == [f"a model ({folder})" for folder in folders]
 
 
-def test_what_cannot_be_compared_is_refused_in_a_line(tmp_path):
+def test_invalid_comparisons_are_an_error_of_one_line(tmp_path):
     good = written(tmp_path / "good", zero_shot(draws(0.5)))
     with pytest.raises(ValueError, match="at least two"):
         compare([good])
@@ -232,5 +232,5 @@ def test_what_cannot_be_compared_is_refused_in_a_line(tmp_path):
         compare([good, bad])
     for text in ["{", "[]", json.dumps({"model": "x", "tasks": {"a": {}}})]:
         (bad / "results.json").write_text(text)
-        with pytest.raises(ValueError, match=r"results.json is not what an evaluation writes"):
+        with pytest.raises(ValueError, match=r"results.json was not written by an evaluation"):
             compare([good, bad])

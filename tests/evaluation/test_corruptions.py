@@ -1,4 +1,4 @@
-"""Synthetic shifts: stronger ones change more, and each picture always in the same way."""
+"""Tests that stronger corruptions change more, and that each image changes in the same way every time."""
 
 import numpy as np
 import pytest
@@ -10,27 +10,26 @@ from clip_jax.evaluation.corruptions import CORRUPTIONS, NOISE, STRENGTHS, corru
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     source = open_source("emoji:noto/held_out")
     return [evaluation_transform(decode_image(source[index].image), 64) for index in range(8)]
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_stronger_corruptions_change_more(pictures, name):
+def test_stronger_corruptions_change_more(images, name):
     distances = []
     for strength in STRENGTHS:
         change = corruption(name, strength)
-        changed = [change(picture, index) for index, picture in enumerate(pictures)]
+        changed = [change(image, index) for index, image in enumerate(images)]
         assert all(one.shape == (64, 64, 3) and one.dtype == np.uint8 for one in changed)
         assert all(
-            (change(picture, index) == one).all()
-            for index, (picture, one) in enumerate(zip(pictures, changed, strict=True))
+            (change(image, index) == one).all() for index, (image, one) in enumerate(zip(images, changed, strict=True))
         )
-        distances.append(np.abs(np.array(changed, float) - np.array(pictures, float)).mean())
+        distances.append(np.abs(np.array(changed, float) - np.array(images, float)).mean())
     assert distances[0] > 0 and (np.diff(distances) > 0).all()
 
 
-def test_noise_is_of_its_strength_and_another_on_each_picture():
+def test_noise_has_its_strength_and_differs_between_images():
     grey = np.full((64, 64, 3), 128, np.uint8)
     one, other = corruption("noise", 1)(grey, 0), corruption("noise", 1)(grey, 1)
     assert np.std(one) == pytest.approx(255 * NOISE[0], rel=0.05)
@@ -47,7 +46,7 @@ def test_brightness_keeps_the_hue_and_adds_to_the_value():
     assert (black == 128).all()
 
 
-def test_blur_goes_with_the_size_of_the_picture():
+def test_blur_scales_with_the_size_of_the_image():
     def spread(size):
         line = np.zeros((size, size, 3), np.uint8)
         line[:, size // 2] = 255

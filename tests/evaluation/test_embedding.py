@@ -1,4 +1,4 @@
-"""Embedding in padded batches over eight devices gives what embedding one by one gives."""
+"""Tests that embedding in padded batches on eight devices equals embedding one by one."""
 
 import functools
 from collections.abc import Sequence
@@ -17,7 +17,6 @@ from clip_jax.models.presets import CLIPPreset
 from clip_jax.models.towers.text_transformer import TextTransformerPreset
 from clip_jax.models.towers.vision_transformer import VisionTransformerPreset
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 PRESET = CLIPPreset(
     16,
     VisionTransformerPreset(image_size=16, patch_size=8, width=32, num_layers=1, num_heads=2),
@@ -31,7 +30,7 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def variables_of(quick_compilation, model):
+def variables_of(model):
     """A function from a seed to the variables of a new model."""
     init = jax.jit(model.init)
 
@@ -51,16 +50,16 @@ def one_by_one(model, variables_of):
 
 @pytest.fixture(scope="module")
 def embedder(model, variables_of, mesh_of):
-    return Embedder(model, mesh_of((4, 2)), batch_size=13).with_variables(variables_of(0))  # not a number for 8
+    return Embedder(model, mesh_of((4, 2)), batch_size=13).with_variables(variables_of(0))  # not divisible by 8
 
 
-def pictures(count):
+def images_of(count):
     return np.random.default_rng(count).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
 
 
 @pytest.mark.parametrize("count", [1, 7, 16, 17, 37])
 def test_any_number_of_images_embeds_as_one_by_one(one_by_one, embedder, count):
-    images = pictures(count)
+    images = images_of(count)
     result = embedder.encode_image(images)
     assert result.shape == (count, 16)
     assert result.dtype == np.float32
@@ -69,7 +68,7 @@ def test_any_number_of_images_embeds_as_one_by_one(one_by_one, embedder, count):
 
 
 def test_texts_embed_as_one_by_one_and_one_too_long_is_cut(one_by_one, embedder):
-    texts = [f"picture number {number}" for number in range(18)] + [
+    texts = [f"image number {number}" for number in range(18)] + [
         "a word and more words than there is ever any room for here"
     ]
     result = embedder.encode_text(texts)
@@ -80,7 +79,7 @@ def test_texts_embed_as_one_by_one_and_one_too_long_is_cut(one_by_one, embedder)
 
 
 def test_the_parameters_last_set_are_those_that_embed(variables_of, embedder):
-    images = pictures(3)
+    images = images_of(3)
     first = embedder.encode_image(images)
     assert np.abs(embedder.with_variables(variables_of(1)).encode_image(images) - first).max() > 1e-2
     np.testing.assert_array_equal(embedder.with_variables(variables_of(0)).encode_image(images), first)
@@ -88,29 +87,29 @@ def test_the_parameters_last_set_are_those_that_embed(variables_of, embedder):
 
 def test_one_device_and_eight_embed_alike(model, variables_of, embedder, mesh_of):
     alone = Embedder(model, mesh_of((1, 1)), batch_size=4).with_variables(variables_of(0))
-    images = pictures(9)
+    images = images_of(9)
     np.testing.assert_allclose(alone.encode_image(images), embedder.encode_image(images), rtol=0, atol=2e-6)
 
 
-def test_pictures_are_asked_for_one_by_one_and_each_once(one_by_one, embedder):
-    images, asked = pictures(37), []
+def test_each_image_is_read_once(one_by_one, embedder):
+    images, read = images_of(37), []
 
-    class Pictures(Sequence):
+    class Images(Sequence):
         like = images[0]
 
         def __len__(self):
             return len(images)
 
         def __getitem__(self, index):
-            asked.append(index)
+            read.append(index)
             return images[index]
 
-    np.testing.assert_allclose(embedder.encode_image(Pictures()), embedder.encode_image(images), rtol=0, atol=2e-6)
-    assert sorted(asked) == list(range(37))
+    np.testing.assert_allclose(embedder.encode_image(Images()), embedder.encode_image(images), rtol=0, atol=2e-6)
+    assert sorted(read) == list(range(37))
 
 
-def test_features_are_what_the_projection_takes(model, variables_of, embedder):
-    images = pictures(5)
+def test_features_are_the_input_of_the_projection(model, variables_of, embedder):
+    images = images_of(5)
     features = embedder.image_features(images)
     assert features.shape == (5, 32) and features.dtype == np.float32
     projected = features @ np.asarray(variables_of(0)["params"]["vision"]["projection"]["kernel"])
@@ -118,7 +117,7 @@ def test_features_are_what_the_projection_takes(model, variables_of, embedder):
     np.testing.assert_allclose(projected, embedder.encode_image(images), rtol=0, atol=2e-6)
 
 
-def test_texts_embed_alike_however_long_their_neighbours_are(embedder):
+def test_texts_embed_alike_however_long_their_neighbors_are(embedder):
     alone = embedder.encode_text(["a cat"])
     beside = embedder.encode_text(["a cat", "a word and more words than there is ever any room for here"])
     np.testing.assert_allclose(alone[0], beside[0], rtol=0, atol=2e-6)

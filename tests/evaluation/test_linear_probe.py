@@ -1,4 +1,4 @@
-"""The probe's optimum against an independent solver, the same for any number of devices, and the search for C."""
+"""Tests the linear probe against an independent solver and on several devices, and the search for C."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from clip_jax.evaluation.linear_probe import Split, choose_C, fit, linear_probe
 
 
 def examples(count, classes, seed=0, width=7):
-    """Clusters around a point that is far from zero, as image embeddings are."""
+    """Clusters around a point far from zero, like image embeddings."""
     random = np.random.default_rng(seed)
     labels = random.permutation(np.arange(count) % classes)
     centers = np.random.default_rng(9).normal(size=(classes, width)) + 3
@@ -36,7 +36,7 @@ def optimum(split, classes, C):  # noqa: N803
 
 
 @pytest.mark.parametrize("C", [1e-3, 0.316, 10])
-def test_the_probe_is_the_optimum_that_another_solver_finds(mesh_of, C):  # noqa: N803
+def test_the_probe_is_the_optimum_of_another_solver(mesh_of, C):  # noqa: N803
     split = examples(90, 4)
     probe = fit(*split, 4, C, mesh_of((1, 1)))
     weights, bias = optimum(split, 4, C)
@@ -46,14 +46,14 @@ def test_the_probe_is_the_optimum_that_another_solver_finds(mesh_of, C):  # noqa
 
 
 @pytest.mark.parametrize("count", [90, 96])
-def test_one_device_and_eight_find_the_same_whether_they_divide_the_examples_or_not(mesh_of, count):
+def test_one_device_and_eight_find_the_same_with_and_without_padding(mesh_of, count):
     split = examples(count, 4)
     alone, together = (fit(*split, 4, 1.0, mesh_of(shape)) for shape in ((1, 1), (4, 2)))
     np.testing.assert_allclose(alone.weights, together.weights, rtol=0, atol=1e-3)
     np.testing.assert_allclose(alone.bias, together.bias, rtol=0, atol=5e-3)
 
 
-def test_two_classes_are_penalised_as_one_vector_is(mesh_of):
+def test_two_classes_are_penalized_like_one_vector(mesh_of):
     split = examples(60, 2)
     probe = fit(*split, 2, 0.5, mesh_of((1, 1)))
     features, sign = split.features.astype(np.float64), 2 * split.labels - 1
@@ -66,12 +66,12 @@ def test_two_classes_are_penalised_as_one_vector_is(mesh_of):
     assert probe.bias[1] - probe.bias[0] == pytest.approx(expected[-1], abs=1e-2)
 
 
-def test_all_regularisations_are_one_program(mesh_of):
+def test_all_values_of_c_share_one_program(mesh_of):
     split, mesh = examples(90, 4), mesh_of((1, 1))
     fit(*split, 4, 1.0, mesh)
-    programs = module._minimise._cache_size()
+    programs = module._minimize._cache_size()
     fit(*split, 4, 2.0, mesh, max_iterations=5)
-    assert module._minimise._cache_size() == programs
+    assert module._minimize._cache_size() == programs
 
 
 def test_a_class_without_examples_is_never_predicted_and_changes_nothing(mesh_of):
@@ -107,11 +107,11 @@ def test_the_search_finds_the_peak_within_an_eighth_of_a_decade(peak, slope_abov
     assert len(calls) == len(set(calls)) <= 15
 
 
-def test_of_equally_good_values_the_smallest_is_chosen():
+def test_the_smallest_of_equally_good_values_is_chosen():
     assert choose_C(lambda _: 0.5) == pytest.approx(1e-6)
 
 
-def test_the_probe_scores_with_the_best_of_the_validation_split(mesh_of):
+def test_the_probe_uses_the_best_c_of_the_validation_split(mesh_of):
     train, validation, test = (examples(count, 4, seed) for seed, count in enumerate((80, 40, 200)))
     mesh = mesh_of((4, 2))
     result = linear_probe(train, test, 4, mesh, validation)
@@ -129,7 +129,7 @@ def test_the_probe_scores_with_the_best_of_the_validation_split(mesh_of):
     assert result["mean_per_class"] == pytest.approx(result["accuracy"])  # each class is a quarter
 
 
-def test_without_a_validation_split_a_fifth_of_each_class_is_taken_and_always_the_same(mesh_of):
+def test_without_a_validation_split_the_same_fifth_of_each_class_is_used(mesh_of):
     labels = np.repeat([0, 1, 2], [50, 13, 4])
     chosen = module._stratified_fifth(labels)
     assert np.bincount(labels[chosen]).tolist() == [10, 3, 1]
@@ -140,7 +140,7 @@ def test_without_a_validation_split_a_fifth_of_each_class_is_taken_and_always_th
     assert result["accuracy"] > 0.6
 
 
-def test_features_that_say_nothing_give_the_class_frequencies(mesh_of):
+def test_constant_features_give_the_class_frequencies(mesh_of):
     probe = fit(np.ones((8, 3), np.float32), np.array([0, 0, 0, 1, 1, 1, 1, 2]), 3, 1.0, mesh_of((1, 1)))
     probabilities = special.softmax(probe.scores(np.ones((1, 3), np.float32)))
     np.testing.assert_allclose(probabilities[0], [3 / 8, 4 / 8, 1 / 8], rtol=1e-5)
@@ -153,27 +153,27 @@ FEATURES, LABELS = examples(20, 4)
     ("features", "labels", "C", "message"),
     [
         (np.where(np.arange(20)[:, None] < 2, np.nan, FEATURES), LABELS, 1, "2 of 20 examples are not finite"),
-        (FEATURES, LABELS + 1, 1, "labels reach 1 to 4, outside 0 to 3"),
-        (FEATURES, LABELS - 1, 1, "labels reach -1 to 2"),
+        (FEATURES, LABELS + 1, 1, r"labels are in \[1, 4\], outside \[0, 3\]"),
+        (FEATURES, LABELS - 1, 1, r"labels are in \[-1, 2\]"),
         (FEATURES, LABELS * 0, 1, "a single class"),
         (FEATURES, LABELS[1:], 1, r"\(20, 7\) and labels \(19,\) do not match"),
         (FEATURES[:0], LABELS[:0], 1, "no examples"),
-        (FEATURES, LABELS, 0, "C=0 has to be above zero"),
-        (FEATURES, LABELS, np.nan, "C=nan has to be above zero"),
+        (FEATURES, LABELS, 0, "C=0 must be above zero"),
+        (FEATURES, LABELS, np.nan, "C=nan must be above zero"),
     ],
 )
-def test_what_cannot_be_fitted_is_refused(mesh_of, features, labels, C, message):  # noqa: N803
+def test_invalid_examples_are_refused(mesh_of, features, labels, C, message):  # noqa: N803
     with pytest.raises(ValueError, match=message):
         fit(features, labels, 4, C, mesh_of((1, 1)))
 
 
-def test_what_is_wrong_with_a_split_is_said_with_its_name(mesh_of):
+def test_errors_name_the_split(mesh_of):
     good, mesh = Split(FEATURES, LABELS), mesh_of((1, 1))
     with pytest.raises(ValueError, match="validation: features have width 6, those of train 7"):
         linear_probe(good, good, 4, mesh, Split(FEATURES[:, 1:], LABELS))
     with pytest.raises(ValueError, match="test: features have width 6, those of train 7"):
         linear_probe(good, Split(FEATURES[:, 1:], LABELS), 4, mesh)
-    with pytest.raises(ValueError, match="test: labels reach 1 to 4"):
+    with pytest.raises(ValueError, match=r"test: labels are in \[1, 4\]"):
         linear_probe(good, Split(FEATURES, LABELS + 1), 4, mesh)
-    with pytest.raises(ValueError, match="no class has the 3 examples"):
+    with pytest.raises(ValueError, match="no class has 3 examples"):
         linear_probe(Split(FEATURES[:4], np.arange(4)), good, 4, mesh)

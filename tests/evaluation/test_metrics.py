@@ -1,4 +1,4 @@
-"""Metrics on cases small enough to work out by hand, and what holds for any input."""
+"""Tests metrics on cases computed by hand, and properties that hold for any input."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from clip_jax.evaluation.metrics import average_precision_11, calibration, mean_per_class_accuracy, roc_auc
 
 
-def test_mean_per_class_accuracy_weighs_each_class_the_same_and_leaves_out_those_that_do_not_occur():
+def test_mean_per_class_accuracy_weights_occurring_classes_equally():
     labels = np.array([0, 0, 0, 0, 7])
     assert mean_per_class_accuracy(np.array([0, 0, 0, 1, 7]), labels) == pytest.approx((3 / 4 + 1) / 2)
     assert mean_per_class_accuracy(np.array([3, 3, 3, 3, 3]), labels) == 0
@@ -30,12 +30,12 @@ def test_average_precision_takes_the_best_precision_at_each_recall_or_more():
 
 def test_a_recall_that_is_exactly_a_threshold_reaches_it():
     targets = np.zeros((20, 1), bool)
-    targets[:3] = targets[-7:] = True  # three of ten at precision 1, then none till place 14
+    targets[:3] = targets[-7:] = True  # three of ten at precision 1, then none before rank 14
     expected = (4 * 1 + 7 * 10 / 20) / 11
     assert average_precision_11(-np.arange(20.0)[:, None], targets) == pytest.approx(expected)
 
 
-def test_average_precision_of_equal_scores_is_that_of_the_wrong_ones_first():
+def test_average_precision_ranks_wrong_ones_first_among_equal_scores():
     targets = np.array([[1, 1, 0, 0, 0, 0, 0, 0]], bool).T
     assert average_precision_11(np.zeros((8, 1)), targets) == pytest.approx(2 / 8)
     assert average_precision_11(np.zeros((8, 1)), targets[::-1]) == pytest.approx(2 / 8)
@@ -47,7 +47,7 @@ def test_average_precision_is_the_mean_over_classes():
     assert average_precision_11(scores, targets) == pytest.approx((1 + 1 / 2) / 2)
 
 
-def test_roc_auc_is_the_share_of_pairs_in_order_and_a_tie_is_half_of_one():
+def test_roc_auc_is_the_share_of_ordered_pairs_and_a_tie_is_half():
     labels = np.array([1, 1, 0, 0])
     assert roc_auc(np.array([0.9, 0.8, 0.2, 0.1]), labels) == 1
     assert roc_auc(np.array([0.9, 0.1, 0.2, 0.05]), labels) == 3 / 4
@@ -84,7 +84,7 @@ few_scores = st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=2, m
 
 @settings(max_examples=60, deadline=None)
 @given(few_scores)
-def test_roc_auc_is_that_of_counting_all_pairs(examples):
+def test_roc_auc_equals_the_count_over_all_pairs(examples):
     scores, labels = (np.array(column) for column in zip(*examples, strict=True))
     if labels.all() or not labels.any():
         return
@@ -94,7 +94,7 @@ def test_roc_auc_is_that_of_counting_all_pairs(examples):
 
 @settings(max_examples=60, deadline=None)
 @given(few_scores, st.randoms(use_true_random=False))
-def test_no_order_of_the_tied_has_a_lower_average_precision(examples, random):
+def test_no_order_of_ties_has_a_lower_average_precision(examples, random):
     scores, targets = (np.array(column) for column in zip(*examples, strict=True))
     if not targets.any():
         return
@@ -121,15 +121,15 @@ def test_calibration_counts_every_example_once(examples, bins):
         (lambda: mean_per_class_accuracy(np.zeros(3, int), np.zeros(2, int)), r"\(3,\) and \(2,\) do not match"),
         (lambda: average_precision_11(np.zeros((0, 2)), np.zeros((0, 2), bool)), "nothing to score"),
         (lambda: average_precision_11(np.full((2, 1), np.nan), np.ones((2, 1), bool)), "2 of 2 scores are not finite"),
-        (lambda: average_precision_11(np.zeros((2, 2)), np.array([[1, 0], [1, 0]], bool)), "no picture has class 1"),
+        (lambda: average_precision_11(np.zeros((2, 2)), np.array([[1, 0], [1, 0]], bool)), "no image has class 1"),
         (lambda: roc_auc(np.array([np.inf, 0]), np.array([0, 1])), "1 of 2 scores are not finite"),
         (lambda: roc_auc(np.array([0.0, 1]), np.array([0, 2])), "0 or 1"),
         (lambda: roc_auc(np.array([0.0, 1]), np.array([1, 1])), "all labels are the same"),
         (lambda: calibration(np.zeros(0), np.zeros(0, bool)), "nothing to score"),
         (lambda: calibration(np.array([0.5, np.nan]), np.array([True, False])), "not finite"),
-        (lambda: calibration(np.array([0.5, 1.5]), np.array([True, False])), r"in \[0, 1\], but reach 0.5 to 1.5"),
+        (lambda: calibration(np.array([0.5, 1.5]), np.array([True, False])), r"in \[0, 1\], but are in \[0.5, 1.5\]"),
     ],
 )
-def test_what_cannot_be_scored_is_refused(call, message):
+def test_invalid_inputs_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -1,4 +1,4 @@
-"""The facts of the evaluation hang together: rows, prompts, class names, other models' numbers."""
+"""Tests that tasks, prompts, class names and published numbers are consistent with each other."""
 
 import dataclasses
 import json
@@ -10,7 +10,8 @@ import pytest
 from clip_jax.config import load_config_file
 from clip_jax.data.sources.array_record import EMOJI_STYLES
 from clip_jax.evaluation.labels import match_classes, plain
-from clip_jax.evaluation.registry import KINDS, METRICS, TASKS
+from clip_jax.evaluation.registry import TASKS
+from clip_jax.evaluation.task import KINDS, METRICS
 
 FOLDER = resources.files("clip_jax.evaluation")
 PROMPTS = {
@@ -48,7 +49,7 @@ CLASSES = {
     "imagenet": 1000,
 }
 SHIFTED = {"imagenet_a": 200, "imagenet_r": 200, "objectnet": 113, "imagenet_vid": 30, "youtube_bb": 23}
-SAME_NAME = {"imagenet": {"missile", "sunglasses"}}  # two classes each, which OpenAI's names do not tell apart
+SAME_NAME = {"imagenet": {"missile", "sunglasses"}}  # two classes each, which OpenAI's names do not distinguish
 
 
 @pytest.mark.parametrize("name", sorted(PROMPTS))
@@ -86,18 +87,18 @@ def test_no_two_classes_are_equal_without_case_and_punctuation(name):
     assert all(plain_keys) and len(set(plain_keys)) == len(plain_keys)
 
 
-def test_the_folders_that_torchvision_makes_of_kinetics_match_its_class_names():
+def test_torchvisions_folders_of_kinetics_match_the_class_names():
     names = PROMPTS["kinetics700"]["class_names"]
     folders = [re.sub("['()]", "", name.replace(" ", "_")) for name in names]
     matching = match_classes(sorted(folders), names)
-    assert [matching.number_of[folder] for folder in folders] == list(range(700))
+    assert [matching.index_of[folder] for folder in folders] == list(range(700))
 
 
 def test_rows_are_well_formed():
     assert len({task.name for task in TASKS}) == len(TASKS)
     groups = {group for task in TASKS for group in task.groups}
     assert groups == {"paper", "vtab", "shift", "retrieval", "open_clipart", "ships", "emoji_left_out"}
-    assert not groups & {task.name for task in TASKS}  # both stand in --tasks
+    assert not groups & {task.name for task in TASKS}  # --tasks takes both
     for task in TASKS:
         assert task.kind in KINDS and task.metric in METRICS[task.kind], task.name
         assert task.source and task.title, task.name
@@ -109,7 +110,7 @@ def test_rows_are_well_formed():
             assert not isinstance(field, str) or "\n" not in field, task.name
 
 
-def test_baselines_of_emoji_know_the_styles_that_the_quickstart_trains_on_and_no_others():
+def test_baselines_of_emoji_have_the_training_styles_of_the_quickstart_and_no_others():
     source = load_config_file("configs/quickstart.py").data.source
     trained = set(source.removeprefix("emoji:").removesuffix("/train").split(","))
     assert trained == set(EMOJI_STYLES) - {"openmoji"}
@@ -118,7 +119,7 @@ def test_baselines_of_emoji_know_the_styles_that_the_quickstart_trains_on_and_no
     assert styles == {"emoji_unseen_style": trained, "emoji_unseen_style_trained": trained} | {
         f"emoji_left_out_{style}": trained - {style} for style in trained
     }
-    # Only over all concepts is the baseline given what the model is not, which the result then states.
+    # With all concepts, the baseline has data that the model has not; a note states this.
     more = [name for name, source in given.items() if not source.endswith("/train")]
     assert more == [task.name for task in TASKS if "the model is not" in task.note] == ["emoji_unseen_style"]
 
@@ -133,7 +134,7 @@ def test_the_papers_data_sets_and_its_shifts_are_there():
 
 
 @pytest.mark.parametrize("section", sorted(PUBLISHED))
-def test_published_numbers_are_percentages_one_a_model(section):
+def test_published_numbers_are_percentages_with_one_for_each_model(section):
     models = PUBLISHED[section]["models"]
     assert PUBLISHED[section]["source"] and len(set(models)) == len(models)
     for task, row in PUBLISHED[section]["tasks"].items():

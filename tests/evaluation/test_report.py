@@ -1,4 +1,4 @@
-"""The report's page, read back: what is on it, and that nothing on it is broken or comes from elsewhere."""
+"""Tests the HTML page of a report: its contents, that it is valid, and that it needs no other file."""
 
 import base64
 import io
@@ -42,13 +42,13 @@ PUBLISHED = {
 }
 
 
-def zero_shot_task(name="odd", pictures=60, side=24, **others):
+def zero_shot_task(name="odd", images=60, side=24, **others):
     rng = np.random.default_rng(0)
     classes = len(ODD)
-    labels = np.arange(pictures) % classes
-    probabilities = rng.dirichlet(np.full(classes, 0.3), pictures)
+    labels = np.arange(images) % classes
+    probabilities = rng.dirichlet(np.full(classes, 0.3), images)
     best = np.argsort(-probabilities, axis=1)[:, :5]
-    colours = rng.integers(0, 256, (pictures, side, side, 3), dtype=np.uint8)
+    colors = rng.integers(0, 256, (images, side, side, 3), dtype=np.uint8)
     arrays = {
         "labels": labels.astype(np.int32),
         "best": best.astype(np.int32),
@@ -56,7 +56,7 @@ def zero_shot_task(name="odd", pictures=60, side=24, **others):
     }
     settings = {
         "metrics": {"top_1": 0.1234, "top_5": 0.5432, "calibration_error": 0.0876},
-        "counts": {"images": pictures, "classes": classes},
+        "counts": {"images": images, "classes": classes},
         "chance": {"top_1": 1 / classes, "top_5": 5 / classes},
         "largest_class": {"top_1": 0.2, "top_5": 0.6},
         "baseline": {"top_1": 0.0911},
@@ -64,7 +64,7 @@ def zero_shot_task(name="odd", pictures=60, side=24, **others):
         "linear_probe": {"accuracy": 0.6543, "mean_per_class": 0.05, "C": 0.316},
         "class_names": ODD,
         "arrays": arrays,
-        "picture": lambda index: colours[index],
+        "image_at": lambda index: colors[index],
     }
     return TaskResult(name, "Odd <names> & more", "zero_shot", "top_1", **(settings | others))
 
@@ -86,7 +86,7 @@ def retrieval_task(**others):
             "best_images": rng.integers(0, 20, (3, 5)).astype(np.int32),
             "right_images": right,
         },
-        "picture": lambda index: np.full((200, 200, 3), 10 * index, np.uint8),
+        "image_at": lambda index: np.full((200, 200, 3), 10 * index, np.uint8),
     }
     return TaskResult("pairs", "Pairs", "retrieval", "image_to_text_recall@1", **(settings | others))
 
@@ -161,17 +161,17 @@ def report(folder, *tasks, history=(), published=None, missing=(), model="/home/
 
 
 def decoded(image):
-    """The data of an image, after a look at whether it is a picture of the size that it says."""
+    """Returns the data of an image, and checks that it can be decoded and has the stated size."""
     kind, _, data = image["src"].partition(";base64,")
     assert kind.startswith("data:image/")
     content = base64.b64decode(data, validate=True)
     if kind == "data:image/svg+xml":
         assert ElementTree.fromstring(content).tag.endswith("svg")
     else:
-        picture = Image.open(io.BytesIO(content))
-        picture.load()
-        assert (str(picture.width), str(picture.height)) == (image["width"], image["height"])
-        assert max(picture.size) <= 160
+        decoded_image = Image.open(io.BytesIO(content))
+        decoded_image.load()
+        assert (str(decoded_image.width), str(decoded_image.height)) == (image["width"], image["height"])
+        assert max(decoded_image.size) <= 160
     return content
 
 
@@ -223,12 +223,12 @@ def test_the_summary_has_the_main_metric_chance_and_baseline(everything):
         "20",
         "20",
     ]
-    head = ["task", "metric", "this model, %", "chance, %", "largest class, %", "nearest mean picture, %"]
+    head = ["task", "metric", "this model, %", "chance, %", "largest class, %", "nearest mean image, %"]
     assert [*head, "images", "classes or texts"] in page.rows
     assert page.links == ["#task-1", "#task-2", "#task-3", "#task-4", "#task-5"]
 
 
-def test_all_metrics_are_there_and_the_published_ones_beside_them(everything):
+def test_all_metrics_and_published_numbers_are_on_the_page(everything):
     _, page = everything
     assert page.row("top-5") == ["54.3 not above largest class", "41.7", "60.0", "–"]
     assert page.row("calibration error") == ["8.8", "–", "–", "–"]
@@ -249,10 +249,10 @@ def test_retrieval_has_both_directions_chance_and_marks(everything):
     assert page.row("image to text, recall@1") == ["21.0", "88.0"]
     assert page.row("text to image, chance") == ["5.0", "–"]
     assert sum(word.startswith("✓ ") and word[2:].isdigit() for word in page.words) == 2
-    assert len([image for image in page.images if "place" in image["alt"]]) == 15
+    assert len([image for image in page.images if "rank" in image["alt"]]) == 15
 
 
-def test_effective_robustness_is_what_lies_above_the_standard_models(everything):
+def test_effective_robustness_is_the_accuracy_above_the_standard_models(everything):
     _, page = everything
     accuracy, gain = page.row("average of 2")
     assert accuracy == percent((0.567 + 0.4) / 2) and gain.startswith("+")
@@ -269,25 +269,25 @@ def test_the_mistakes_are_those_of_highest_probability(everything):
     labels, best, probabilities = (task.arrays[name] for name in ("labels", "best", "probabilities"))
     wrong = np.flatnonzero(best[:, 0] != labels)
     order = wrong[np.argsort(-probabilities[wrong, 0], kind="stable")][:12]
-    pictures = [image for image in everything[1].images if image["src"].startswith("data:image/png")]
-    shown = [np.asarray(Image.open(io.BytesIO(decoded(image)))) for image in pictures[:24]]
-    np.testing.assert_array_equal(shown[::2], [task.picture(index) for index in order])
+    images = [image for image in everything[1].images if image["src"].startswith("data:image/png")]
+    shown = [np.asarray(Image.open(io.BytesIO(decoded(image)))) for image in images[:24]]
+    np.testing.assert_array_equal(shown[::2], [task.image_at(index) for index in order])
     # Beside each, an image of the class that was answered.
     answers = best[order, 0]
-    np.testing.assert_array_equal(shown[1::2], [task.picture(int(np.argmax(labels == answer))) for answer in answers])
-    assert [image["alt"] for image in pictures[1:24:2]] == [f"the answer: {ODD[answer]}" for answer in answers]
+    np.testing.assert_array_equal(shown[1::2], [task.image_at(int(np.argmax(labels == answer))) for answer in answers])
+    assert [image["alt"] for image in images[1:24:2]] == [f"the answer: {ODD[answer]}" for answer in answers]
     drawn = np.sort(np.random.default_rng(0).choice(60, 36, replace=False))
-    assert len(pictures) == 24 + 36 + (best[drawn, 0] != labels[drawn]).sum()
+    assert len(images) == 24 + 36 + (best[drawn, 0] != labels[drawn]).sum()
 
 
-def test_an_answer_of_which_the_data_has_no_image_is_stated(tmp_path):
+def test_the_page_states_that_the_data_has_no_image_of_an_answer(tmp_path):
     arrays = {"labels": np.zeros(3, int), "best": np.full((3, 1), 2), "probabilities": np.full((3, 1), 0.5)}
     page = check(report(tmp_path, zero_shot_task(arrays=arrays, class_names=["ant", "bee", "cat"])))
     assert " ".join(page.words).count("The data has no image of “cat”.") == 3 + 3
     assert len([image for image in page.images if "png" in image["src"][:20]]) == 3 + 3
 
 
-def test_the_confusions_count_what_the_worst_classes_are_taken_for(tmp_path):
+def test_the_confusions_count_the_wrong_answers_of_the_worst_classes(tmp_path):
     labels = np.repeat([0, 1, 2, 3, 4], [8, 5, 6, 5, 4])
     first = np.array([1] * 4 + [2] * 2 + [0] * 2 + [1] * 5 + [0, 0, 1] * 2 + [3] * 4 + [0] + [1] * 4)
     arrays = {"labels": labels, "best": first[:, None], "probabilities": np.full((28, 1), 0.5)}
@@ -303,7 +303,7 @@ def test_the_confusions_count_what_the_worst_classes_are_taken_for(tmp_path):
     assert "1 of 4 classes are never recognized. 1 classes with fewer than 5 images are not listed." in words
 
 
-def test_a_recall_of_one_image_a_class_is_not_shown(tmp_path):
+def test_the_recall_of_a_class_with_one_image_is_not_shown(tmp_path):
     arrays = {"labels": np.arange(12), "best": np.zeros((12, 1), int), "probabilities": np.full((12, 1), 0.5)}
     page = check(report(tmp_path, zero_shot_task(arrays=arrays)))
     assert not any("recall" in heading for heading in page.headings)
@@ -372,21 +372,21 @@ def test_curves_of_training_alone_are_a_page_too(tmp_path):
     assert [image["alt"].split(" over ")[0] for image in page.images][::2] == ["Training loss", "odd: top-1 and top-5"]
 
 
-def test_the_least_page(tmp_path):
+def test_the_page_without_results(tmp_path):
     page = check(report(tmp_path))
     assert not page.images and "Nothing was evaluated." in " ".join(page.words)
 
 
-def test_every_part_may_be_absent(tmp_path):
+def test_every_part_is_optional(tmp_path):
     bare = {"chance": {}, "largest_class": {}, "baseline": {}, "synthetic_shift": {}, "linear_probe": {}}
     task = zero_shot_task()
     several = {name: task.arrays[name] for name in ("best", "probabilities")}  # without labels
     tasks = [
-        zero_shot_task("a", **bare, picture=None),
+        zero_shot_task("a", **bare, image_at=None),
         zero_shot_task("b", **bare, arrays={}),
         zero_shot_task("c", **bare, arrays=several),
         zero_shot_task("d", **bare, arrays={"labels": task.arrays["labels"], "best": task.arrays["best"]}),
-        retrieval_task(picture=None, chance={}),
+        retrieval_task(image_at=None, chance={}),
         plain_task("imagenet", 0.6),
     ]
     page = check(report(tmp_path, *tasks, history=[{"step": 1, "loss": float("nan")}], published={"zero_shot": {}}))
@@ -411,7 +411,7 @@ def test_the_same_results_give_the_same_page(tmp_path):
     assert pages[0] == pages[1]
 
 
-def test_what_ships_of_other_models_is_well_formed():
+def test_published_numbers_are_well_formed():
     for entry in load_published().values():
         if isinstance(entry, dict) and "tasks" in entry:
             assert all(len(row) == len(entry["models"]) for row in entry["tasks"].values())

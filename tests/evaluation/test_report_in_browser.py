@@ -1,4 +1,4 @@
-"""The report and the comparison as a browser shows them, on a phone and on a wide screen."""
+"""Tests how a browser shows the report and the comparison, on a phone and on a wide screen."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def results(model, seed):
         "best_images": rng.integers(0, 60, (3, 5)),
         "right_images": rng.random((3, 5)) < 0.3,
     }
-    pictures = rng.integers(0, 256, (60, 200, 200, 3), dtype=np.uint8)
+    images = rng.integers(0, 256, (60, 200, 200, 3), dtype=np.uint8)
     counts = {"images": 60, "classes": len(names), "texts": 60}
     shift = {f"corruption_{n}": [0.1, 0.08, 0.05, 0.04, 0.02] for n in range(18)}
     accuracy = {"top_1": float((best[:, 0] == labels).mean())}
@@ -67,9 +67,9 @@ def results(model, seed):
     tasks = [
         TaskResult("names", LONG, "zero_shot", "top_1", accuracy, counts, synthetic_shift=shift, class_names=names,
                    chance={"top_1": 1 / 12}, largest_class={"top_1": 0.2}, baseline={"top_1": 0.9},
-                   linear_probe={"accuracy": 0.4, "C": 1.0}, arrays=zero_shot, picture=pictures.__getitem__),
+                   linear_probe={"accuracy": 0.4, "C": 1.0}, arrays=zero_shot, image_at=images.__getitem__),
         TaskResult("pairs", "", "retrieval", "image_to_text_recall@1", recall, counts, chance=recall, arrays=retrieval,
-                   texts=["one", LONG, "three"], picture=pictures.__getitem__),
+                   texts=["one", LONG, "three"], image_at=images.__getitem__),
         TaskResult("imagenet", "", "zero_shot", "top_1", {"top_1": 0.6}, counts),
         TaskResult("art", "", "zero_shot", "top_1", {"top_1": 0.5}, counts),
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What is printed and written of results: every share in per cent, and marks where a reference is not exceeded."""
+"""Tests how results are printed and written, with marks for values that do not exceed a reference."""
 
 import json
 
@@ -19,7 +19,7 @@ def task(**changes):
     return TaskResult("groups", "Groups", "zero_shot", "top_1", **(values | changes))
 
 
-def test_the_table_marks_what_a_baseline_needs_no_model_for():
+def test_the_table_marks_values_that_do_not_exceed_a_reference():
     lines = Results("model", "ViT", [task()], [MissingTask("food", "Food", "no folder", "")]).table().splitlines()
     head, *rows, missing = [line.split() for line in lines]
     assert head == ["groups,", "1,906", "images,", "9", "classes:", "largest", "class", "chance"]
@@ -34,7 +34,7 @@ def test_the_table_marks_what_a_baseline_needs_no_model_for():
     assert missing[:5] == ["food", "was", "not", "scored:", "no"]
 
 
-def test_the_line_of_a_training_marks_it_too():
+def test_the_log_line_of_a_training_has_the_mark():
     assert main_metric(task()) == "groups top_1 12.5% (not above largest class)"
     assert main_metric(task(metrics={"top_1": 0.3})) == "groups top_1 30.0%"
 
@@ -50,7 +50,7 @@ def test_the_line_of_a_training_marks_it_too():
         (None, []),
     ],
 )
-def test_a_value_is_above_a_reference_or_is_marked(value, expected):
+def test_a_value_that_is_not_above_a_reference_is_marked(value, expected):
     assert not_above({"chance": {"top_1": 0.1}, "largest_class": {"top_1": 0.3}}, "top_1", value) == expected
     assert not_above({"chance": {"top_1": 0.1}}, "roc_auc", value) == []
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from clip_jax.evaluation.robustness import LEAST_SHARE, effective_robustness, fit_standard_line, logit, predicted_shift
+from clip_jax.evaluation.robustness import MIN_SHARE, effective_robustness, fit_standard_line, logit, predicted_shift
 
 IMAGENET = np.linspace(0.55, 0.88, 20)
 
@@ -31,10 +31,10 @@ def test_effective_robustness_is_the_distance_from_the_line_in_shares():
 
 
 def test_nothing_and_everything_right_stay_finite():
-    assert logit([0, 1]) == pytest.approx([-np.log(1 / LEAST_SHARE - 1), np.log(1 / LEAST_SHARE - 1)])
+    assert logit([0, 1]) == pytest.approx([-np.log(1 / MIN_SHARE - 1), np.log(1 / MIN_SHARE - 1)])
     line = fit_standard_line([0, 0.5, 1], [0, 0.5, 1])
     assert line == pytest.approx((1, 0), abs=1e-9)
-    assert predicted_shift([0, 0.5, 1], line) == pytest.approx([LEAST_SHARE, 0.5, 1 - LEAST_SHARE])
+    assert predicted_shift([0, 0.5, 1], line) == pytest.approx([MIN_SHARE, 0.5, 1 - MIN_SHARE])
 
 
 @pytest.mark.parametrize(("imagenet", "shift"), [([0.5], [0.4]), ([0.5, 0.5], [0.4, 0.3]), ([0.5, 0.6], [0.4])])

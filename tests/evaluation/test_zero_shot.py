@@ -1,4 +1,4 @@
-"""Zero-shot scores on examples small enough to work out by hand."""
+"""Tests zero-shot classification on examples computed by hand."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from clip_jax.evaluation.zero_shot import (
     classifier_weights,
     classify,
     load_prompts,
-    nearest_mean_picture_scores,
+    nearest_mean_image_scores,
     single_label_metrics,
     top_k_accuracy,
 )
@@ -58,13 +58,13 @@ def test_the_same_score_for_every_class_is_right_once_k_covers_all_classes():
     assert top_k_accuracy(np.zeros((8, 4)), np.arange(8) % 4, 4) == 1
 
 
-def test_a_tie_with_one_other_class_costs_one_place():
+def test_a_tie_with_one_other_class_costs_one_rank():
     scores = np.array([[0.5, 0.5, 0.1]])
     assert [top_k_accuracy(scores, np.array([0]), k) for k in (1, 2)] == [0, 1]
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_scores_that_are_not_numbers_are_never_right(k):
+def test_scores_that_are_nan_are_never_right(k):
     labels = np.array([0, 1, 2])
     assert top_k_accuracy(np.full((3, 3), np.nan), labels, k) == 0
     scores = np.eye(3)
@@ -72,19 +72,19 @@ def test_scores_that_are_not_numbers_are_never_right(k):
     assert top_k_accuracy(scores, labels, k) == 0
 
 
-def test_a_score_that_is_not_a_number_stands_before_the_label():
+def test_a_score_that_is_nan_ranks_before_the_label():
     scores = np.array([[0.9, np.nan, 0.1]])
     assert [top_k_accuracy(scores, np.array([0]), k) for k in (1, 2)] == [0, 1]
 
 
-def test_nearest_mean_picture_is_the_distance_to_each_classs_mean():
-    def picture(*values):
+def test_nearest_mean_image_is_the_distance_to_the_mean_of_each_class():
+    def image(*values):
         return np.array(values, np.uint8).reshape(1, 2, 1, 1).repeat(3, axis=3)[0]
 
-    training = np.stack([picture(0, 0), picture(0, 100), picture(200, 200), picture(255, 0)])
-    labels = np.array([0, 0, 1, 3])  # class 2 has no picture; class 0's mean is (0, 50)
-    queries = np.stack([picture(0, 60), picture(180, 190), picture(240, 10), picture(100, 120)])
-    scores = nearest_mean_picture_scores(queries, training, labels, num_classes=4)
+    training = np.stack([image(0, 0), image(0, 100), image(200, 200), image(255, 0)])
+    labels = np.array([0, 0, 1, 3])  # class 2 has no image; class 0's mean is (0, 50)
+    queries = np.stack([image(0, 60), image(180, 190), image(240, 10), image(100, 120)])
+    scores = nearest_mean_image_scores(queries, training, labels, num_classes=4)
     assert scores.dtype == np.float32
     assert scores.argmax(axis=1).tolist() == [0, 1, 3, 0]
     assert (scores[:, 2] == -np.inf).all()
@@ -97,8 +97,8 @@ def test_nearest_mean_picture_is_the_distance_to_each_classs_mean():
     np.testing.assert_allclose(differences, -(distances - distances[:, :1]), rtol=1e-4, atol=1e-5)
 
 
-def test_unknown_prompts_are_answered_with_those_that_there_are():
-    with pytest.raises(ValueError, match=r"'imagenette'; there are .*cifar10, cifar100"):
+def test_the_error_for_unknown_prompts_lists_the_names():
+    with pytest.raises(ValueError, match=r"'imagenette'; choose one of .*cifar10, cifar100"):
         load_prompts("imagenette")
 
 
@@ -111,7 +111,7 @@ def unit(x):
 
 @pytest.fixture(params=["distinct", "classes twice"])
 def example(request):
-    """Embeddings of 300 pictures and 12 classes, some of them equal, with labels."""
+    """Embeddings of 300 images and 12 classes, some of them equal, with labels."""
     random = np.random.default_rng(0)
     weights = unit(random.normal(size=(12, 8)))
     if request.param == "classes twice":
@@ -121,9 +121,9 @@ def example(request):
     return images, weights, labels
 
 
-def test_what_is_counted_from_the_best_classes_is_the_accuracy(example, monkeypatch):
+def test_accuracies_of_the_best_classes_equal_those_of_all_scores(example, monkeypatch):
     images, weights, labels = example
-    monkeypatch.setattr("clip_jax.evaluation.zero_shot.BLOCK_BYTES", 8 * 12 * 7)  # seven pictures at a time
+    monkeypatch.setattr("clip_jax.evaluation.zero_shot.BLOCK_BYTES", 8 * 12 * 7)  # seven images at a time
     classified = classify(images, weights, 10.0, NAMES, labels)
     scores = images.astype(np.float64) @ weights.T.astype(np.float64)
     metrics = single_label_metrics(classified, labels)
@@ -135,7 +135,7 @@ def test_what_is_counted_from_the_best_classes_is_the_accuracy(example, monkeypa
     assert metrics["mean_per_class"] == pytest.approx(np.mean(by_class))
 
 
-def test_classes_that_are_equal_tie_and_are_never_right():
+def test_equal_classes_tie_and_are_never_right():
     random = np.random.default_rng(1)
     weights = unit(random.normal(size=(40, 33)))
     weights[31] = weights[2]  # of 40 columns by 33 a matrix product rounds the two differently
@@ -147,7 +147,7 @@ def test_classes_that_are_equal_tie_and_are_never_right():
     assert single_label_metrics(classify(images, weights, 1.0, names, labels), labels)["top_1"] == 0
 
 
-def test_of_classes_of_one_name_the_first_is_the_answer_as_of_an_arg_max():
+def test_the_first_of_classes_with_the_same_name_is_the_answer_as_with_an_arg_max():
     random = np.random.default_rng(1)
     weights = unit(random.normal(size=(40, 33)))
     weights[31] = weights[2]

@@ -27,8 +27,6 @@ from clip_jax.weights import WeightsError, read_weights, write_weights
 NAME = "two_temperatures"
 LOSS = [f"--config.loss.kind={NAME}", "--config.loss.max_scale=20"]
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def added_loss(tmp_path_factory):

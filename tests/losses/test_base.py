@@ -31,8 +31,6 @@ from clip_jax.models.clip import CLIP
 
 MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (8, 1), (4, 2), (2, 4), (1, 8)]
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_every_loss_and_form_is_among_the_cases():
     assert {changes["kind"] for changes in CASES.values()} == set(LOSSES)

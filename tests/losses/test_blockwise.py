@@ -17,7 +17,6 @@ from loss_cases import (
     reference,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 BLOCKWISE = ("blockwise", "sigmoid")
 
 

@@ -10,8 +10,6 @@ import pytest
 from clip_jax.losses.ring import MOST_NEGATIVE, merge_sums, pair_masks, ring
 from clip_jax.losses.shards import ROWS
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def around(mesh, compare, images, texts, block_size):
     run = functools.partial(ring, compare, merge_sums, block_size=block_size)

@@ -8,8 +8,6 @@ from loss_cases import COUNT, assert_gradients, compiled, embeddings, make, on_d
 
 from clip_jax.losses.sigmoid import Sigmoid
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_the_plain_formula_is_algorithm_1_of_the_paper():
     (images, texts), scale, bias = embeddings(COUNT, 8), math.exp(1.5), -2.0

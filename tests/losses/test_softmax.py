@@ -20,8 +20,6 @@ from clip_jax.losses.softmax import Softmax, choose_form
 
 FORMS = ("gather", "blockwise")
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def softmax(logits, axis):
     exponentials = np.exp(logits - logits.max(axis=axis, keepdims=True))

@@ -19,7 +19,6 @@ from clip_jax.models.transformer import unstack_layers
 END = 63  # the highest id of the tiny vocabulary
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 PRESET = CLIPPreset(
     16,
     VisionTransformerPreset(image_size=16, patch_size=8, width=32, num_layers=2, num_heads=2),
@@ -28,7 +27,7 @@ PRESET = CLIPPreset(
 
 
 @pytest.fixture(scope="module")
-def tiny(quick_compilation):
+def tiny():
     """A tiny model, its parameters, four pictures and four texts."""
     model = CLIP(PRESET)
     random = np.random.default_rng(0)

@@ -22,7 +22,6 @@ from clip_jax.models.towers.text_transformer import TextTransformerPreset
 from clip_jax.models.towers.vision_transformer import VisionTransformerPreset
 from clip_jax.models.transformer import pad_to_even_length, unstack_layers
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 END = 63  # the highest id of the tiny vocabulary
 BATCH = 4
 

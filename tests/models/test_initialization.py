@@ -118,7 +118,7 @@ PARAMETERS = [("vit", name) for name in VIT | TEXT] + [("resnet", name) for name
 
 
 @pytest.fixture(scope="module")
-def start(quick_compilation):
+def start():
     """A function from a family to its new variables, by name."""
 
     @functools.cache

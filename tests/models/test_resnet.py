@@ -22,7 +22,6 @@ from clip_jax.models.towers.resnet import (
 )
 from clip_jax.sharding import batch_sharding, replicated
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 MESHES = [(8, 1), (4, 2), (2, 4)]
 TINY = ResNet(ResNetPreset(image_size=64, width=8, stage_sizes=(1, 3, 1, 1), num_heads=4), embed_dim=16)
 
@@ -332,7 +331,7 @@ def test_a_block_is_that_of_the_formula_and_its_shortcut_convolves_only_where_sh
 
 
 @pytest.fixture(scope="module")
-def train(quick_compilation):
+def train():
     """A function from variables and pictures to the features in training and the running averages after it."""
     apply = jax.jit(lambda variables, pixels: TINY.apply(variables, pixels, train=True, mutable=["batch_stats"]))
 

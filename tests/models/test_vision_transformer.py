@@ -17,7 +17,6 @@ from clip_jax.models.towers.text_transformer import TextTransformerPreset
 from clip_jax.models.towers.vision_transformer import VisionTransformerPreset
 from clip_jax.weights.resizing import at_image_size
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 TEXT = TextTransformerPreset(width=8, num_layers=1, num_heads=1, context_length=4, vocab_size=16)
 VIT = CLIPPreset(16, VisionTransformerPreset(32, 8, width=32, num_layers=2, num_heads=2), TEXT)
 RESNET = CLIPPreset(16, ResNetPreset(96, 8, (1, 1, 1, 1), 4), TEXT)
@@ -30,7 +29,7 @@ def variables_of(preset: CLIPPreset) -> dict:
 
 
 @pytest.fixture(scope="module")
-def encode(quick_compilation):
+def encode():
     """A function of images, the patches that are kept, and whether the class token is carried apart."""
     variables = variables_of(VIT)
 

@@ -10,9 +10,19 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
-from trial import REPOSITORY, SMALL, environment, finish, kill, losses, pod_variables, run, start, wait_for_step
+from trial import (
+    REPOSITORY,
+    SMALL,
+    assert_same_curve,
+    environment,
+    finish,
+    kill,
+    losses,
+    pod_variables,
+    start,
+    wait_for_step,
+)
 
 STEPS = "--config.steps=40"
 OFTEN = "--config.checkpoint_every=10"
@@ -37,20 +47,11 @@ def run_pod(processes: int, workdir: pathlib.Path) -> str:
     return outputs[0]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> dict[int, float]:
-    workdir = tmp_path_factory.mktemp("undisturbed")
-    run(*SMALL, STEPS, OFTEN, f"--workdir={workdir}")
-    return losses(workdir)
-
-
-def assert_goes_on(output: str, workdir: pathlib.Path, said: str, undisturbed: dict[int, float]) -> None:
+def assert_goes_on(output: str, workdir: pathlib.Path, said: str, undisturbed: pathlib.Path) -> None:
     """The run went on from the step that the line has named, and its curve is that of an undisturbed one."""
     [step] = re.findall(r"goes on from its last checkpoint \(step (\d+)\)", said)
     assert f"resumed at step {step} of 40" in output
-    curve = losses(workdir)
-    assert curve.keys() == undisturbed.keys()
-    np.testing.assert_allclose([curve[step] for step in curve], list(undisturbed.values()), rtol=2e-5)
+    assert_same_curve(losses(workdir), losses(undisturbed))
 
 
 def test_a_pod_names_its_lost_host_and_goes_on_started_again(undisturbed, tmp_path):

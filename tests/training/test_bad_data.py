@@ -9,14 +9,14 @@ import signal
 import numpy as np
 import pytest
 from PIL import Image
-from shards import pair_members, picture, write_shards, write_tar
+from shards import image_bytes, pair_members, write_shards, write_tar
 from trial import SMALL, finish, kill, start, wait_for_step
 
 from clip_jax.data import bad_samples
 from clip_jax.data.bad_samples import REASONS, BadSample, BadSamples, TooManyBadSamplesError
 from clip_jax.main import main
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+STEPS = "--config.steps=8"  # in all that end early, too: the schedule, and so the program, depends on their number
 
 
 def arguments(source: str, workdir, *more: str) -> list[str]:
@@ -40,14 +40,14 @@ def write_worse_shard(folder, every: int) -> str:
 
 
 def test_each_kind_of_bad_sample_is_counted_and_listed_by_name(capsys, tmp_path):
-    small = picture(2, size=1)
+    small = image_bytes(2, size=1)
     Image.new("RGB", (64, 4)).save(tmp_path / "thin.png")
     thin = (tmp_path / "thin.png").read_bytes()
     members = [
         *pair_members(range(51)),
-        *[("a.png", b"nothing"), ("a.txt", b"x"), ("b.png", picture(1)), ("b.txt", b" "), ("c.txt", b"x")],
-        *[("d.png", thin), ("d.txt", b"x"), ("e.png", small), ("e.txt", b"x"), ("../f.png", picture(1))],
-        *[("000001.png", picture(1)), ("000001.txt", b"again")],
+        *[("a.png", b"nothing"), ("a.txt", b"x"), ("b.png", image_bytes(1)), ("b.txt", b" "), ("c.txt", b"x")],
+        *[("d.png", thin), ("d.txt", b"x"), ("e.png", small), ("e.txt", b"x"), ("../f.png", image_bytes(1))],
+        *[("000001.png", image_bytes(1)), ("000001.txt", b"again")],
     ]
     write_tar(tmp_path / "a.tar", members)
     write_tar(tmp_path / "b.tar", pair_members(range(100, 106)))
@@ -56,7 +56,7 @@ def test_each_kind_of_bad_sample_is_counted_and_listed_by_name(capsys, tmp_path)
     limits = ["--config.data.min_image_side=4", "--config.data.max_aspect_ratio=8", "--config.data.max_bad_share=1"]
     workdir = tmp_path / "run"
     # 51 + 7 + 6 records: an epoch is four batches of 16.
-    assert main(arguments(f"wds:{tmp_path}/{{a,b}}.tar", workdir, *limits, "--config.steps=8")) == 0
+    assert main(arguments(f"wds:{tmp_path}/{{a,b}}.tar", workdir, *limits, STEPS)) == 0
     expected = {
         "undecodable": "a",
         "empty_caption": "b",
@@ -80,9 +80,9 @@ def test_each_kind_of_bad_sample_is_counted_and_listed_by_name(capsys, tmp_path)
 
 
 def test_too_many_bad_samples_end_the_run_with_a_line_and_a_checkpoint_that_goes_on(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(bad_samples, "FEWEST_SAMPLES", 100)
+    monkeypatch.setattr(bad_samples, "MIN_SAMPLES", 100)
     source = write_worse_shard(tmp_path, every=5)
-    flags = arguments(source, tmp_path / "run", "--config.steps=20")
+    flags = arguments(source, tmp_path / "run", STEPS)
     assert main(flags) == 1
     error = capsys.readouterr().err
     assert "samples are bad, more than config.data.max_bad_share=0.1 allows (undecodable" in error
@@ -91,7 +91,7 @@ def test_too_many_bad_samples_end_the_run_with_a_line_and_a_checkpoint_that_goes
     [saved] = (tmp_path / "run" / "checkpoints").iterdir()
     assert int(saved.name) == 7  # of 16 samples each: the first with a hundred to judge by
     assert main([*flags, "--config.data.max_bad_share=0.3"]) == 0
-    assert records(tmp_path / "run")[-1]["step"] == 20
+    assert records(tmp_path / "run")[-1]["step"] == 8
 
 
 def test_a_shard_deleted_during_the_run_ends_it_with_its_name_and_a_checkpoint(capsys, tmp_path, monkeypatch):
@@ -133,12 +133,12 @@ def test_a_full_disk_is_a_line_and_the_state_is_saved_where_there_is_room(capsys
     workdir = tmp_path / "run"
     workdir.mkdir()
     (workdir / "metrics.jsonl").symlink_to("/dev/full")
-    assert main(arguments(write_shards(tmp_path, 1, 30), workdir, "--config.steps=9")) == 1
+    assert main(arguments(write_shards(tmp_path, 1, 30), workdir, STEPS)) == 1
     error = capsys.readouterr().err
     assert "No space left on device" in error
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["2"]  # step 1 is logged when 2 has started
     (workdir / "metrics.jsonl").unlink()
-    assert main(arguments(write_shards(tmp_path, 1, 30), workdir, "--config.steps=9")) == 0
+    assert main(arguments(write_shards(tmp_path, 1, 30), workdir, STEPS)) == 0
 
 
 def test_a_checkpoint_that_cannot_be_written_is_a_line(capsys, tmp_path, monkeypatch):
@@ -148,7 +148,7 @@ def test_a_checkpoint_that_cannot_be_written_is_a_line(capsys, tmp_path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
-    assert main(arguments(write_shards(tmp_path, 1, 30), tmp_path / "run", "--config.steps=3")) == 1
+    assert main(arguments(write_shards(tmp_path, 1, 30), tmp_path / "run", STEPS)) == 1
     error = capsys.readouterr().err
     assert "a checkpoint cannot be written to" in error and "No space left on device" in error
     assert len(error.splitlines()) == 1
@@ -171,7 +171,7 @@ def test_two_sources_report_epochs_and_losses_of_their_own(tmp_path, steps):
 
 def test_a_source_of_which_a_batch_has_no_pair_reports_no_loss(tmp_path):
     source = write_shards(tmp_path, shards=1, pairs=24)
-    flags = arguments(f"{source} + emoji:noto/held_out", tmp_path / "run", "--config.steps=1")
+    flags = arguments(f"{source} + emoji:noto/held_out", tmp_path / "run", "--config.steps=6")
     assert main([*flags, "--config.data.weights=1000:1"]) == 0
     last = records(tmp_path / "run")[-1]
     assert f"loss/{source}" in last and "loss/emoji:noto/held_out" not in last

@@ -16,7 +16,6 @@ ARGUMENTS = [
     "--config.progressive_resolution.image_size=8",
     "--config.progressive_resolution.steps=3",
 ]
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ def sizes(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(quick_compilation, tmp_path_factory):
+def undisturbed(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed")
     assert main([*ARGUMENTS, f"--workdir={workdir}"]) == 0
     return workdir

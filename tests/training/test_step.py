@@ -23,15 +23,12 @@ from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.state import abstract_state, configured_mesh, create_state, make_model
 from clip_jax.training.step import make_train_step
 
-MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
+MESHES = [(8, 1), pytest.param((4, 2), marks=pytest.mark.slow), (2, 4), (1, 8)]
 STEPS = 8
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 @pytest.fixture(scope="module")
-def trained(quick_compilation, tiny_config, mesh_of):
+def trained(tiny_config, mesh_of):
     """A function from a mesh's shape to a short training on it, done once: its step, and what it gave."""
     config = tiny_config
     optimizer = make_optimizer(config.optimizer, 100)
@@ -220,9 +217,7 @@ def test_a_batch_seen_again_and_again_is_learnt_by_heart(trained):
 
 
 @pytest.mark.parametrize("row_major", [False, True])
-def test_parameters_travel_between_the_parts_of_a_mesh_and_activations_stay(
-    quick_compilation, tiny_config, mesh_of, row_major
-):
+def test_parameters_travel_between_the_parts_of_a_mesh_and_activations_stay(tiny_config, mesh_of, row_major):
     """Left to itself the compiler all-reduces activations of the whole batch, which then grow with fsdp.
 
     Told their layout, as for GPUs, it would gather them.

@@ -26,8 +26,6 @@ from clip_jax.training.step import make_train_step
 MESHES = [(8, 1), (2, 4)]
 BATCH = 56  # and 28 and 7 in a part of it: sizes that nothing but the batch has
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def config():
@@ -69,7 +67,7 @@ def start(config, mesh_of):
 
 
 @pytest.fixture(scope="module")
-def stepped(quick_compilation, config, start, mesh_of):
+def stepped(config, start, mesh_of):
     """A function from a mesh's shape to what one step on it gave, and the step's program."""
     optimizer = make_optimizer(config.optimizer, 100)
 

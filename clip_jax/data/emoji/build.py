@@ -1,16 +1,15 @@
-"""Builds the pairs that ship: emoji in eight styles, each with its name and its keywords.
+"""Builds the pairs in this package: emoji in eight styles with captions made of their names and keywords.
 
     pip install -e ".[dev]"
     python -m clip_jax.data.emoji.build
 
-downloads the npm packages below at fixed versions (``npm`` must be installed). The concepts are those that
-Noto, Twemoji, OpenMoji and emojibase all have. The script writes one ArrayRecord file per style and split into
-its own folder, and ``concepts.json``, the list of all concepts. Noto, Twemoji and OpenMoji have every concept;
-the other styles have some of them. Given the same packages it writes the same bytes.
+downloads the npm packages below at fixed versions (``npm`` must be installed), and writes one ArrayRecord file per
+style and split and ``concepts.json``, the list of all concepts, to its own folder. The concepts are those that Noto,
+Twemoji, OpenMoji and emojibase all have; the other styles have some of them. The same packages give the same bytes.
 
-A record is what :class:`clip_jax.data.sources.ArrayRecordSource` reads: a msgpack map of ``key`` (the emoji's
-code points), ``image`` (lossless WebP, RGB on white, 64 x 64 pixels, or 36 x 36 in the styles that come from
-Iconify), ``captions`` and ``label``.
+A record is a msgpack map of ``key`` (the emoji's code points), ``image`` (lossless WebP, RGB on white, 64 x 64 pixels,
+or 36 x 36 in the styles from Iconify), ``captions`` and ``label``, for
+:class:`clip_jax.data.sources.ArrayRecordSource`.
 """
 
 import argparse
@@ -46,18 +45,18 @@ ICONIFY_STYLES = {
     "noto_v1": "noto-v1",
 }
 IMAGE_SIZE = 64
-ICONIFY_SIZE = 36  # at 40 all that ships would be more than 25 MB
+ICONIFY_SIZE = 36  # with 40 all files would be more than 25 MB
 HELD_OUT_ONE_IN = 10
-COMPONENT_GROUP = 2  # emojibase's group of skin-tone and hair swatches: parts of emoji, not emoji
+COMPONENT_GROUP = 2  # emojibase's group of skin-tone and hair swatches, which are parts of emoji
 
 
 def is_held_out(key: str) -> bool:
-    """Whether a concept is kept from training in every style: one in ten, by its code points alone."""
+    """Whether no style trains on a concept: one in ten, chosen by its code points."""
     return int(hashlib.sha256(key.encode()).hexdigest(), 16) % HELD_OUT_ONE_IN == 0
 
 
 def captions_of(name: str, keywords: list[str]) -> list[str]:
-    """The name, and sentences made from it and its keywords; every caption names the concept."""
+    """Returns the name, and sentences made from it and the keywords. Every caption contains the name."""
     extra = [word for word in keywords if word.lower() not in name.lower()]
     captions = [
         name,
@@ -81,7 +80,7 @@ def on_white(image: Image.Image, size: int) -> Image.Image:
 
 
 def as_webp(image: Image.Image, size: int) -> bytes:
-    """Encodes an image without loss, on white."""
+    """Encodes an image on white as lossless WebP of ``size`` x ``size`` pixels."""
     stream = io.BytesIO()
     on_white(image, size).save(stream, "WEBP", lossless=True, quality=100, method=6)
     return stream.getvalue()
@@ -89,7 +88,7 @@ def as_webp(image: Image.Image, size: int) -> bytes:
 
 def render(size: int, **svg: str) -> Image.Image:
     """Renders the SVG file ``svg_path`` or the SVG text ``svg_string`` for an image of ``size`` pixels."""
-    import resvg_py  # of the "dev" extra: nothing else of the project needs it
+    import resvg_py  # only the extra "dev" installs it
 
     # Four times the final size, so that the downscale does the antialiasing as it did for the other styles.
     png = resvg_py.svg_to_bytes(**svg, width=4 * size, height=4 * size)
@@ -97,6 +96,7 @@ def render(size: int, **svg: str) -> Image.Image:
 
 
 def download(folder: pathlib.Path) -> None:
+    """Downloads and unpacks the npm packages that the folder lacks."""
     for name, version in PACKAGES.items():
         if (folder / name).is_dir():
             continue
@@ -110,7 +110,7 @@ def download(folder: pathlib.Path) -> None:
 
 
 def write_style(style: str, images: dict[str, bytes], names: dict[str, dict], output: pathlib.Path) -> None:
-    """Writes the two files of a style: the concepts to train on, and the held-out ones."""
+    """Writes the two files of a style: training concepts and held-out concepts."""
     for split, held_out in (("train", False), ("held_out", True)):
         chosen = [key for key in images if is_held_out(key) == held_out]
         path = output / f"{style}-{split}.array_record"

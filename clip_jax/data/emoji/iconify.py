@@ -1,4 +1,4 @@
-"""Reads the drawings of Iconify's packages and finds the concept that each of them shows."""
+"""Reads the drawings in Iconify's packages, and finds which emoji each of them shows."""
 
 import json
 import pathlib
@@ -7,13 +7,13 @@ import unicodedata
 
 
 def slug(name: str) -> str:
-    """The name as Iconify writes it: ``Côte d’Ivoire`` becomes ``cote-divoire``."""
+    """Returns a name as Iconify writes it: ``Côte d’Ivoire`` becomes ``cote-divoire``."""
     ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
     return re.sub("[^a-z0-9]+", "-", re.sub("['.]", "", ascii_name.replace("&", "and"))).strip("-")
 
 
 def without_variation_selector(code_points: str) -> str:
-    """The code points without U+FE0F, in upper case: the sources disagree on U+FE0F."""
+    """Returns the code points in upper case without U+FE0F, which the packages use differently."""
     return "-".join(point for point in code_points.upper().split("-") if point != "FE0F")
 
 
@@ -22,7 +22,7 @@ class Names:
 
     Args:
       labels: the name of each concept by its key.
-      unicode_names: Unicode's own name by code points; older icon sets use them.
+      unicode_names: Unicode's own names by code points, which older icon sets use.
     """
 
     def __init__(self, labels: dict[str, str], unicode_names: dict[str, str]):
@@ -46,18 +46,18 @@ def _unique(names: dict[str, str]) -> dict[str, str]:
 
 
 def icon_names(style: str) -> dict[str, str | None]:
-    """The concept of each icon of a style whose name does not give it; None for an icon to leave out."""
+    """Returns the concepts of the icons of a style whose names do not state it; None for an icon to leave out."""
     return json.loads((pathlib.Path(__file__).parent / "icon_names.json").read_text(encoding="utf-8")).get(style, {})
 
 
 def drawings(package: pathlib.Path, style: str, names: Names) -> dict[str, str]:
     """Returns the SVG text of each concept that the package draws, by the concept's key.
 
-    The package's ``chars.json`` gives the icon of each code point. Where it is empty, an icon belongs to the
-    concept of the same name, unless ``icon_names.json`` says otherwise.
+    The package's ``chars.json`` has the icon of each code point. If it is empty, an icon belongs to the concept of the
+    same name, or to that in ``icon_names.json``.
 
     Raises:
-      ValueError: two icons claim one concept, or ``icon_names.json`` names what is not there.
+      ValueError: two icons show one concept, or ``icon_names.json`` has an icon or concept that does not exist.
     """
 
     def read(path: pathlib.Path):
@@ -79,17 +79,17 @@ def drawings(package: pathlib.Path, style: str, names: Names) -> dict[str, str]:
     chosen = {}
     for key, name in pairs:
         if key in names.keys and svg_of(icons, chosen.setdefault(key, name)) != svg_of(icons, name):
-            raise ValueError(f"{style}: {chosen[key]} and {name} are both {key}: decide in icon_names.json")
+            raise ValueError(f"{style}: {chosen[key]} and {name} are both {key}: choose one in icon_names.json")
     return {key: svg_of(icons, name) for key, name in chosen.items()}
 
 
 def concept_name(icon: str) -> str:
-    """The name that emojibase would use: EmojiOne and Noto write ``flag-for-france`` for ``flag-france``."""
+    """Returns emojibase's form of an icon's name: ``flag-france`` for EmojiOne's and Noto's ``flag-for-france``."""
     return re.sub("^flag-for-(flag-)?", "flag-", icon)
 
 
 def svg_of(icons: dict, name: str) -> str:
-    """The SVG text of an icon or an alias, drawn in the middle of a square."""
+    """Returns the SVG text of an icon or an alias, centered in a square."""
     alias = icons.get("aliases", {}).get(name, {})
     icon = icons["icons"][alias.get("parent", name)]
     if unknown := {*alias, *icon} - {"parent", "body", "width", "height", "hFlip", "hidden"}:

@@ -1,25 +1,25 @@
-"""Where pairs come from: random access by index to encoded pictures and their captions.
+"""Opens sources of pairs: random access by index to encoded images and their captions.
 
-A source is named by one string, ``kind:where``, with options as in a web address; several are joined by `` + ``:
+A source is one string, ``kind:where?option=value&...``; several are joined by `` + ``:
 
 ==========================================  ========================================================================
 ``wds:/data/{00000..00099}.tar``            shards of WebDataset or img2dataset, read in place
 ``array_record:/data/pairs-*``              ArrayRecord files of msgpack maps with ``image`` (bytes) and ``captions``,
-                                            and, if wanted, ``key`` and ``label``: what ``clip_jax.prepare`` writes
+                                            and, if wanted, ``key`` and ``label``: as ``clip_jax.prepare`` writes
 ``tfds:coco_captions/train``                TensorFlow Datasets, prepared as ArrayRecord files
-``parquet:/data/*.parquet``                 Parquet files with the pictures' bytes, as Hugging Face writes them
+``parquet:/data/*.parquet``                 Parquet files with the images' bytes, as Hugging Face writes them
 ``csv:/pairs.csv``, ``tsv:``, ``jsonl:``    a table of paths, relative to its file, and captions
-``folder:/pictures``                        pictures, each beside a ``.txt`` of the same name with a caption a line
-``image_folder:/pictures``                  pictures in a folder a class, whose name is the caption
-``karpathy:/dataset.json?split=test``       Karpathy's annotations of COCO or Flickr30k; ``images`` is their folder
-``emoji:noto,twemoji/train``                the pairs that ship: styles (noto, twemoji, openmoji, fluent_flat,
+``folder:/images``                          images, each with a ``.txt`` of the same name, one caption per line
+``image_folder:/images``                    images in one folder per class, whose name is the caption
+``karpathy:/dataset.json?split=test``       Karpathy's annotations of COCO or Flickr30k; ``images=FOLDER`` of the images
+``emoji:noto,twemoji/train``                the pairs in this package: styles (noto, twemoji, openmoji, fluent_flat,
                                             fluent_color, emojione, fxemoji, noto_v1), then a split (train,
                                             held_out, or all); ``?label=group``: the class is Unicode's group
 ``digits:test``                             scikit-learn's handwritten digits (train, test)
 ==========================================  ========================================================================
 
 Options: ``image``, ``caption`` (or ``text``), ``label``, ``template``, ``clean`` (:mod:`clip_jax.data.sources.fields`);
-``index=FOLDER`` where the index of tars and tables is kept; ``data_dir`` of TensorFlow Datasets.
+``index=FOLDER`` for the index of tars and tables; ``data_dir`` of TensorFlow Datasets.
 """
 
 from clip_jax.data.sources.array_record import EMOJI_FOLDER, ArrayRecordSource, open_array_record, open_emoji
@@ -64,33 +64,34 @@ JOIN = " + "
 
 
 def open_source(name: str) -> Source:
-    """Opens the source, or the sources one after the other, that a string names (see the module's documentation).
+    """Opens the source that a string names, or several one after the other (see the module's documentation).
 
     Raises:
       FileNotFoundError: a file or folder is missing.
-      ValueError: the string or what it names is not as it should be.
+      ValueError: the string is wrong, or a file is not in the expected format.
     """
     mixture = open_mixture(name)
     return mixture.sources[0] if len(mixture.sources) == 1 else mixture
 
 
-def open_mixture(name: str, weights: str = "") -> Mixture:
-    """The same with how much of each is drawn: ``weights`` as in ``3:1``, or empty for each pair alike.
+def open_mixture(name: str, proportions: str = "") -> Mixture:
+    """Opens sources to draw from them in ``proportions`` such as ``3:1``, or every pair equally often by default.
 
     Raises:
-      FileNotFoundError, ValueError: as :func:`open_source`; or the weights cannot be.
+      FileNotFoundError: as :func:`open_source`.
+      ValueError: as :func:`open_source`, or the proportions are wrong.
     """
     names = source_names(name)
-    return Mixture(names, [_open_one(part) for part in names], weights)
+    return Mixture(names, [_open_one(part) for part in names], proportions)
 
 
 def source_names(name: str) -> list[str]:
-    """The names of the sources that a string joins."""
+    """Returns the names of the sources that a string joins."""
     return [part.strip() for part in name.split(JOIN)]
 
 
 def _open_one(name: str) -> Source:
     kind, _, where = name.partition(":")
     if kind not in OPENERS or not where:
-        raise ValueError(f"{name!r} names no source: write {', '.join(f'{kind}:...' for kind in OPENERS)}")
+        raise ValueError(f"{name!r} is not a source: write {', '.join(f'{kind}:...' for kind in OPENERS)}")
     return OPENERS[kind](where)

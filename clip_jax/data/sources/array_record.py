@@ -1,4 +1,4 @@
-"""Pairs from ArrayRecord files: what ``python -m clip_jax.prepare`` writes, and what ships with the project."""
+"""Reads pairs from ArrayRecord files: those of ``python -m clip_jax.prepare``, and the emoji in this package."""
 
 import json
 import os
@@ -19,22 +19,26 @@ from clip_jax.errors import first_line
 EMOJI_FOLDER = pathlib.Path(__file__).parent.parent / "emoji"
 EMOJI_STYLES = ("noto", "twemoji", "openmoji", "fluent_flat", "fluent_color", "emojione", "fxemoji", "noto_v1")
 EMOJI_SPLITS = ("train", "held_out")
-RECORDS_LOOKED_AT = 100  # for the fields that are not read
+RECORDS_FOR_NOTES = 100
 DEFAULT_FIELDS = Fields(image=("image",), captions=(("captions", 1.0),), label="label")
 
 
 class ArrayRecordSource:
     """Pairs from ArrayRecord files of msgpack maps, in the order of the files.
 
+    Args:
+      paths: files on a disk.
+      fields: which entries of a map are read.
+
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: a file is not an ArrayRecord file.
+      ValueError: a file is not an ArrayRecord file, or is in a bucket.
     """
 
     def __init__(self, paths: Sequence[str], fields: Fields = DEFAULT_FIELDS):
         for path in paths:
             if is_remote(path):
-                raise ValueError(f"{path}: ArrayRecord files must be on a disk; mount the bucket, or copy them")
+                raise ValueError(f"{path}: ArrayRecord files must be on a disk; mount the bucket or copy them")
             if not pathlib.Path(path).is_file():
                 raise FileNotFoundError(f"no ArrayRecord file {path}")
         self._paths, self._fields = list(paths), fields
@@ -55,30 +59,30 @@ class ArrayRecordSource:
             key = str(record.get("key", ""))
         except PairError:
             raise
-        except Exception as error:  # msgpack and the reader raise many kinds for damaged bytes
+        except Exception as error:  # damaged bytes raise errors of many kinds
             raise PairError(f"record {index} is damaged: {type(error).__name__}: {first_line(error)}") from None
         name = key or f"record {index}"
         get = nested(record, name)
         image = next((value for field in self._fields.image if (value := get(field)) is not None), None)
         if image is None:
-            raise PairError(f"record {index} has no picture in {', '.join(self._fields.image)}", "no_picture")
+            raise PairError(f"record {index} has no image in {', '.join(self._fields.image)}", "no_picture")
         if not isinstance(image, bytes):
-            raise PairError(f"record {index}: the picture must be bytes")
-        captions, weights = self._fields.captions_of(get, name)
-        given = record.get("weights")  # as the source had them that these files were written from
-        if self._fields.captions == DEFAULT_FIELDS.captions and _are_weights(given, len(captions)):
-            weights = given
-        return Pair(image, captions, name, self._fields.label_of(get), weights)
+            raise PairError(f"record {index}: the image must be bytes")
+        captions, proportions = self._fields.captions_of(get, name)
+        stored = record.get("weights")  # the proportions in the source of which these files were written
+        if self._fields.captions == DEFAULT_FIELDS.captions and _are_proportions(stored, len(captions)):
+            proportions = stored
+        return Pair(image, captions, name, self._fields.label_of(get), proportions)
 
     def notes(self) -> list[str]:
-        """Of the fields of some records, evenly spread: a list of all fields would mean to read all records."""
-        unread, looked_at = Counter(), range(0, len(self), max(1, len(self) // RECORDS_LOOKED_AT))
+        """Names the unused fields of 100 evenly spaced records: reading all records would take too long."""
+        unread, looked_at = Counter(), range(0, len(self), max(1, len(self) // RECORDS_FOR_NOTES))
         for index in looked_at:
             try:
                 record = msgpack.unpackb(self._records[index])
                 used = {"key", "weights", *(column_of(record, field) for field in self._fields.names())}
                 unread.update(str(field) for field in dict(record) if field not in used)
-            except Exception:  # a damaged record, which counts as one
+            except Exception:  # the training counts it as a bad sample
                 continue
         fields = [f"{field} ({count:,} of {len(looked_at):,} records)" for field, count in unread.items()]
         return [f"not used: fields {name_some(fields)}"] if fields else []
@@ -88,20 +92,21 @@ class ArrayRecordSource:
         return digest(files, repr(self._fields))
 
 
-def _are_weights(given: object, captions: int) -> bool:
-    if not isinstance(given, list) or len(given) != captions:
+def _are_proportions(stored: object, captions: int) -> bool:
+    if not isinstance(stored, list) or len(stored) != captions:
         return False
-    return all(isinstance(weight, int | float) and 0 < weight < 1e9 for weight in given)
+    return all(isinstance(number, int | float) and 0 < number < 1e9 for number in stored)
 
 
 def open_array_record(where: str) -> ArrayRecordSource:
-    place, options = split_options(where)
+    """Opens ``array_record:where``. Raises as :class:`ArrayRecordSource`, or ValueError for a wrong option."""
+    path, options = split_options(where)
     fields, _ = parse_fields(options, DEFAULT_FIELDS, f"array_record:{where}")
-    return ArrayRecordSource(expand(place), fields)
+    return ArrayRecordSource(expand(path), fields)
 
 
 class EmojiGroups(ArrayRecordSource):
-    """The pairs that ship with their group among Unicode's as the class: food and drink, and so on."""
+    """The emoji in this package with Unicode's group as the class, such as food and drink."""
 
     def __init__(self, paths: Sequence[str]):
         super().__init__(paths)
@@ -114,8 +119,9 @@ class EmojiGroups(ArrayRecordSource):
 
 
 def open_emoji(where: str) -> ArrayRecordSource:
-    place, _, options = where.partition("?")
-    styles, _, split = place.partition("/")
+    """Opens ``emoji:where``. Raises ValueError for an unknown style, split or option."""
+    path, _, options = where.partition("?")
+    styles, _, split = path.partition("/")
     splits = EMOJI_SPLITS if split == "all" else (split,)
     unknown = [style for style in styles.split(",") if style not in EMOJI_STYLES]
     if unknown or not set(splits) <= set(EMOJI_SPLITS):

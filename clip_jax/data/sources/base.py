@@ -1,4 +1,4 @@
-"""What a source of pairs is, and what it says when a record is none."""
+"""The Source protocol, and the errors that a source raises."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -7,21 +7,21 @@ from clip_jax.errors import FailedError
 
 
 class Pair(NamedTuple):
-    """An encoded picture, at least one caption of it, a name for it in messages, and its class if it has one.
+    """An encoded image, its captions (at least one), its name in messages, and its class if it has one.
 
-    Several classes stand one a line in ``label``.
-    ``weights`` say how often each caption is drawn, relative to the others; empty: all alike.
+    ``label`` has one class per line. ``proportions`` are how often each caption is drawn relative to the others; if
+    empty, all are equally likely.
     """
 
     image: bytes
     captions: Sequence[str]
     key: str
     label: str = ""
-    weights: Sequence[float] = ()
+    proportions: Sequence[float] = ()
 
 
 class PairError(ValueError):
-    """A record that is no pair; the message is one line that says which and why, ``reason`` is a word to count by."""
+    """A record cannot be used. The message is one line; ``reason`` is one of ``bad_samples.REASONS``."""
 
     def __init__(self, message: str, reason: str = "damaged_record"):
         super().__init__(message, reason)
@@ -32,26 +32,26 @@ class PairError(ValueError):
 
 
 class MissingPackageError(ValueError):
-    """What reads a source is not installed; one line that says how to install it."""
+    """A package that reads a source is not installed. The message is how to install it."""
 
 
 class ShardError(FailedError, OSError):
-    """A file of many pairs is gone or has changed, which no replacement of samples can mend; one line."""
+    """A file of many pairs is gone or has changed. Replacing single samples cannot fix that."""
 
 
 class Source(Protocol):
-    """Random access to pairs. Must be picklable: worker processes get a copy, so nothing large may be part of it."""
+    """Random access to pairs. It must be picklable and small, since every worker process gets a copy."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Pair:
-        """Raises PairError if this record cannot be used, ShardError if the file that held it is lost."""
+        """Returns a pair. Raises PairError if the record cannot be used, ShardError if its file is lost."""
         ...
 
     def notes(self) -> list[str]:
-        """What of its files gives neither a pair nor a bad sample, and what could be mistaken: a line each."""
+        """Returns lines about what is not used of its files, and about options that could be misunderstood."""
         ...
 
     def fingerprint(self) -> str:
-        """A digest that changes when the pairs or their order do; two runs over equal sources see equal data."""
+        """Returns a digest that changes when the pairs or their order change."""
         ...

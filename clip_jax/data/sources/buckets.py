@@ -1,7 +1,7 @@
-"""Buckets and servers, as fsspec reaches them: each request has a time limit and is repeated, each error is one line.
+"""Reads buckets and web servers with fsspec. Each request has a time limit and retries, and each error is one line.
 
-How long and how often is set once a process (:func:`use_access`), from ``config.data.bucket_timeout``,
-``bucket_retries`` and ``bucket_connections``; worker processes get it with what they are to read.
+:func:`use_access` sets the limits of this process from ``config.data.bucket_timeout``, ``bucket_retries`` and
+``bucket_connections``. Worker processes get the same limits.
 """
 
 import functools
@@ -18,10 +18,10 @@ from fsspec.exceptions import FSTimeoutError
 from clip_jax.data.sources.base import ShardError
 from clip_jax.errors import one_line
 
-PIECE = 1 << 23  # bytes of one request, so that the time limit is one of silence and not of size
-FIRST_PAUSE = 0.25  # seconds before a request is repeated; each further pause is twice as long
-MOST_SILENT = 5  # requests in a row, each with its retries
-DENIED = (401, 403)  # statuses of HTTP
+PIECE = 1 << 23  # bytes per request, so that the time limit does not depend on the size of a file
+FIRST_PAUSE = 0.25  # seconds before the first retry; each further pause is twice as long
+MAX_UNANSWERED = 5  # requests in a row, each with its retries
+DENIED = (401, 403)  # HTTP status codes
 NO_CREDENTIALS = {
     "NoCredentialsError",
     "PartialCredentialsError",
@@ -38,7 +38,7 @@ HOW_TO_LOG_IN = {
 
 
 class Access(NamedTuple):
-    """``timeout`` s for an answer of up to 8 MiB, ``retries`` after the first try, ``connections`` of one process."""
+    """``timeout`` in seconds for up to 8 MiB, ``retries`` after the first attempt, ``connections`` per process."""
 
     timeout: float = 15.0
     retries: int = 2
@@ -46,21 +46,21 @@ class Access(NamedTuple):
 
 
 def access_of(data: ml_collections.ConfigDict) -> Access:
-    """What ``config.data`` says about buckets."""
+    """Returns the settings of ``config.data`` for buckets."""
     return Access(data.bucket_timeout, data.bucket_retries, data.bucket_connections)
 
 
 class BucketError(OSError):
-    """A bucket or server does not give what it is asked for; one line."""
+    """A bucket or server refuses a request or does not answer it."""
 
 
 _access = Access()
-_silent: dict[str, int] = {}  # requests without an answer since the last that had one, by protocol
+_unanswered: dict[str, int] = {}  # by protocol: requests without an answer since the last answer
 _slots = threading.BoundedSemaphore(_access.connections)
 
 
 def use_access(access: Access) -> None:
-    """Sets how this process reads from buckets from now on."""
+    """Sets how this process reads from buckets."""
     global _access, _slots
     if access != _access:
         _access, _slots = access, threading.BoundedSemaphore(access.connections)
@@ -68,42 +68,49 @@ def use_access(access: Access) -> None:
 
 
 def current_access() -> Access:
+    """Returns how this process reads from buckets."""
     return _access
 
 
 def is_remote(path: str) -> bool:
+    """Whether a path is a URL, such as ``gs://bucket/file``."""
     return "://" in path
 
 
 @functools.cache
 def filesystem(protocol: str) -> fsspec.AbstractFileSystem:
-    """Raises ValueError if nothing installed reads this protocol, BucketError if it cannot be set up."""
-    options = {"use_listings_cache": False}  # what a bucket holds now, not what it held before
+    """Returns fsspec's filesystem of a protocol.
+
+    Raises:
+      ValueError: no installed package reads this protocol.
+      BucketError: it cannot be set up, for example without credentials.
+    """
+    options = {"use_listings_cache": False}  # files may be added while the program runs
     if protocol in ("s3", "s3a"):
         options["config_kwargs"] = {
             "connect_timeout": _access.timeout,
             "read_timeout": _access.timeout,
             "max_pool_connections": _access.connections,
-            "retries": {"max_attempts": 0},  # ours are the only ones
+            "retries": {"max_attempts": 0},  # ask() retries
         }
     try:
         found = fsspec.filesystem(protocol, **options)
     except (ImportError, ValueError) as error:
         raise ValueError(f"{protocol}:// cannot be read: {error}; pip install 'clip-jax-tpu[remote]'") from None
-    except Exception as error:  # credentials are looked for here by some
+    except Exception as error:  # some filesystems look for credentials here
         raise _explained(f"{protocol}://", error) from None
     if protocol in ("s3", "s3a"):
-        found.retries = 1  # s3fs tries so often by itself
+        found.retries = 1  # s3fs would retry by itself
     return found
 
 
 def ask(path: str, method: str, *arguments, **options):
-    """Calls a method of the path's filesystem, with the time limit and the retries of this process.
+    """Calls a method of the path's filesystem with the time limit and the retries of this process.
 
     Raises:
       FileNotFoundError: there is no such file or bucket.
-      BucketError: it may not be read, or nothing answers.
-      ShardError: nothing has answered the last five requests either.
+      BucketError: access is denied, or there is no answer.
+      ShardError: the last five requests had no answer.
       ValueError: as :func:`filesystem`.
     """
     protocol = path.partition("://")[0]
@@ -116,38 +123,38 @@ def ask(path: str, method: str, *arguments, **options):
                     answer = sync(found.loop, call, *arguments, timeout=_access.timeout, **options)
                 else:
                     answer = getattr(found, method)(*arguments, **options)
-            _silent.pop(protocol, None)
+            _unanswered.pop(protocol, None)
             return answer
         except FileNotFoundError as error:
-            cause = error.__cause__  # fsspec says so of a web server that cannot be reached or refuses, too
+            cause = error.__cause__  # fsspec also raises this if a web server refuses or cannot be reached
             if isinstance(cause, OSError) or _status(cause) not in (None, 404):
                 raise _explained(path, cause) from None
             raise FileNotFoundError(f"no file {path}; are bucket and path right?") from None
-        except Exception as error:  # each kind of bucket raises its own
+        except Exception as error:  # each filesystem raises its own kinds
             if attempt == _access.retries or _is_final(error):
-                _count_silence(path, protocol, error)
+                _count_unanswered(path, protocol, error)
                 raise _explained(path, error) from None
             time.sleep(FIRST_PAUSE * 2**attempt)
     raise AssertionError("unreachable")
 
 
-def _count_silence(path: str, protocol: str, error: Exception) -> None:
-    """Raises ShardError when so many requests in a row have had no answer that nothing more is to be expected."""
+def _count_unanswered(path: str, protocol: str, error: Exception) -> None:
+    """Raises ShardError if too many requests in a row have had no answer."""
     if not isinstance(error, FSTimeoutError | TimeoutError):
         return
-    _silent[protocol] = _silent.get(protocol, 0) + 1
-    if _silent[protocol] >= MOST_SILENT:
-        raise ShardError(f"{_explained(path, error)}; nor had the {MOST_SILENT - 1} requests before") from None
+    _unanswered[protocol] = _unanswered.get(protocol, 0) + 1
+    if _unanswered[protocol] >= MAX_UNANSWERED:
+        raise ShardError(f"{_explained(path, error)}; the {MAX_UNANSWERED - 1} requests before failed, too") from None
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether asking again would give the same answer."""
+    """Whether a retry would give the same error."""
     final = isinstance(error, PermissionError | IsADirectoryError | ValueError | TypeError | NotImplementedError)
     return final or type(error).__name__ in NO_CREDENTIALS or _status(error) in (400, *DENIED)
 
 
 def _status(error: Exception | None) -> int | None:
-    """The status of HTTP that an error of gcsfs or aiohttp has."""
+    """Returns the HTTP status code of an error of gcsfs or aiohttp, if it has one."""
     return getattr(error, "code", None) or getattr(error, "status", None)
 
 
@@ -168,18 +175,18 @@ def _explained(path: str, error: Exception) -> BucketError:
 
 
 def read_remote(path: str, start: int, length: int) -> bytes:
-    """These bytes of a file, in requests of at most 8 MiB; fewer if it ends before. Raises as :func:`ask`."""
+    """Reads ``length`` bytes of a file, or fewer at its end, in requests of at most 8 MiB. Raises as :func:`ask`."""
     pieces, end = [], start + length
-    for place in range(start, end, PIECE):
-        pieces.append(ask(path, "cat_file", path, start=place, end=min(end, place + PIECE)))
+    for offset in range(start, end, PIECE):
+        pieces.append(ask(path, "cat_file", path, start=offset, end=min(end, offset + PIECE)))
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 class RemoteFile(io.RawIOBase):
-    """A file of a bucket by ranges; each read is a request of its own, so wrap it where reads are small."""
+    """A file in a bucket. Each read is a request, so wrap it in a buffer."""
 
     def __init__(self, path: str, size: int):
-        self._path, self._size, self._place = path, size, 0
+        self._path, self._size, self._position = path, size, 0
 
     def readable(self) -> bool:
         return True
@@ -188,16 +195,16 @@ class RemoteFile(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self._place
+        return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
-        return self._place
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
 
     def read(self, size: int = -1) -> bytes:
-        end = self._size if size is None or size < 0 else min(self._size, self._place + size)
-        data = read_remote(self._path, self._place, end - self._place) if end > self._place else b""
-        self._place += len(data)
+        end = self._size if size is None or size < 0 else min(self._size, self._position + size)
+        data = read_remote(self._path, self._position, end - self._position) if end > self._position else b""
+        self._position += len(data)
         return data
 
     def readinto(self, buffer) -> int:

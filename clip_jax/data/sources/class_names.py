@@ -1,4 +1,4 @@
-"""Names of classes that a data set stores as numbers."""
+"""Looks up the names of classes that a data set stores as numbers."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from clip_jax.data.sources.base import PairError
 from clip_jax.data.sources.fields import column_of
 
-LISTS = ("Sequence", "List", "LargeList")  # Hugging Face's features of several values
+LISTS = ("Sequence", "List", "LargeList")  # types of Hugging Face's features with several values
 
 
 def features_of(metadata: Mapping[bytes, bytes] | None) -> dict:
-    """The features that Hugging Face's ``datasets`` writes into a Parquet file's metadata; empty if it has none."""
+    """Returns the features that Hugging Face's ``datasets`` stores in a Parquet file's metadata; empty if none."""
     try:
         return json.loads((metadata or {})[b"huggingface"])["info"]["features"] or {}
     except (KeyError, TypeError, ValueError):
@@ -18,7 +18,7 @@ def features_of(metadata: Mapping[bytes, bytes] | None) -> dict:
 
 
 def names_of(features: object, path: str) -> list[str]:
-    """The names of the ClassLabel at a path of keys with dots between, in the order of its numbers; else empty."""
+    """Returns the names of the ClassLabel at a path of keys joined by dots, in the order of its numbers; else empty."""
     while isinstance(features, list) or (isinstance(features, dict) and features.get("_type") in LISTS):
         features = (features or [None])[0] if isinstance(features, list) else features.get("feature")
     if not isinstance(features, dict):
@@ -35,15 +35,15 @@ def names_of(features: object, path: str) -> list[str]:
 def with_names(
     get: Callable[[str], object], names: Mapping[str, Sequence[str]], record: str
 ) -> Callable[[str], object]:
-    """The same getter, but of the number of a class its name; of -1, which stands for no class, None.
+    """Returns a getter that gives the name of a class instead of its number, and None for -1 (no class).
 
     Args:
       get: from a field's name to its value.
-      names: of the classes, by field; a field without is left as it is.
-      record: its name, for messages.
+      names: the names of the classes, by field. The values of other fields are unchanged.
+      record: name of the record, for messages.
 
     Returns:
-      The getter, which raises PairError for a number without a name.
+      The getter. It raises PairError for a number without a name.
     """
 
     def name_of(field: str, value: object) -> object:

@@ -1,9 +1,9 @@
-"""Digests of what identifies a source."""
+"""Digests that identify a source."""
 
 import hashlib
 import json
 
 
 def digest(*parts: object) -> str:
-    """Sixteen hexadecimal digits that tell values from others that JSON writes differently."""
+    """Returns 16 hexadecimal digits that differ for values whose JSON differs."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

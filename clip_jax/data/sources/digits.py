@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1,797 pictures of 8 x 8, for a task of one second."""
+"""Reads scikit-learn's handwritten digits: 1,797 images of 8 x 8 pixels, for a task that takes one second."""
 
 import io
 
@@ -11,10 +11,11 @@ SPLITS = {"train": slice(0, 898), "test": slice(898, 1797)}  # halves, as in sci
 
 
 class DigitsSource:
-    """Pairs of one split; the digit is class and caption.
+    """Pairs of one split. The digit is the class and the caption.
 
     Raises:
-      ValueError: scikit-learn is not installed, or there is no such split.
+      MissingPackageError: scikit-learn is not installed.
+      ValueError: there is no such split.
     """
 
     def __init__(self, split: str):
@@ -23,9 +24,9 @@ class DigitsSource:
         except ImportError:
             raise MissingPackageError(f"digits:{split} needs scikit-learn: pip install 'clip-jax-tpu[eval]'") from None
         if split not in SPLITS:
-            raise ValueError(f"digits:{split}: there is {' and '.join(SPLITS)}")
+            raise ValueError(f"digits:{split}: the splits are {' and '.join(SPLITS)}")
         data, self._split = load_digits(), split
-        # Ink from 0 to 16 on white paper, as photographs of digits are.
+        # Ink values 0 to 16 become black on white, like photographs of digits.
         self._images = (255 - data.images[SPLITS[split]] * 255 / 16).round().astype("uint8")  # [M, 8, 8]
         self._labels = data.target[SPLITS[split]]
 

@@ -1,4 +1,4 @@
-"""Names, sizes and bytes of files, on a disk or wherever fsspec reaches (``gs://``, ``s3://``)."""
+"""Finds and reads files on a disk or in a bucket (``gs://``, ``s3://``), and notices when they change."""
 
 import contextlib
 import glob
@@ -19,20 +19,20 @@ BUFFER = 1 << 20  # bytes
 
 
 class Stamp(NamedTuple):
-    """What changes when a file does: its size in bytes, and its time, or the server's tag, as text."""
+    """Changes when a file does: its size in bytes, and its modification time or the server's tag."""
 
     size: int
     time: str
 
 
 def expand(where: str) -> list[str]:
-    """Files that a text names: patterns with ``{00..99}`` and ``*``, several of them with commas between.
+    """Returns the files that match patterns with ``{00..99}`` and ``*``, joined by commas.
 
-    A local file of just this name is that file, whatever its name holds.
+    A local file of exactly this name is not taken for a pattern.
 
     Raises:
-      FileNotFoundError: one of the patterns has no file.
-      ValueError: braces that are no pattern.
+      FileNotFoundError: no file matches one of the patterns.
+      ValueError: the braces are not a valid pattern.
     """
     if not is_remote(where) and os.path.exists(where):
         return [where]
@@ -68,61 +68,61 @@ def _split_outside_braces(where: str) -> list[str]:
 
 
 def stamp(path: str) -> Stamp:
-    """Raises FileNotFoundError, or another OSError, with the file's name."""
+    """Returns the stamp of a file. Raises FileNotFoundError or another OSError with the file's name."""
     if is_remote(path):
         details = ask(path, "info", path)
         if details.get("type") == "directory":
             raise IsADirectoryError(f"{path} is a folder, not a file")
         if details.get("size") is None:
-            raise OSError(f"{path}: the server does not tell its size, so no part of it can be read")
+            raise OSError(f"{path}: the server does not report the file's size, so that parts of it cannot be read")
         time = next((details[name] for name in ("ETag", "etag", "LastModified", "mtime") if details.get(name)), "")
         return Stamp(details["size"], str(time))
     try:
         details = os.stat(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"no file {path}") from None
-    _check_plain(path, details.st_mode)
+    _check_regular(path, details.st_mode)
     return Stamp(details.st_size, str(details.st_mtime_ns))
 
 
-def _check_plain(path: str, mode: int) -> None:
-    """Raises OSError for what is no file: opening a pipe would wait for whoever writes into it."""
+def _check_regular(path: str, mode: int) -> None:
+    """Raises OSError unless it is a regular file: opening a pipe would wait for a writer."""
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(f"{path} is a folder, not a file")
     if not stat.S_ISREG(mode):
-        raise OSError(f"{path} is a pipe, socket or device, not a file; write what it gives to a file first")
+        raise OSError(f"{path} is a pipe, socket or device, not a file; write its content to a file first")
 
 
 def read_range(path: str, start: int, length: int, at_start: Stamp) -> bytes:
-    """``length`` bytes from ``start`` of a shard that had this stamp when it was opened.
+    """Returns ``length`` bytes from ``start`` of a shard that had the stamp ``at_start`` when it was opened.
 
     Raises:
-      ShardError: the shard is gone, or has been written anew.
-      PairError: a bucket does not give these bytes now.
+      ShardError: the shard is gone or has changed.
+      PairError: a bucket cannot be read now.
     """
     if is_remote(path):
         try:
             data = read_remote(path, start, length)
         except FileNotFoundError:
-            raise ShardError(f"{path} is gone") from None
+            raise ShardError(f"{path} no longer exists") from None
         except ShardError:
             raise
         except (OSError, ValueError) as error:
             raise PairError(str(error), "unreadable_file") from None
     else:
-        # Opened for each record: a shard that is deleted or written anew is noticed, and no limit is reached.
+        # The file is opened for each record, to notice changes and to stay below the limit of open files.
         with _local(path) as file:
             check_unchanged(path, file, at_start)
             data = os.pread(file, length, start)
     if len(data) != length:
-        raise ShardError(f"{path} ends {length - len(data):,} bytes too early")
+        raise ShardError(f"{path} ends {length - len(data):,} bytes too early; copy it again")
     return data
 
 
 @contextlib.contextmanager
 def _local(path: str) -> Iterator[int]:
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # of a pipe it would wait for a writer
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # to not wait for a writer if it is a pipe
         try:
             yield file
         finally:
@@ -134,14 +134,14 @@ def _local(path: str) -> Iterator[int]:
 
 
 def check_unchanged(path: str, file: int | str, at_start: Stamp) -> None:
-    """Raises ShardError if a local file, or its descriptor, no longer has this stamp."""
+    """Raises ShardError if a local file (a path or a descriptor) no longer has this stamp."""
     now = os.stat(file)
     if (now.st_size, str(now.st_mtime_ns)) != tuple(at_start):
-        raise ShardError(f"{path} has been written anew: it had {at_start.size:,} bytes and has {now.st_size:,}")
+        raise ShardError(f"{path} has changed since the start: it had {at_start.size:,} bytes, now {now.st_size:,}")
 
 
 def ends_digest(path: str) -> str:
-    """A digest of a file's first and last 64 kB, where most formats keep what tells one file from another."""
+    """Returns a digest of a file's first and last 64 kB, in which most formats store what identifies a file."""
     with open(path, "rb") as file:
         head = file.read(ENDS)
         file.seek(max(0, os.fstat(file.fileno()).st_size - ENDS))
@@ -149,12 +149,12 @@ def ends_digest(path: str) -> str:
 
 
 def open_file(path: str) -> BinaryIO:
-    """A file to read from, buffered. Raises OSError, also for what is no plain file."""
+    """Opens a file to read, buffered. Raises OSError, also if it is not a regular file."""
     if is_remote(path):
         return io.BufferedReader(RemoteFile(path, stamp(path).size), BUFFER)
-    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # of a pipe it would wait for a writer
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # to not wait for a writer if it is a pipe
     try:
-        _check_plain(path, os.fstat(file).st_mode)
+        _check_regular(path, os.fstat(file).st_mode)
     except OSError:
         os.close(file)
         raise
@@ -162,7 +162,7 @@ def open_file(path: str) -> BinaryIO:
 
 
 def read_whole(path: str) -> bytes:
-    """Raises OSError, also for what is no plain file."""
+    """Returns a file's content. Raises OSError, also if it is not a regular file."""
     if is_remote(path):
         return ask(path, "cat_file", path)
     with open_file(path) as file:
@@ -170,7 +170,7 @@ def read_whole(path: str) -> bytes:
 
 
 def join(folder: str, name: str) -> str:
-    """The path of ``name`` as seen from ``folder``; what is absolute already stays as it is."""
+    """Returns the path of ``name`` relative to ``folder``. An absolute path is unchanged."""
     if is_remote(name):
         return name
     return f"{folder.rstrip('/')}/{name}" if is_remote(folder) else os.path.join(folder, name)

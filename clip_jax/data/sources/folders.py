@@ -1,4 +1,4 @@
-"""Pairs of pictures in a folder: each beside a text file of its captions, or in a folder a class."""
+"""Reads pairs from folders of images, each with a text file of captions or in a folder named by its class."""
 
 import os
 import pathlib
@@ -17,28 +17,28 @@ TEXT = ".txt"
 
 
 def open_folder(where: str) -> TableSource:
-    """Pictures below a folder, each with a text file of the same name beside it that holds a caption a line.
+    """Opens the images below a folder, each with a text file of the same name that has one caption per line.
 
     Raises:
       FileNotFoundError: there is no such folder.
-      ValueError: there are no pictures, or none has a text file.
+      ValueError: there are no images, or none has a text file.
     """
-    place, options = split_options(where)
+    path, options = split_options(where)
     fields, others = parse_fields(options, Fields((), ()), f"folder:{where}", also=("index",))
-    folder = _existing(place)
-    files, passed_over = _files_below(folder)
-    pictures = _pictures(folder, files)
-    # .txt before .TXT
+    folder = _existing(path)
+    files, skipped = _files_below(folder)
+    images = _images(folder, files)
+    # .txt sorts after .TXT and so replaces it
     by_stem = {os.path.splitext(name)[0]: name for name in sorted(files) if _suffix(name) == TEXT}
-    texts = {name: by_stem.get(os.path.splitext(name)[0], "") for name in pictures}
+    texts = {name: by_stem.get(os.path.splitext(name)[0], "") for name in images}
     if not any(texts.values()):
-        expected = folder / (os.path.splitext(pictures[0])[0] + TEXT)
-        raise ValueError(f"{folder / pictures[0]} has no caption: write at least one line into {expected}")
-    used = {*pictures, *texts.values()}
+        expected = folder / (os.path.splitext(images[0])[0] + TEXT)
+        raise ValueError(f"{folder / images[0]} has no captions: write at least one line to {expected}")
+    used = {*images, *texts.values()}
 
     def rows(_: Counter) -> Iterator[Row]:
         lines = Fields((), (("its .txt", 1.0),), "", fields.templates, fields.clean)
-        for name in pictures:
+        for name in images:
             try:
                 found = _captions(folder / texts[name]) if texts[name] else []
             except ValueError as error:
@@ -46,15 +46,15 @@ def open_folder(where: str) -> TableSource:
                 continue
             yield make_row(name, str(folder / name), lines, lambda _, found=found: found)
 
-    what = [[name, files[name].size, files.get(texts[name])] for name in pictures]
-    sizes = [[name, files[name].size] for name in pictures]
-    notes = _notes([name for name in files if name not in used], passed_over)
+    content = [[name, files[name].size, files.get(texts[name])] for name in images]
+    sizes = [[name, files[name].size] for name in images]
+    notes = _notes([name for name in files if name not in used], skipped)
     root = os.path.abspath(folder)
-    return open_rows("folder", [what, repr(fields)], [root], [rows], others.get("index", ""), sizes, notes)
+    return open_rows("folder", [content, repr(fields)], [(root, rows)], others.get("index", ""), sizes, notes)
 
 
 def _captions(path: pathlib.Path) -> list[str]:
-    """The lines of a text file: only a line feed, with or without a carriage return before it, ends one."""
+    """Returns the lines of a text file. Only a line feed ends a line; a carriage return before it is dropped."""
     text = read_text(str(path))
     if "\0" in text:
         raise ValueError(f"{path} holds a zero byte")
@@ -62,53 +62,53 @@ def _captions(path: pathlib.Path) -> list[str]:
 
 
 def open_image_folder(where: str) -> TableSource:
-    """Pictures in a folder a class; the class is the folder's name, and the caption (torchvision's ImageFolder).
+    """Opens images in one folder per class, whose name is class and caption, as torchvision's ImageFolder.
 
     Raises:
       FileNotFoundError: there is no such folder.
-      ValueError: it has no folders, or no pictures in them.
+      ValueError: it has no folders, or no images in them.
     """
-    place, options = split_options(where)
+    path, options = split_options(where)
     fields, others = parse_fields(options, Fields((), (), label="its folder"), f"image_folder:{where}", also=("index",))
-    folder = _existing(place)
+    folder = _existing(path)
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     if not classes:
-        raise ValueError(f"{folder} has no folders; it must have one for each class, with pictures in it")
-    files, passed_over = {}, Counter()
+        raise ValueError(f"{folder} has no folders; it must have one for each class, with images in it")
+    files, skipped = {}, Counter()
     for name in classes:
-        found, passed = _files_below(folder / name)
+        found, skipped_here = _files_below(folder / name)
         files |= {f"{name}/{path}": stamp for path, stamp in found.items()}
-        passed_over += passed
-    pictures = []
+        skipped += skipped_here
+    images = []
     for name in classes:
-        pictures += sorted((path, name) for path in files if path.startswith(f"{name}/") and _is_picture(path))
-    if not pictures:
+        images += sorted((path, name) for path in files if path.startswith(f"{name}/") and _is_image(path))
+    if not images:
         raise ValueError(_no_pictures(folder, files))
-    without = set(classes) - {name for _, name in pictures}
-    passed_over |= Counter({f"folder {name} without a picture": 1 for name in without})
-    used = {path for path, _ in pictures}
+    empty = set(classes) - {name for _, name in images}
+    skipped |= Counter({f"folder {name} without an image": 1 for name in empty})
+    used = {path for path, _ in images}
     unused = [path for path in files if path not in used]
     unused += [entry.name for entry in folder.iterdir() if not entry.is_dir()]
 
     def rows(_: Counter) -> Iterator[Row]:
-        for path, name in pictures:
+        for path, name in images:
             yield make_row(path, str(folder / path), fields, lambda _, name=name: name)
 
-    sizes = [[path, files[path].size] for path, _ in pictures]
+    sizes = [[path, files[path].size] for path, _ in images]
     root = os.path.abspath(folder)
-    what, notes = [sizes, repr(fields)], _notes(unused, passed_over)
-    return open_rows("image_folder", what, [root], [rows], others.get("index", ""), sizes, notes)
+    content, notes = [sizes, repr(fields)], _notes(unused, skipped)
+    return open_rows("image_folder", content, [(root, rows)], others.get("index", ""), sizes, notes)
 
 
-def _existing(place: str) -> pathlib.Path:
-    folder = pathlib.Path(place)
+def _existing(path: str) -> pathlib.Path:
+    folder = pathlib.Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
     return folder
 
 
 def _files_below(folder: pathlib.Path) -> tuple[dict[str, Stamp], Counter]:
-    """All files by path below the folder, and what else there is, counted by kind.
+    """Returns the stamps of all files by their path below the folder, and the number of other entries by kind.
 
     Raises:
       OSError: a folder cannot be read.
@@ -117,46 +117,46 @@ def _files_below(folder: pathlib.Path) -> tuple[dict[str, Stamp], Counter]:
     def fail(error: OSError) -> None:
         raise error
 
-    files, passed_over = {}, Counter()
+    files, skipped = {}, Counter()
     for parent, folders, names in os.walk(folder, onerror=fail):
-        passed_over["link to a folder"] += sum(os.path.islink(os.path.join(parent, name)) for name in folders)
+        skipped["link to a folder"] += sum(os.path.islink(os.path.join(parent, name)) for name in folders)
         for name in names:
             path = pathlib.Path(parent) / name
             try:
                 details = os.stat(path)
             except FileNotFoundError:
-                passed_over["link to nothing"] += 1
+                skipped["broken link"] += 1
                 continue
             if stat.S_ISREG(details.st_mode):
                 files[path.relative_to(folder).as_posix()] = Stamp(details.st_size, str(details.st_mtime_ns))
             else:
-                passed_over["pipe, socket or device"] += 1
-    return files, +passed_over
+                skipped["pipe, socket or device"] += 1
+    return files, +skipped
 
 
-def _pictures(folder: pathlib.Path, files: dict[str, Stamp]) -> list[str]:
-    pictures = sorted(filter(_is_picture, files))
-    if not pictures:
+def _images(folder: pathlib.Path, files: dict[str, Stamp]) -> list[str]:
+    images = sorted(filter(_is_image, files))
+    if not images:
         raise ValueError(_no_pictures(folder, files))
-    return pictures
+    return images
 
 
 def _no_pictures(folder: pathlib.Path, files: dict[str, Stamp]) -> str:
-    found = "; ".join(_notes(list(files), Counter())).replace("not used: ", "only ") or "nothing at all"
-    return f"no pictures below {folder}, {found}; looked for .jpg, .png, .webp and all else that Pillow reads"
+    found = "; ".join(_notes(list(files), Counter())).replace("not used: ", "only ") or "it is empty"
+    return f"no images below {folder}, {found}; supported are .jpg, .png, .webp and all else that Pillow reads"
 
 
 def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _is_picture(name: str) -> bool:
+def _is_image(name: str) -> bool:
     return _suffix(name) in image_suffixes()
 
 
-def _notes(unused: Sequence[str], passed_over: Counter) -> list[str]:
-    """``not used: 12 files .heic, 1 file without an ending, 2 of: link to nothing``."""
-    endings = Counter(_suffix(name) or "without an ending" for name in unused)
-    said = [f"{count:,} {'file' if count == 1 else 'files'} {ending}" for ending, count in endings.most_common()]
-    said += [f"{count:,} x {kind}" for kind, count in passed_over.items()]
-    return [f"not used: {', '.join(said)}"] if said else []
+def _notes(unused: Sequence[str], skipped: Counter) -> list[str]:
+    """Returns a note such as ``not used: 12 files .heic, 1 file without a suffix, 2 x broken link``, if any."""
+    endings = Counter(_suffix(name) or "without a suffix" for name in unused)
+    parts = [f"{count:,} {'file' if count == 1 else 'files'} {ending}" for ending, count in endings.most_common()]
+    parts += [f"{count:,} x {kind}" for kind, count in skipped.items()]
+    return [f"not used: {', '.join(parts)}"] if parts else []

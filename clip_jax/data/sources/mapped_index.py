@@ -1,7 +1,6 @@
-"""Tables about a source that are too large for each process to hold: built once, in a folder, and mapped from there.
+"""Keeps large tables about a source on disk. They are built once, and memory-mapped by all processes of a machine.
 
-Each is a folder of ``.npy`` arrays with a ``meta.json``, below ``$XDG_CACHE_HOME/clip_jax/index`` if no other place is
-named. All processes of a machine that map it share its pages.
+An index is a folder of ``.npy`` arrays with a ``meta.json``, by default below ``$XDG_CACHE_HOME/clip_jax/index``.
 """
 
 import contextlib
@@ -18,17 +17,17 @@ from clip_jax.files import whole
 
 
 class Tables(NamedTuple):
-    """``meta`` can be written as JSON; ``arrays`` have one dimension or more."""
+    """The content of an index. ``meta`` can be written as JSON; ``arrays`` have one dimension or more."""
 
     meta: dict
     arrays: dict[str, np.ndarray]
 
 
 class MappedIndex:
-    """Arrays of a folder, mapped, as ``arrays`` by name; pickled as the folder's path alone.
+    """The arrays of an index, memory-mapped: ``arrays`` by name. A pickle holds only the folder's path.
 
     Raises:
-      ValueError: the folder does not hold what it should.
+      ValueError: the folder is not a complete index.
     """
 
     def __init__(self, folder: pathlib.Path):
@@ -37,21 +36,21 @@ class MappedIndex:
             self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in self.meta["arrays"]}
         except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder} holds no index: {error}") from None
+            raise ValueError(f"{folder} is not an index: {error}") from None
 
     def __reduce__(self) -> tuple:
         return MappedIndex, (self.folder,)
 
 
 def open_or_build(kind: str, name: str, content: str, folder: str, build: Callable[[MappedIndex | None], Tables]):
-    """The tables of this content: those that are there, or new ones. What a folder holds never changes.
+    """Opens the index of some content, or builds it if it does not exist. An index never changes.
 
     Args:
-      kind: what the tables are about, for the folder's name.
-      name: a digest of what they are made of, whatever it may hold now.
-      content: a digest of all that they depend on.
-      folder: where tables are kept; empty for the default.
-      build: makes them, and may take over parts of the newest of the same name, if there are any.
+      kind: what the index is about, for the folder's name.
+      name: a digest of the names of the files that it describes.
+      content: a digest of all that it depends on.
+      folder: folder of all indexes; empty for the default.
+      build: computes the tables. It gets the newest index of the same ``name``, or None, and may copy parts of it.
 
     Returns:
       The :class:`MappedIndex`.
@@ -60,40 +59,40 @@ def open_or_build(kind: str, name: str, content: str, folder: str, build: Callab
       ValueError: the folder cannot be written to.
     """
     parent = pathlib.Path(folder or cache_folder("index"))
-    place = parent / f"{kind}-{name}-{content}"
+    path = parent / f"{kind}-{name}-{content}"
     try:
-        return MappedIndex(place)
+        return MappedIndex(path)
     except ValueError:
-        pass  # not there, or damaged
+        pass  # it does not exist, or is damaged
     meta, arrays = build(_newest(parent, f"{kind}-{name}-"))
     try:
-        with whole(place) as unfinished:
+        with whole(path) as unfinished:
             unfinished.mkdir(parents=True)
             for key, array in arrays.items():
                 np.save(unfinished / f"{key}.npy", array)
             (unfinished / "meta.json").write_text(json.dumps(meta | {"arrays": list(arrays)}), encoding="utf-8")
-            _remove_damaged(place)
+            _remove_damaged(path)
     except OSError as error:
         with contextlib.suppress(ValueError):
-            return MappedIndex(place)  # another process was first, and its tables are the same
+            return MappedIndex(path)  # another process was first, and its tables are the same
         raise ValueError(
-            f"an index cannot be written to {parent}: {error.strerror or error}; name another folder with "
+            f"an index cannot be written to {parent}: {error.strerror or error}; choose another folder with "
             "?index=FOLDER or XDG_CACHE_HOME"
         ) from None
-    return MappedIndex(place)
+    return MappedIndex(path)
 
 
 def _newest(parent: pathlib.Path, prefix: str) -> MappedIndex | None:
-    for place in sorted(parent.glob(f"{prefix}*"), key=lambda place: place.stat().st_mtime, reverse=True):
+    for path in sorted(parent.glob(f"{prefix}*"), key=lambda path: path.stat().st_mtime, reverse=True):
         with contextlib.suppress(ValueError):
-            return MappedIndex(place)
+            return MappedIndex(path)
     return None
 
 
-def _remove_damaged(place: pathlib.Path) -> None:
-    """Removes a folder that is no index and so of no use to anyone: a folder cannot be renamed onto one with files."""
-    if place.is_dir():
+def _remove_damaged(path: pathlib.Path) -> None:
+    """Removes a folder that is not an index, since no folder can be renamed to one that has files."""
+    if path.is_dir():
         try:
-            MappedIndex(place)
+            MappedIndex(path)
         except ValueError:
-            shutil.rmtree(place)
+            shutil.rmtree(path)

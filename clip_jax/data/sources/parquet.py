@@ -1,7 +1,7 @@
-"""Pairs from Parquet files as Hugging Face writes them: a column of pictures as bytes, or as ``{bytes, path}``.
+"""Reads pairs from Parquet files as Hugging Face writes them: a column of images as bytes, or as ``{bytes, path}``.
 
-Parquet has no random access below a row group, so a picture costs the reading of its group; the last few are kept. With
-groups of more than some tens of pictures, write ArrayRecord files from it once (``python -m clip_jax.prepare``).
+Parquet has no random access below a row group, so every image costs the reading of its group; the last few are cached.
+If groups hold more than some tens of images, convert them once to ArrayRecord (``python -m clip_jax.prepare``).
 """
 
 import functools
@@ -18,6 +18,7 @@ from clip_jax.data.sources.fields import (
     Fields,
     column_notes,
     column_of,
+    count_files,
     nested,
     parse_fields,
     split_options,
@@ -26,21 +27,26 @@ from clip_jax.data.sources.files import Stamp, check_unchanged, ends_digest, exp
 from clip_jax.errors import one_line
 
 DEFAULT_FIELDS = Fields(image=("image",), captions=(("caption", 1.0),))
-ROW_GROUPS_KEPT = 4  # in each process
+CACHED_ROW_GROUPS = 4  # in each process
 
 
 class ParquetSource:
     """Pairs from Parquet files, in the order of the files.
 
+    Args:
+      paths: the files.
+      fields: which columns are read.
+
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: a file is no Parquet file, or has no column of this name.
+      MissingPackageError: pyarrow is not installed.
+      ValueError: a file is not a Parquet file, or lacks a column.
     """
 
     def __init__(self, paths: list[str], fields: Fields):
         self._paths, self._fields = paths, fields
         self._stamps = [stamp(path) for path in paths]
-        self._names: dict[str, list[str]] = {}  # of classes, by field
+        self._names: dict[str, list[str]] = {}  # names of classes, by field
         self._notes, groups = Counter(), []  # groups: file, row group, rows
         for number, path in enumerate(paths):
             schema, rows = _read_footer(path)
@@ -50,7 +56,7 @@ class ParquetSource:
             names = {field: names_of(features, field) for field in fields.names()}
             if number and names != self._names:
                 field = next(field for field in names if names[field] != self._names[field])
-                raise ValueError(f"{path} and {paths[0]} name the classes of {field} differently; read them apart")
+                raise ValueError(f"{path} and {paths[0]} name the classes of {field} differently; use two sources")
             self._names = names
             self._notes.update(column_notes(schema.names, fields))
             groups += [(number, group, count) for group, count in enumerate(rows)]
@@ -64,16 +70,16 @@ class ParquetSource:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, index: int) -> Pair:
-        place = int(np.searchsorted(self._ends, index, side="right"))
-        number, group, rows = self._groups[place].tolist()
-        path, row = self._paths[number], index - (int(self._ends[place]) - rows)
+        position = int(np.searchsorted(self._ends, index, side="right"))
+        number, group, rows = self._groups[position].tolist()
+        path, row = self._paths[number], index - (int(self._ends[position]) - rows)
         name = f"{path}, row group {group}, row {row}"
         try:
             columns = _read_row_group(path, self._stamps[number], group, tuple(self._columns))
             record = {column: columns[column][row].as_py() for column in self._columns}
         except ShardError:
             raise
-        except Exception as error:  # damaged pages raise kinds of pyarrow's own
+        except Exception as error:  # pyarrow raises its own kinds for damaged pages
             raise PairError(f"{name}: {one_line(error)}") from None
         get = with_names(nested(record, name), self._names, name)
         image = next((value for field in self._fields.image if (value := get(field)) is not None), None)
@@ -83,15 +89,12 @@ class ParquetSource:
             image = image.get("bytes")
         if not isinstance(image, bytes):
             wanted = ", ".join(self._fields.image)
-            raise PairError(f"{name} has no picture's bytes in {wanted}{elsewhere}", "no_picture")
-        captions, weights = self._fields.captions_of(get, name)
-        return Pair(image, captions, name, self._fields.label_of(get), weights)
+            raise PairError(f"{name} has no image bytes in {wanted}{elsewhere}", "no_picture")
+        captions, proportions = self._fields.captions_of(get, name)
+        return Pair(image, captions, name, self._fields.label_of(get), proportions)
 
     def notes(self) -> list[str]:
-        files = len(self._paths)
-        return [
-            f"{note} (in {count:,} of {files:,} files)" if files > 1 else note for note, count in self._notes.items()
-        ]
+        return count_files(self._notes, len(self._paths))
 
     def fingerprint(self) -> str:
         files = [
@@ -110,11 +113,11 @@ def _import_parquet():
 
 
 def _read_footer(path: str) -> tuple:
-    """The schema of a file and the number of rows of each group.
+    """Returns the schema of a file and the number of rows of each row group.
 
     Raises:
       OSError: it cannot be read.
-      ValueError: it is no Parquet file.
+      ValueError: it is not a Parquet file.
     """
     parquet = _import_parquet()
     try:
@@ -124,9 +127,9 @@ def _read_footer(path: str) -> tuple:
     except OSError as error:
         if error.filename or error.errno or is_remote(path):
             raise
-        raise ValueError(f"{path} is no Parquet file: {one_line(error)}") from None
-    except Exception as error:  # pyarrow raises kinds of its own
-        raise ValueError(f"{path} is no Parquet file: {one_line(error)}") from None
+        raise ValueError(f"{path} is not a Parquet file: {one_line(error)}") from None
+    except Exception as error:  # pyarrow raises its own kinds
+        raise ValueError(f"{path} is not a Parquet file: {one_line(error)}") from None
 
 
 def _check_column(path: str, columns: list[str], field: str) -> None:
@@ -136,23 +139,24 @@ def _check_column(path: str, columns: list[str], field: str) -> None:
             f"{path} has no column {field!r}, only {', '.join(columns)}; name it with ?image=, ?caption= or ?label="
         )
     if columns.count(column) > 1:
-        raise ValueError(f"{path} has {columns.count(column)} columns {column!r}; name them apart")
+        raise ValueError(f"{path} has {columns.count(column)} columns {column!r}; rename all but one")
 
 
-@functools.lru_cache(ROW_GROUPS_KEPT)
+@functools.lru_cache(CACHED_ROW_GROUPS)
 def _read_row_group(path: str, at_start: Stamp, group: int, columns: tuple[str, ...]) -> dict:
     parquet = _import_parquet()
     if not is_remote(path):
         try:
             check_unchanged(path, path, at_start)
         except FileNotFoundError:
-            raise ShardError(f"{path} is gone") from None
+            raise ShardError(f"{path} no longer exists") from None
     with open_file(path) as file, parquet.ParquetFile(file) as table:
         rows = table.read_row_group(group, columns=list(columns), use_threads=False)
     return {name: rows.column(name) for name in columns}
 
 
 def open_parquet(where: str) -> ParquetSource:
-    place, options = split_options(where)
+    """Opens ``parquet:where``. Raises as :class:`ParquetSource`, or ValueError for a wrong option."""
+    path, options = split_options(where)
     fields, _ = parse_fields(options, DEFAULT_FIELDS, f"parquet:{where}")
-    return ParquetSource(expand(place), fields)
+    return ParquetSource(expand(path), fields)

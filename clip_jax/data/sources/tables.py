@@ -1,6 +1,6 @@
-"""Pairs whose pictures are files of their own: named by a table or an annotation file, or found in a folder.
+"""Reads pairs whose images are separate files, listed in a table (CSV, TSV, JSON lines, Karpathy's JSON) or a folder.
 
-What the table says is kept in a mapped index, so that its size costs memory once a machine and not once a process.
+The rows are kept in a memory-mapped index, which all processes of a machine share.
 """
 
 import array
@@ -34,37 +34,37 @@ from clip_jax.data.sources.mapped_index import MappedIndex, Tables, open_or_buil
 from clip_jax.data.sources.text_rows import CompressedDataError, TextRow, delimited_rows, json_rows, open_text
 from clip_jax.errors import one_line
 
-TABLE_VERSION = 2  # of what the index holds
+TABLE_VERSION = 2  # of the index's content, to which the messages of bad rows belong
 DEFAULT_FIELDS = Fields(image=("image",), captions=(("caption", 1.0),))
 TABS = re.compile(r"\.tsv(\.\w+)?$", re.IGNORECASE)
-ROWS_AT_ONCE = 4_096  # written to the disk
-EXAMPLES = 3  # of each kind of bad row
+ROWS_PER_WRITE = 4_096
+EXAMPLES = 3  # per reason of bad rows
 KARPATHY_KEYS = {"filename", "filepath", "split", "sentences"}
-MOST_KEYS = 1_000  # of JSON objects, that are named
+MAX_KEYS = 1_000  # of JSON objects, for the notes
 
 
 class Row(NamedTuple):
-    """Where a picture is, seen from the table's folder, and what is said of it; or ``problem``: a reason and a text."""
+    """The path of an image relative to the table's folder, and its texts; or ``problem``: a reason and a message."""
 
     image: str
     captions: list[str]
-    weights: list[float]
+    proportions: list[float]
     label: str
     problem: tuple[str, str] | None = None
 
 
-# The rows of one file; what of it is not used goes into the counter, a line each.
-Part = Callable[[Counter], Iterable[Row]]
+# Yields the rows of one file, and adds notes to the counter.
+ReadRows = Callable[[Counter], Iterable[Row]]
 
 
 class TableSource:
-    """Pairs by the rows of an index; pictures are read when they are asked for.
+    """Pairs from the rows of an index. Images are read on access.
 
     Args:
-      roots: the folder of each file, from which the paths of its pictures start.
-      index: ``rows`` uint8, packed one after the other; ``ends`` int64 ``[rows]`` of each; ``files`` int64 ``[files]``,
-        the number of rows up to the end of each file.
-      notes: lines on what is not used, next to those that the index has.
+      roots: the folder of each file; paths of images are relative to it.
+      index: ``rows`` uint8 ``[bytes]``, the packed rows; ``ends`` int64 ``[rows]``, where each ends; ``files`` int64
+        ``[files]``, the number of rows up to the end of each file.
+      notes: see :meth:`Source.notes`, in addition to those in the index.
     """
 
     def __init__(self, roots: Sequence[str], index: MappedIndex, notes: Sequence[str] = ()):
@@ -94,8 +94,8 @@ class TableSource:
     def _path(self, index: int, row: Row) -> str:
         return join(self._roots[int(np.searchsorted(self._files, index, side="right"))], row.image)
 
-    def said(self, index: int) -> tuple[str, list[str], str]:
-        """Label, captions and the image's path, without reading the image; raises PairError as ``__getitem__``."""
+    def metadata(self, index: int) -> tuple[str, list[str], str]:
+        """Returns label, captions and the image's path without reading the image. Raises as ``__getitem__``."""
         row = self._row(index)
         return row.label, row.captions, self._path(index, row)
 
@@ -106,11 +106,11 @@ class TableSource:
             image = read_whole(path)
         except ShardError:
             raise
-        except Exception as error:  # a name may be anything
+        except Exception as error:  # the path in a table may be any text
             reason = getattr(error, "strerror", None) or one_line(error)
             message = reason if reason.startswith(path) else f"{path}: {reason}"
             raise PairError(message, "unreadable_file") from None
-        return Pair(image, row.captions, path, row.label, row.weights)
+        return Pair(image, row.captions, path, row.label, row.proportions)
 
     def notes(self) -> list[str]:
         notes = count_files(self._index.meta["notes"], len(self._roots))
@@ -124,48 +124,47 @@ class TableSource:
 
 def open_rows(
     name: str,
-    what: object,
-    roots: Sequence[str],
-    parts: Sequence[Part],
+    content: object,
+    files: Sequence[tuple[str, ReadRows]],
     folder: str = "",
     also: object = None,
     notes: Sequence[str] = (),
 ) -> TableSource:
-    """The source of the rows of these files.
+    """Opens the source of the rows of these files, and builds its index if there is none.
 
     Args:
-      name: of the source, for the index.
-      what: changes whenever the rows do.
-      roots: see :class:`TableSource`.
-      parts: what gives the rows of each file, if they are not in the index.
-      folder: of the index; empty for the default.
-      also: part of what the data are, next to the rows.
+      name: name of the source, for the index.
+      content: JSON that changes whenever the rows change.
+      files: for each file, the folder to which its images' paths are relative, and what reads its rows.
+      folder: folder of the index; empty for the default.
+      also: JSON that belongs to the fingerprint, in addition to the rows.
       notes: see :class:`TableSource`.
     """
+    roots = [root for root, _ in files]
 
     def build(_) -> Tables:
-        # A file without a name rather than memory: a table may be larger than that.
+        # A temporary file, since a table can be larger than memory.
         with tempfile.TemporaryFile() as blob:
-            return _tables(parts, blob, also)
+            return _tables([read for _, read in files], blob, also)
 
     names = digest(name, *roots)
-    return TableSource(roots, open_or_build("table", names, digest(TABLE_VERSION, what), folder, build), notes)
+    return TableSource(roots, open_or_build("table", names, digest(TABLE_VERSION, content), folder, build), notes)
 
 
-def _tables(parts: Sequence[Part], blob: BinaryIO, also: object) -> Tables:
-    found, waiting = hashlib.sha256(json.dumps(also).encode()), []
+def _tables(readers: Sequence[ReadRows], blob: BinaryIO, also: object) -> Tables:
+    fingerprint, waiting = hashlib.sha256(json.dumps(also).encode()), []
     ends, files, size = array.array("q"), array.array("q"), 0
     notes, bad = Counter(), {}
 
     def write() -> None:
         data = b"".join(waiting)
-        found.update(data)
+        fingerprint.update(data)
         blob.write(data)
         waiting.clear()
 
-    for part in parts:
-        said = Counter()
-        for row in part(said):
+    for read in readers:
+        file_notes = Counter()
+        for row in read(file_notes):
             packed, problem = _pack(row)
             if problem:
                 count, examples = bad.get(problem[0], (0, []))
@@ -173,15 +172,15 @@ def _tables(parts: Sequence[Part], blob: BinaryIO, also: object) -> Tables:
             waiting.append(packed)
             size += len(packed)
             ends.append(size)
-            if len(waiting) == ROWS_AT_ONCE:
+            if len(waiting) == ROWS_PER_WRITE:
                 write()
         files.append(len(ends))
-        notes.update(said.keys())
+        notes.update(file_notes.keys())
     write()
     blob.flush()
     rows = np.memmap(blob, np.uint8, mode="r", shape=(size,)) if size else np.zeros(0, np.uint8)
     arrays = {"ends": np.array(ends, np.int64), "files": np.array(files, np.int64), "rows": rows}
-    return Tables({"fingerprint": found.hexdigest()[:16], "notes": notes, "bad": bad}, arrays)
+    return Tables({"fingerprint": fingerprint.hexdigest()[:16], "notes": notes, "bad": bad}, arrays)
 
 
 def _pack(row: Row) -> tuple[bytes, tuple[str, str] | None]:
@@ -194,21 +193,21 @@ def _pack(row: Row) -> tuple[bytes, tuple[str, str] | None]:
 
 
 def open_karpathy(where: str) -> TableSource:
-    """Karpathy's annotations of Flickr30k and COCO: one JSON file of pictures with their sentences, in splits.
+    """Opens Karpathy's annotations of Flickr30k or COCO: one JSON file of images with sentences, in splits.
 
-    ``split`` picks one of ``train``, ``restval``, ``val`` and ``test`` (else all are taken), ``images`` names the
-    folder of the pictures (else that of the file).
+    The option ``split`` is one of ``train``, ``restval``, ``val`` and ``test`` (by default all), ``images`` is the
+    folder of the images (by default that of the file).
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is not as that format is, or has nothing of that split.
+      ValueError: it is not in that format, or has no images of the split.
     """
-    place, options = split_options(where)
+    path, options = split_options(where)
     sentences = Fields((), (("sentences", 1.0),))
     fields, others = parse_fields(options, sentences, f"karpathy:{where}", also=("index", "split", "images"))
-    now, split = stamp(place), others.get("split", "")
-    root = others.get("images") or os.path.dirname(os.path.abspath(place))
-    text = read_text(place)
+    now, split = stamp(path), others.get("split", "")
+    root = others.get("images") or os.path.dirname(os.path.abspath(path))
+    text = read_text(path)
     try:
         entries = json.loads(text)["images"]
         found = [
@@ -220,40 +219,40 @@ def open_karpathy(where: str) -> TableSource:
             if split in ("", entry["split"])
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{place} is not Karpathy's JSON of images with sentences: {type(error).__name__}") from None
+        raise ValueError(f"{path} is not Karpathy's JSON of images with sentences: {type(error).__name__}") from None
     if not found:
-        raise ValueError(f"{place} has no pictures of the split {split!r}")
+        raise ValueError(f"{path} has no images of the split {split!r}")
 
-    others_found = Counter(str(entry["split"]) for entry in entries if split not in ("", entry["split"]))
-    notes = [f"not used: {count:,} pictures of the split {name}" for name, count in others_found.items()]
+    other_splits = Counter(str(entry["split"]) for entry in entries if split not in ("", entry["split"]))
+    notes = [f"not used: {count:,} images of the split {name}" for name, count in other_splits.items()]
     keys = Counter(key for entry in entries for key in entry)
     unread = [f"{key} ({count:,})" for key, count in keys.items() if key not in KARPATHY_KEYS]
     notes += [f"not used: entries {name_some(unread)}"] * bool(unread)
 
     def rows(_: Counter) -> Iterator[Row]:
-        for path, texts in found:
-            yield make_row(path, f"{place}, {path}", fields, lambda _, texts=texts: texts)
+        for image, texts in found:
+            yield make_row(image, f"{path}, {image}", fields, lambda _, texts=texts: texts)
 
-    what = [list(now), split, repr(fields)]
-    return open_rows("karpathy", what, [root], [rows], others.get("index", ""), notes=notes)
+    content = [list(now), split, repr(fields)]
+    return open_rows("karpathy", content, [(root, rows)], others.get("index", ""), notes=notes)
 
 
 def open_table(kind: str, where: str) -> TableSource:
-    """Rows of CSVs or TSVs with a header, or objects of JSON lines; ``kind`` is csv, tsv or jsonl.
+    """Opens CSV or TSV files with a header, or JSON lines. ``kind`` is csv, tsv or jsonl.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: a column is missing, a file cannot be read as what it should be, or there are no rows.
+      ValueError: a column is missing, a file is not in the expected format, or there are no rows.
     """
-    place, options = split_options(where)
+    path, options = split_options(where)
     fields, others = parse_fields(options, DEFAULT_FIELDS, f"{kind}:{where}", also=("index",))
     if len(fields.image) > 1:
         raise ValueError(f"{kind}:{where}: image={','.join(fields.image)} must be one column")
-    paths = expand(place)
+    paths = expand(path)
     stamps = [list(stamp(path)) for path in paths]
     roots = [path.rpartition("/")[0] if is_remote(path) else os.path.dirname(os.path.abspath(path)) for path in paths]
 
-    def part(path: str) -> Part:
+    def read_rows(path: str) -> ReadRows:
         def rows(notes: Counter) -> Iterator[Row]:
             read = _json_table(path, fields, notes) if kind == "jsonl" else _delimited_table(kind, path, fields, notes)
             for line, values, problem in read:
@@ -265,19 +264,20 @@ def open_table(kind: str, where: str) -> TableSource:
 
         return rows
 
-    what, also = [stamps[0], repr(fields)], None  # of one file as before there could be several
+    content, also = [stamps[0], repr(fields)], None  # a list would change the fingerprint of a single file
     if len(paths) > 1:
-        what, also = [stamps, repr(fields)], _apart(paths)
+        content, also = [stamps, repr(fields)], _relative(paths)
     names = ",".join(map(os.path.basename, paths))
     name = f"{kind} {names}"
-    source = open_rows(name, what, roots, [part(path) for path in paths], others.get("index", ""), also)
+    files = [(root, read_rows(path)) for root, path in zip(roots, paths, strict=True)]
+    source = open_rows(name, content, files, others.get("index", ""), also)
     if not len(source):
         raise ValueError(f"{', '.join(paths)} has no rows")
     return source
 
 
-def _apart(paths: Sequence[str]) -> list[str]:
-    """The paths without the folders that all are in: the same wherever those are."""
+def _relative(paths: Sequence[str]) -> list[str]:
+    """Returns the paths relative to their deepest common folder, which may be moved."""
     names = [path.split("/") for path in paths]
     shared = next((depth for depth, found in enumerate(zip(*names, strict=False)) if len(set(found)) > 1), 0)
     return ["/".join(name[shared:]) for name in names]
@@ -294,19 +294,19 @@ def _table_row(name: str, fields: Fields, get: Callable[[str], object]) -> Row:
 
 
 def make_row(image: str, name: str, fields: Fields, get: Callable[[str], object]) -> Row:
-    """The row of a picture whose captions and class ``get`` gives by field."""
+    """Returns the row of an image, whose captions and class ``get`` gives by field."""
     try:
-        captions, weights = fields.captions_of(get, name)
-        return Row(image, captions, weights, fields.label_of(get))
+        captions, proportions = fields.captions_of(get, name)
+        return Row(image, captions, proportions, fields.label_of(get))
     except PairError as error:
         return Row(image, [], [], "", (error.reason, str(error)))
 
 
 def _delimited_table(kind: str, path: str, fields: Fields, notes: Counter) -> Iterator[TextRow]:
-    """The rows of a CSV or TSV after its header; ``csv:`` reads files called .tsv with tabs, and quotes as in a CSV.
+    """Yields the rows of a CSV or TSV after its header. ``csv:`` reads .tsv files with tabs, and with a CSV's quotes.
 
     Raises:
-      ValueError: a column is missing, or there are two of its name.
+      ValueError: a column is missing, or occurs twice.
     """
     tabs = kind == "tsv" or TABS.search(path)
     rows = delimited_rows(path, "\t" if tabs else ",", quotes=kind == "csv")
@@ -322,7 +322,7 @@ def _delimited_table(kind: str, path: str, fields: Fields, notes: Counter) -> It
                 f"{path} has no column '{name}', only {name_some(columns) or 'an empty first line'}; {how}"
             )
         if columns.count(column) > 1:
-            raise ValueError(f"{path} has {columns.count(column)} columns {column!r}; name them apart")
+            raise ValueError(f"{path} has {columns.count(column)} columns {column!r}; rename all but one")
     quoted = 0
     if kind == "csv":
         yield from rows
@@ -331,23 +331,23 @@ def _delimited_table(kind: str, path: str, fields: Fields, notes: Counter) -> It
         quoted += any(value[:1] == '"' == value[-1:] and len(value) > 1 for value in row.values.values())
     notes.update(column_notes(columns, fields))
     if quoted:
-        notes[f"{quoted:,} rows have values in quotes, which stay; to take them off as CSV does, write csv:{path}"] += 1
+        notes[f"{quoted:,} rows have quoted values, whose quotes are kept; to remove them, write csv:{path}"] += 1
 
 
 def _json_table(path: str, fields: Fields, notes: Counter) -> Iterator[TextRow]:
     keys: dict[str, None] = {}
     for row in json_rows(path):
         yield row
-        if not row.values.keys() <= keys.keys() and len(keys) < MOST_KEYS:
+        if not row.values.keys() <= keys.keys() and len(keys) < MAX_KEYS:
             keys |= dict.fromkeys(row.values)
     notes.update(column_notes(keys, fields, "entries"))
 
 
 def read_text(file: str) -> str:
-    """The text of a file, which may be compressed. Raises ValueError for what is not UTF-8, OSError."""
+    """Returns the text of a file, which may be compressed. Raises ValueError if it is not UTF-8, or OSError."""
     try:
         with open_text(file) as opened:
-            return opened.read().decode("utf-8-sig")  # some programs put a byte order mark before UTF-8
+            return opened.read().decode("utf-8-sig")  # some programs write a byte order mark
     except CompressedDataError as error:
         raise ValueError(f"{file}: the compressed data are damaged: {error}") from None
     except UnicodeDecodeError as error:

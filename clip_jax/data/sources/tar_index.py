@@ -1,7 +1,7 @@
-"""Where each record of a WebDataset shard lies: the run of tar members that share a key.
+"""Finds where each record of a WebDataset shard is stored. A record is a run of tar members with the same key.
 
-A record is one 64-bit number: the block of its first header (38 bits; a block is 512 bytes), how many blocks it takes
-(23 bits, 4 GiB) and what is wrong with it (3 bits).
+A record becomes one 64-bit number: the block of its first header (38 bits; a block has 512 bytes), its number of blocks
+(23 bits, up to 4 GiB) and its problem (3 bits).
 """
 
 import zlib
@@ -19,14 +19,14 @@ from clip_jax.data.sources.tar_members import (
     KIND,
     MAGIC,
     NAME,
-    PLAIN_FILES,
     PREFIX,
+    REGULAR_FILES,
     SIZE,
     USTAR,
     Damage,
     Member,
     members_by_tarfile,
-    speaks_for_file,
+    overrides_header,
     split_name,
 )
 
@@ -34,28 +34,34 @@ START_BITS, LENGTH_BITS = 38, 23
 PROBLEM_SHIFT = START_BITS + LENGTH_BITS
 PROBLEMS = ("", "duplicate_key", "truncated_file", "unsafe_name", "too_large")
 
-CUT_BETWEEN = "the mark of its end is missing, as if it had been cut between two files"
-MOST_KINDS = 100  # of contents, of one shard
+CUT_BETWEEN = "its end marker is missing, as if it had been cut between two files"
+MAX_KINDS = 100  # of contents, per shard
 OTHERS = "/others"
-MOST_GAPS = 1_000  # between archives in one file, that are looked at all at once
+MAX_GAPS = 1_000  # between archives in one file, for the fast path
 
 
 def pack(start: int, length: int, problem: int) -> int:
-    """Blocks into the number of a record."""
+    """Returns the number of a record: ``start`` and ``length`` in blocks, ``problem`` an index of ``PROBLEMS``."""
     return problem << PROBLEM_SHIFT | length << START_BITS | start
 
 
 def unpack(record: int) -> tuple[int, int, str]:
-    """Start and length in bytes, and the problem, or an empty text."""
+    """Returns a record's start and length in bytes, and its problem or an empty text."""
     start = record & ((1 << START_BITS) - 1)
     length = record >> START_BITS & ((1 << LENGTH_BITS) - 1)
     return start * BLOCK, length * BLOCK, PROBLEMS[record >> PROBLEM_SHIFT]
 
 
 class ShardIndex(NamedTuple):
-    """``records`` uint64 ``[records]``; ``checksum`` of headers and of a sample of the contents, hexadecimal;
-    ``problem`` is what was found if the file is damaged or ends too early, else empty. ``contents`` counts the records
-    without a problem by their fields, as ``jpg/json/txt``, and what gives no record by its kind after a ``/``."""
+    """The records of a shard.
+
+    Attributes:
+      records: uint64 ``[records]``, see :func:`pack`.
+      checksum: of the headers and of a sample of the contents, hexadecimal.
+      problem: how the file is damaged; empty if it is not.
+      contents: number of good records by their fields, such as ``jpg/json/txt``, and of unused members by their kind,
+        such as ``/hidden``.
+    """
 
     records: np.ndarray
     checksum: str
@@ -63,19 +69,19 @@ class ShardIndex(NamedTuple):
     contents: dict[str, int]
 
 
-def passed_over(name: str) -> str:
-    """The kind of a name that :func:`split_name` gives None for."""
+def kind_of_unused(name: str) -> str:
+    """Returns the kind of a name for which :func:`split_name` returns None."""
     base = name[name.rfind("/") + 1 :]
     if name.startswith("__") and name.endswith("__"):
         return "/called __NAME__"
-    return "/hidden" if base.startswith(".") else "/without an ending"
+    return "/hidden" if base.startswith(".") else "/without a dot"
 
 
 def index_shard(data: np.ndarray | bytes) -> ShardIndex:
-    """All records of a tar file, or of several that were written one after the other (``cat a.tar b.tar``).
+    """Returns all records of a tar file, also of several joined files (``cat a.tar b.tar``).
 
     Args:
-      data: uint8 ``[bytes]``, or the same as bytes; may be mapped, since hardly more than the headers is looked at.
+      data: uint8 ``[bytes]``, or bytes. It may be memory-mapped: little more than the headers is read.
     """
     data = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
     headers = _find_headers(data)
@@ -92,8 +98,8 @@ def index_shard(data: np.ndarray | bytes) -> ShardIndex:
     records = list(_records(members, len(data), contents))
     problem = damage.text
     if problem and not (records and unpack(records[-1])[2] == "truncated_file"):
-        # What follows is lost, and counts as one bad record: a shard that shrank must not pass for a whole one.
-        records.append(pack(min(damage.place // BLOCK, (1 << START_BITS) - 1), 0, PROBLEMS.index("truncated_file")))
+        # What follows is lost and counts as one bad record, so that a shard that was cut is noticed.
+        records.append(pack(min(damage.offset // BLOCK, (1 << START_BITS) - 1), 0, PROBLEMS.index("truncated_file")))
     if members and not problem and end + BLOCK > len(data):
         problem = CUT_BETWEEN
     starts = np.array([member.data for member in members], np.int64)
@@ -101,23 +107,23 @@ def index_shard(data: np.ndarray | bytes) -> ShardIndex:
 
 
 def most_common(contents: Counter) -> dict[str, int]:
-    """The counts of the most frequent kinds of contents, and the sum of all others as one kind."""
-    found = dict(contents.most_common(MOST_KINDS))
+    """Returns the counts of the most frequent kinds of contents, and the sum of all others as one kind."""
+    found = dict(contents.most_common(MAX_KINDS))
     if rest := contents.total() - sum(found.values()):
         found[OTHERS] = found.get(OTHERS, 0) + rest
     return found
 
 
 def _checksum(data: np.ndarray, data_starts: np.ndarray) -> str:
-    """Of each header, whose time alone tells most rewritten shards, and of one content in sixteen."""
+    """Returns a checksum of all headers, whose times change in most rewritten shards, and of every 16th content."""
     blocks = data[: len(data) // BLOCK * BLOCK].reshape(-1, BLOCK)
     starts = data_starts // BLOCK
-    looked_at = np.concatenate([starts - 1, starts[::16]])
-    return f"{zlib.crc32(blocks[looked_at[looked_at < len(blocks)]]):08x}"
+    chosen = np.concatenate([starts - 1, starts[::16]])
+    return f"{zlib.crc32(blocks[chosen[chosen < len(blocks)]]):08x}"
 
 
 class _Headers(NamedTuple):
-    """Of each plain file of a tar: ``names`` uint8 ``[files, 100]``; ``starts``, ``data_starts`` and ``ends`` int64."""
+    """The regular files of a tar: ``names`` uint8 ``[files, 100]``, and int64 ``[files]`` byte offsets."""
 
     names: np.ndarray
     starts: np.ndarray
@@ -126,13 +132,13 @@ class _Headers(NamedTuple):
 
 
 def _find_headers(data: np.ndarray) -> _Headers | None:
-    """The files of a tar, found all at once by the magic word of each header.
+    """Finds the headers of all files of a tar at once by their magic words.
 
-    None if the headers so found do not follow one another exactly to the end of the file, or leave something to others,
-    as with long names, sizes over 8 GiB, or a picture that holds what looks like a header.
+    Returns None unless these headers follow one another exactly up to the end of the file. That excludes long names,
+    sizes over 8 GiB, and images that contain what looks like a header.
     """
     blocks = data[: len(data) // BLOCK * BLOCK].reshape(-1, BLOCK)
-    # The first letter alone first: one byte of a block tells most of them apart.
+    # Compare one byte first, which excludes most blocks.
     candidates = np.flatnonzero(blocks[:, MAGIC.start] == USTAR[0])
     headers = blocks[candidates]
     magic = np.ascontiguousarray(headers[:, MAGIC]).view("S8").ravel()
@@ -144,7 +150,7 @@ def _find_headers(data: np.ndarray) -> _Headers | None:
     digits = headers[:, SIZE][:, :11].astype(np.int64) - ord("0")
     ends_well = np.isin(headers[:, SIZE.stop - 1], (0, ord(" ")))
     kinds = headers[:, KIND]
-    plain = np.isin(kinds, (*PLAIN_FILES, FOLDER, EXTENDED)).all() and kinds[-1] != EXTENDED
+    plain = np.isin(kinds, (*REGULAR_FILES, FOLDER, EXTENDED)).all() and kinds[-1] != EXTENDED
     if not plain or not ends_well.all() or digits.min() < 0 or digits.max() > 7:
         return None
     sizes = digits @ 8 ** np.arange(10, -1, -1)
@@ -154,11 +160,11 @@ def _find_headers(data: np.ndarray) -> _Headers | None:
     if not whole or np.any(extended[:-1] & (following[:-1] != candidates[1:])):
         return None
     if extended.any():
-        told = blocks[candidates[extended] + 1]
-        if sizes[extended].max() > BLOCK or np.any(extended[:-1] & extended[1:]) or speaks_for_file(told.tobytes()):
+        texts = blocks[candidates[extended] + 1]
+        if sizes[extended].max() > BLOCK or np.any(extended[:-1] & extended[1:]) or overrides_header(texts.tobytes()):
             return None
     starts = np.where(np.roll(extended, 1), np.roll(candidates, 1), candidates)
-    files = np.isin(kinds, PLAIN_FILES)
+    files = np.isin(kinds, REGULAR_FILES)
     if not files.any():
         return None
     return _Headers(
@@ -167,28 +173,27 @@ def _find_headers(data: np.ndarray) -> _Headers | None:
 
 
 def _only_zeros_between(blocks: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> bool:
-    """Whether members follow one another, but for the blocks of zeros that end an archive, which another may follow."""
+    """Whether only blocks of zeros are between members. They end an archive, which another archive may follow."""
     nexts = np.append(starts[1:], len(blocks))
     gaps = np.flatnonzero(ends != nexts)
-    if len(gaps) > MOST_GAPS or np.any(ends > nexts):
+    if len(gaps) > MAX_GAPS or np.any(ends > nexts):
         return False
     return not any(blocks[ends[gap] : nexts[gap]].any() for gap in gaps.tolist())
 
 
 def _plain_records(headers: _Headers) -> tuple[np.ndarray, Counter] | None:
-    """What :func:`_records` gives, for all files at once, and what it counts.
+    """Returns the same as :func:`_records`, computed for all files at once, and the counts of contents.
 
-    None where a name, or a field that comes twice, is for that.
-
-    Keys and fields are compared as sums of their bytes times random numbers of 64 bits.
+    Returns None for unusual names and repeated fields, which need :func:`_records`. Keys and fields are compared by the
+    sums of their bytes times random 64-bit numbers.
     """
-    length = np.argmin(headers.names, axis=1)[:, None]  # to the first zero; a name of 100 bytes has none
+    length = np.argmin(headers.names, axis=1)[:, None]  # up to the first zero; a name of 100 bytes has none
     if np.take_along_axis(headers.names, length, axis=1).any():
         return None
-    place = np.arange(int(length.max()) + 1)
-    names = np.where(place < length, headers.names[:, : len(place)], 0)
-    slash = np.where(names == ord("/"), place, -1).max(axis=1)
-    dots = (names == ord(".")) & (place > slash[:, None])
+    position = np.arange(int(length.max()) + 1)
+    names = np.where(position < length, headers.names[:, : len(position)], 0)
+    slash = np.where(names == ord("/"), position, -1).max(axis=1)
+    dots = (names == ord(".")) & (position > slash[:, None])
     dot = np.where(dots.any(axis=1), dots.argmax(axis=1), -1)
     odd = np.any((names[:, :-1] == ord(".")) & (names[:, 1:] == ord(".")))  # perhaps "../"
     odd |= np.isin(names[:, 0], (0, ord("/"), ord("_"))).any() or names.max() > 127  # perhaps "__meta__"
@@ -197,12 +202,14 @@ def _plain_records(headers: _Headers) -> tuple[np.ndarray, Counter] | None:
     named = dot > slash + 1
     if not named.any():
         return None
-    contents = Counter(passed_over(name.tobytes().rstrip(b"\0").decode()) for name in names[~named])
+    contents = Counter(kind_of_unused(name.tobytes().rstrip(b"\0").decode()) for name in names[~named])
     names, dot = names[named], dot[named, None]
-    names = np.where((names >= ord("A")) & (names <= ord("Z")) & (place > dot), names + 32, names)  # fields' case
-    factors = np.random.default_rng(0).integers(2**64, size=len(place), dtype=np.uint64)
-    keys = np.where(place < dot, names, 0).astype(np.uint64) @ factors
-    fields = np.where(place > dot, names, 0).astype(np.uint64) @ factors
+    names = np.where(
+        (names >= ord("A")) & (names <= ord("Z")) & (position > dot), names + 32, names
+    )  # fields in lower case
+    factors = np.random.default_rng(0).integers(2**64, size=len(position), dtype=np.uint64)
+    keys = np.where(position < dot, names, 0).astype(np.uint64) @ factors
+    fields = np.where(position > dot, names, 0).astype(np.uint64) @ factors
     first = np.concatenate([[True], (keys[1:] != keys[:-1]) | (dot[1:, 0] != dot[:-1, 0])])
     group = np.cumsum(first) - 1
     order = np.lexsort((fields, group))
@@ -227,20 +234,20 @@ def _plain_records(headers: _Headers) -> tuple[np.ndarray, Counter] | None:
 def _combinations(
     names: np.ndarray, dots: np.ndarray, fields: np.ndarray, first: np.ndarray, good: np.ndarray
 ) -> Counter:
-    """How many of the good records have the same fields.
+    """Counts the good records by their fields.
 
     Args:
       names: uint8 ``[files, length]``.
-      dots: int64 ``[files]``, where the field begins.
-      fields: uint64 ``[files]``, a sum for each field, which may differ where the dot does.
-      first: int64 ``[records]``, the first file of each.
+      dots: int64 ``[files]``, position of the dot before the field.
+      fields: uint64 ``[files]``, a sum for each field, which may differ if the dot is at another position.
+      first: int64 ``[records]``, index of the first file of each record.
       good: bool ``[records]``.
     """
-    sums = np.add.reduceat(fields, first)  # whatever the order
+    sums = np.add.reduceat(fields, first)  # independent of the order of the fields
     _, examples, counts = np.unique(sums[good], return_index=True, return_counts=True)
     ends, rows, found = np.append(first[1:], len(names)), np.flatnonzero(good), Counter()
     for example, count in sorted(zip(examples.tolist(), counts.tolist(), strict=True), key=lambda pair: -pair[1]):
-        if len(found) > MOST_KINDS:
+        if len(found) > MAX_KINDS:
             found[OTHERS] += count
             continue
         files = range(first[rows[example]], ends[rows[example]])
@@ -252,9 +259,9 @@ def _combinations(
 
 
 def _records(members: Iterable[Member], size: int, contents: Counter) -> Iterator[int]:
-    """Runs of neighbours with one key, as numbers; a field that comes twice begins another record.
+    """Yields the numbers of all records: runs of members with one key. A repeated field starts another record.
 
-    ``contents`` counts them as :class:`ShardIndex` does.
+    ``contents`` is updated as in :class:`ShardIndex`.
     """
     keys: set[str] = set()
     key, fields, start, end, problem = None, set(), 0, 0, 0
@@ -270,7 +277,7 @@ def _records(members: Iterable[Member], size: int, contents: Counter) -> Iterato
     for member in members:
         parts = split_name(member.name)
         if parts is None:
-            contents[passed_over(member.name)] += 1
+            contents[kind_of_unused(member.name)] += 1
             continue
         member_key, field = parts
         if member_key != key or field in fields:

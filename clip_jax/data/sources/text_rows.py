@@ -1,8 +1,7 @@
-"""Rows of text files, one after the other: CSV, tab-separated values and JSON lines, also compressed.
+"""Reads the rows of CSV, TSV and JSON-lines files, also compressed, and reports damaged rows without losing others.
 
-A line ends with a line feed, with or without a carriage return before it; where the first line ends with a carriage
-return alone, all do. No other character ends one. What is no row is given as a text that says why, and the next line is
-read as if nothing had been.
+A line ends with a line feed, or with a carriage return and a line feed. If the first line ends with a carriage return
+alone, all lines do. No other character ends a line.
 """
 
 import bz2
@@ -22,13 +21,13 @@ from clip_jax.errors import one_line
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
-QUOTED_MOST = 1 << 20  # characters in quotes that go over several lines; with more, the quote was never closed
+MAX_QUOTED = 1 << 20  # characters of a quoted value over several lines; with more, the quote was never closed
 READ = 1 << 20  # bytes
-PACKED_READ = 1 << 12  # bytes: they may unpack to thousands of times as many
+PACKED_READ = 1 << 12  # compressed bytes, which may unpack to thousands of times as many
 
 
 class Line(NamedTuple):
-    """A line's number from 1, its text and what ended it; or what is wrong with it, as ``problem``."""
+    """A line's number from 1, its text and its line break; ``problem`` is what is wrong with it."""
 
     number: int
     text: str
@@ -37,7 +36,7 @@ class Line(NamedTuple):
 
 
 class TextRow(NamedTuple):
-    """The number of a row's first line and its values by column; or ``problem``, a reason to count by and a text."""
+    """The number of a row's first line, and its values by column; or ``problem``: a reason and a message."""
 
     line: int
     values: dict[str, object]
@@ -45,7 +44,7 @@ class TextRow(NamedTuple):
 
 
 class CompressedDataError(ValueError):
-    """Compressed data that are damaged or end too early."""
+    """Compressed data are damaged or end too early."""
 
 
 def _zstandard():
@@ -56,7 +55,7 @@ def _zstandard():
     return zstandard.ZstdDecompressor().decompressobj()
 
 
-# What a compressed file begins with, whatever its name is, and what unpacks it.
+# The first bytes of a compressed file, and what unpacks it.
 COMPRESSIONS = {
     b"\x1f\x8b": functools.partial(zlib.decompressobj, 16 + zlib.MAX_WBITS),  # 16: gzip's header and check-sum
     b"BZh": bz2.BZ2Decompressor,
@@ -66,10 +65,9 @@ COMPRESSIONS = {
 
 
 class Unpacked(io.RawIOBase):
-    """What compressed data hold, of one stream after the other; what comes before damage is given.
+    """Unpacks one compressed stream after the other, and returns all data before damage.
 
-    The readers of the standard library pass over whatever follows a stream of bzip2 or xz, and Zstandard's over a
-    missing end.
+    The standard library's readers ignore what follows a stream of bzip2 or xz; Zstandard's ignores a missing end.
     """
 
     def __init__(self, file: BinaryIO, make_unpacker: Callable):
@@ -94,7 +92,7 @@ class Unpacked(io.RawIOBase):
                 continue
             try:
                 self._unpacked = self._unpacker.decompress(data)
-            except Exception as error:  # each kind of compression raises its own
+            except Exception as error:  # each compression raises its own kinds
                 raise CompressedDataError(one_line(error)) from None
             self._packed = self._unpacker.unused_data if self._unpacker.eof else b""
         size = min(len(buffer), len(self._unpacked))
@@ -103,11 +101,11 @@ class Unpacked(io.RawIOBase):
 
 
 def open_text(path: str) -> BinaryIO:
-    """A file of text, unpacked, buffered; reading it raises CompressedDataError where that cannot go on.
+    """Opens a text file, unpacked and buffered. Reading raises CompressedDataError where the data are damaged.
 
     Raises:
       OSError: it cannot be read.
-      ValueError: it is compressed in a way that is not read, or is UTF-16.
+      ValueError: its compression is not supported, or it is UTF-16.
     """
     file = open_file(path)
     head = file.peek(16)[:16]
@@ -116,7 +114,7 @@ def open_text(path: str) -> BinaryIO:
     if head.startswith(UTF_16):
         raise ValueError(f"{path} is UTF-16; save it as UTF-8")
     for magic, make_unpacker in COMPRESSIONS.items():
-        # "BZh" could begin a text: after it bzip2 has a digit and its own magic.
+        # A text can begin with "BZh"; bzip2 has a digit and another magic after it.
         if head.startswith(magic) and (magic != b"BZh" or head[4:10] == b"1AY&SY"):
             try:
                 return io.BufferedReader(Unpacked(file, make_unpacker), BUFFER)
@@ -126,7 +124,7 @@ def open_text(path: str) -> BinaryIO:
 
 
 def lines_of(path: str) -> Iterator[Line]:
-    """All lines; those that are not UTF-8, and what of a compressed file cannot be unpacked, as problems.
+    """Yields all lines. Lines that are not UTF-8, and damaged compressed data, have a ``problem``.
 
     Raises:
       OSError, ValueError: as :func:`open_text`.
@@ -162,7 +160,7 @@ def _decoded(number: int, piece: bytes) -> Line:
 
 
 def _pieces(file: BinaryIO) -> Iterator[bytes]:
-    """Lines with their ends."""
+    """Yields lines with their line breaks."""
     head = file.peek(READ)
     first, feed = head.find(b"\r"), head.find(b"\n")
     carriage_returns = 0 <= first < len(head) - 1 and head[first + 1 : first + 2] != b"\n" and not 0 <= feed < first
@@ -179,13 +177,13 @@ def _pieces(file: BinaryIO) -> Iterator[bytes]:
 
 
 def delimited_rows(path: str, delimiter: str, quotes: bool) -> Iterator[list[str] | TextRow]:
-    """The header, and then a row for each line that is not blank.
+    """Yields the header, and then a row for each line that is not blank.
 
     Args:
       path: the file.
       delimiter: between the values.
-      quotes: whether a value that begins with ``"`` goes on to the next ``"`` that is not doubled, over delimiters and
-        line ends, as in CSV (RFC 4180). Without, quotes are characters like others, as in tab-separated values.
+      quotes: whether a value that begins with ``"`` ends at the next ``"`` that is not doubled, and may contain
+        delimiters and line breaks, as in CSV (RFC 4180). If not, quotes are ordinary characters, as in TSV.
 
     Raises:
       OSError, ValueError: as :func:`open_text`; or the header cannot be read.
@@ -211,7 +209,7 @@ def delimited_rows(path: str, delimiter: str, quotes: bool) -> Iterator[list[str
 
 
 def json_rows(path: str) -> Iterator[TextRow]:
-    """A row for each line that is not blank.
+    """Yields a row for each line that is not blank.
 
     Raises:
       OSError, ValueError: as :func:`open_text`.
@@ -238,7 +236,7 @@ def _problem(text: str) -> tuple[str, str]:
 
 
 def _split(lines: Iterator[Line], delimiter: str, quotes: bool) -> Iterator[tuple[int, list[str] | str]]:
-    """The values of each line that is not blank, or what is wrong with it, with its number."""
+    """Yields the number of each line that is not blank, and its values, or what is wrong with it."""
     ahead = _Ahead(lines)
     for line in ahead:
         if line.problem:
@@ -256,7 +254,7 @@ def _split(lines: Iterator[Line], delimiter: str, quotes: bool) -> Iterator[tupl
 
 
 class _Ahead:
-    """Lines of which some can be put back."""
+    """Iterates over lines that can be put back."""
 
     def __init__(self, lines: Iterator[Line]):
         self._lines, self._waiting = lines, deque()
@@ -281,44 +279,44 @@ class _Ahead:
 
 
 def _split_quoted(line: Line, ahead: _Ahead, delimiter: str) -> list[str] | str:
-    """The values of a row with quotes that may go over several lines.
+    """Returns the values of a row with quotes, which may span several lines, or what is wrong with it.
 
-    A quote that is not closed, or after whose end over several lines something else follows than a delimiter, is taken
-    for a character that nobody escaped: that line alone is wrong, and what it would have swallowed is put back.
+    A quote may not be closed, or may be closed in another line before something that is not a delimiter. It is then
+    taken for an unescaped character: only this line is bad, and the following lines are put back.
     """
-    text, last, taken, values, place = line.text, line, [], [], 0
+    text, last, taken, values, start = line.text, line, [], [], 0
     while True:
-        if text[place : place + 1] != '"':
-            end = text.find(delimiter, place)
-            values.append(text[place:] if end < 0 else text[place:end])
-            place = len(text) if end < 0 else end
+        if text[start : start + 1] != '"':
+            end = text.find(delimiter, start)
+            values.append(text[start:] if end < 0 else text[start:end])
+            start = len(text) if end < 0 else end
         else:
-            parts, start = [], place + 1
+            parts, part_start = [], start + 1
             while True:
-                close = text.find('"', start)
+                close = text.find('"', part_start)
                 while close < 0:
                     following = ahead.take()
                     if following is not None:
                         taken.append(following)
-                    if following is None or following.problem or len(text) - place > QUOTED_MOST:
+                    if following is None or following.problem or len(text) - start > MAX_QUOTED:
                         ahead.put_back(taken)
                         return "a quote is opened and not closed"
                     searched = len(text)
                     text, last = text + last.end + following.text, following
                     close = text.find('"', searched)
-                parts.append(text[start:close])
+                parts.append(text[part_start:close])
                 if text[close + 1 : close + 2] != '"':
                     break
                 parts.append('"')
-                start = close + 2
-            place = close + 1
-            end = text.find(delimiter, place)
+                part_start = close + 2
+            start = close + 1
+            end = text.find(delimiter, start)
             end = len(text) if end < 0 else end
-            if taken and end > place:
+            if taken and end > start:
                 ahead.put_back(taken)
                 return "a quote is opened and not closed"
-            values.append("".join(parts) + text[place:end])  # as Python's csv and pandas read '"a" b'
-            place = end
-        if place >= len(text):
+            values.append("".join(parts) + text[start:end])  # as Python's csv and pandas read '"a" b'
+            start = end
+        if start >= len(text):
             return values
-        place += len(delimiter)
+        start += len(delimiter)

@@ -1,6 +1,6 @@
-"""Pairs from a data set of TensorFlow Datasets that was prepared as ArrayRecord files; TensorFlow is not needed.
+"""Reads pairs from TensorFlow Datasets that are prepared as ArrayRecord files. TensorFlow is not needed.
 
-Fields of fields are named with slashes: ``tfds:coco_captions/train?image=image&text=captions/text``.
+Nested fields are named with slashes: ``tfds:coco_captions/train?image=image&text=captions/text``.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,15 @@ DEFAULT_FIELDS = Fields(image=("image",), captions=(("captions/text", 1.0),))
 class TFDSSource:
     """Pairs of one split, in its order.
 
+    Args:
+      name: of the data set.
+      split: of the data set, such as ``train[:10%]``.
+      fields: which features are read.
+      data_dir: folder of the prepared data sets; by default that of tensorflow-datasets.
+
     Raises:
-      FileNotFoundError: the data set or the split is not there.
+      FileNotFoundError: the data set or the split does not exist.
+      MissingPackageError: tensorflow-datasets is not installed.
       ValueError: it is not prepared as ArrayRecord, or has no such field.
     """
 
@@ -33,11 +40,11 @@ class TFDSSource:
         try:
             builder = tfds.builder(name, data_dir=data_dir)
             known = builder.info.splits
-        except Exception as error:  # tfds raises kinds of its own, whose first line says it
+        except Exception as error:  # tfds raises its own kinds; the first line has the reason
             raise FileNotFoundError(f"tfds:{name}: {first_line(error)}") from None
         if not known:
             raise FileNotFoundError(
-                f"tfds:{name} is not prepared in {builder.data_dir}: tfds build {name} --file_format=array_record"
+                f"tfds:{name} is not prepared in {builder.data_dir}; run tfds build {name} --file_format=array_record"
             )
         if split.partition("[")[0] not in known:
             raise FileNotFoundError(f"tfds:{name} has no split {split!r}, only {', '.join(known)}")
@@ -68,10 +75,10 @@ class TFDSSource:
             raise PairError(f"{name} is damaged: {type(error).__name__}: {first_line(error)}") from None
         image = next((value for field in self._fields.image if isinstance(value := _find(record, field), bytes)), None)
         if image is None:
-            raise PairError(f"{name} has no picture's bytes in {', '.join(self._fields.image)}", "no_picture")
+            raise PairError(f"{name} has no image bytes in {', '.join(self._fields.image)}", "no_picture")
         get = with_names(_texts_of(record), self._class_names, name)
-        captions, weights = self._fields.captions_of(get, name)
-        return Pair(image, captions, name, self._fields.label_of(get), weights)
+        captions, proportions = self._fields.captions_of(get, name)
+        return Pair(image, captions, name, self._fields.label_of(get), proportions)
 
     def notes(self) -> list[str]:
         return [f"not used: features {name_some(self._unused)}"] if self._unused else []
@@ -83,7 +90,7 @@ class TFDSSource:
 def _check_field(features, field: str, name: str) -> None:
     found = features
     for part in field.split("/"):
-        found = getattr(found, "feature", found)  # of a sequence: what it repeats
+        found = getattr(found, "feature", found)  # the element of a sequence
         if part not in (getattr(found, "keys", list)() or ()):
             raise ValueError(f"{name} has no field {field!r}, only {', '.join(features.keys())}")
         found = found[part]
@@ -112,9 +119,10 @@ def _texts_of(record: dict) -> Callable[[str], object]:
 
 
 def open_tfds(where: str) -> TFDSSource:
-    place, options = split_options(where)
+    """Opens ``tfds:where``. Raises as :class:`TFDSSource`, or ValueError for a wrong option."""
+    path, options = split_options(where)
     fields, others = parse_fields(options, DEFAULT_FIELDS, f"tfds:{where}", also=("data_dir",))
-    name, slash, split = place.rpartition("/")
+    name, slash, split = path.rpartition("/")
     if not slash or not split:
         raise ValueError(f"tfds:{where}: write tfds:NAME/SPLIT")
     return TFDSSource(name, split, fields, others.get("data_dir"))

@@ -1,7 +1,7 @@
-"""Shards of WebDataset and img2dataset, read in place: random access into tars through an index of their records.
+"""Reads WebDataset and img2dataset shards in place, with random access into the tar files through an index.
 
-The index takes 8 bytes a record. It is built once, by as many threads as there are cores, and mapped by all processes;
-a shard whose size or time has changed is looked at again when the source is opened.
+The index takes 8 bytes per record. It is built once, by one thread per core, and memory-mapped by all processes. A
+shard whose size or time has changed is indexed again when the source is opened.
 """
 
 import logging
@@ -33,14 +33,19 @@ from clip_jax.data.sources.tar_members import read_record
 
 logger = logging.getLogger("clip_jax")
 
-INDEX_VERSION = 2  # of what a record's number means
+INDEX_VERSION = 2  # of the meaning of a record's number
 DEFAULT_FIELDS = Fields(image=("jpg", "jpeg", "png", "webp", "gif", "bmp"), captions=(("txt", 1.0),))
-MOST_KINDS = 1_000  # of contents, of all shards
-DAMAGED_NAMED = 5  # shards
+MAX_KINDS = 1_000  # of contents, of all shards
+MAX_DAMAGED_NAMED = 5  # shards
 
 
 class WebDatasetSource:
     """Pairs from tar files, in the order of the files.
+
+    Args:
+      paths: the files.
+      fields: which members of a record are read.
+      index_folder: folder of the index; empty for the default.
 
     Raises:
       FileNotFoundError: a shard is missing.
@@ -80,9 +85,9 @@ class WebDatasetSource:
         except tarfile.TarError as error:
             raise PairError(f"{where}: {error}") from None
         name = f"{path}: {key}"
-        picture = self._picture_of(contents)
-        if picture is None:
-            raise PairError(f"{name} has no picture, only {', '.join(contents)}", "no_picture")
+        image_field = self._image_field(contents)
+        if image_field is None:
+            raise PairError(f"{name} has no image, only {', '.join(contents)}", "no_picture")
 
         def text(field: str, content: bytes) -> str:
             try:
@@ -91,58 +96,58 @@ class WebDatasetSource:
                 raise PairError(f"{name}: {field} is not UTF-8", "damaged_record") from None
 
         get = nested(contents, name, text)
-        captions, weights = self._fields.captions_of(get, name)
-        return Pair(contents[picture], captions, name, self._fields.label_of(get), weights)
+        captions, proportions = self._fields.captions_of(get, name)
+        return Pair(contents[image_field], captions, name, self._fields.label_of(get), proportions)
 
     def _problem_text(self, shard: int, start: int, problem: str) -> str:
         if problem != "truncated_file":
             return PROBLEM_TEXTS[problem]
         lost = self._stamps[shard].size - start
-        found = self._index.meta["problems"].get(self._paths[shard], "the shard ends here, too early, or is damaged")
-        return f"{lost:,} bytes from here on are lost: {found}"
+        found = self._index.meta["problems"].get(self._paths[shard], "the shard ends too early or is damaged")
+        return f"the last {lost:,} bytes are lost: {found}"
 
-    def _picture_of(self, fields: Collection[str]) -> str | None:
-        """The first field of the options that a record has; without an option, any whose ending Pillow reads."""
+    def _image_field(self, fields: Collection[str]) -> str | None:
+        """Returns the first field of the option ``image`` that a record has; by default any that Pillow reads."""
         named = next((field for field in self._fields.image if field in fields), None)
         if named or self._fields.image != DEFAULT_FIELDS.image:
             return named
         return next((field for field in fields if f".{field}" in image_suffixes()), None)
 
     def notes(self) -> list[str]:
-        unused, passed, missing = Counter(), Counter(), Counter()
+        unused, other, missing = Counter(), Counter(), Counter()
         for kind, count in _contents_of(self._index).items():
             if kind.startswith("/"):
-                passed[kind[1:]] += count
+                other[kind[1:]] += count
                 continue
             fields = kind.split("/")
             used = {column_of(fields, field) for field in self._fields.names()[len(self._fields.image) :]}
-            picture = self._picture_of(fields)
-            missing["no_picture"] += count * (picture is None)
-            missing["empty_caption"] += count * (picture is not None and used <= {None})
-            unused.update({field: count for field in fields if field != picture and field not in used})
+            image_field = self._image_field(fields)
+            missing["no_picture"] += count * (image_field is None)
+            missing["empty_caption"] += count * (image_field is not None and used <= {None})
+            unused.update({field: count for field in fields if field != image_field and field not in used})
         notes = [f"not used: files {name_some(f'.{field} ({count:,})' for field, count in unused.items())}"]
         notes = notes * bool(unused)
-        if passed:
-            notes.append(f"not used: members {name_some(f'{kind} ({count:,})' for kind, count in passed.items())}")
+        if other:
+            notes.append(f"not used: members {name_some(f'{kind} ({count:,})' for kind, count in other.items())}")
         kinds = np.bincount((self._records >> np.uint64(PROBLEM_SHIFT)).astype(np.int64), minlength=len(PROBLEMS))
         bad = {name: int(count) for name, count in zip(PROBLEMS, kinds, strict=True) if name and count} | +missing
         if bad:
             notes.append(f"bad records in all shards: {name_some(f'{name} {count:,}' for name, count in bad.items())}")
         problems = self._index.meta["problems"]
-        notes += [f"damaged: {path}: {text}" for path, text in list(problems.items())[:DAMAGED_NAMED]]
-        if len(problems) > DAMAGED_NAMED:
-            notes.append(f"damaged: {len(problems) - DAMAGED_NAMED:,} more shards")
+        notes += [f"damaged: {path}: {text}" for path, text in list(problems.items())[:MAX_DAMAGED_NAMED]]
+        if len(problems) > MAX_DAMAGED_NAMED:
+            notes.append(f"damaged: {len(problems) - MAX_DAMAGED_NAMED:,} more shards")
         return notes
 
     def fingerprint(self) -> str:
-        # Neither place nor time: a data set that was copied is the same.
+        # Without folders and times, which differ in a copy of the data set.
         shards = [(os.path.basename(path), size, *found) for path, size, _, *found in self._index.meta["shards"]]
         return digest(shards, repr(self._fields))
 
 
 PROBLEM_TEXTS = {
-    "duplicate_key": "its key is that of an earlier record of the shard",
-    "unsafe_name": "its name leads out of the shard's folder",
+    "duplicate_key": "an earlier record of the shard has the same key",
+    "unsafe_name": "its name is a path outside of the shard's folder",
     "too_large": "it is larger than 4 GiB, or the shard than 128 TiB",
 }
 
@@ -160,13 +165,13 @@ def _open_index(paths: list[str], folder: str) -> MappedIndex:
         found = [known.get(tuple(shard)) for shard in wanted]
         with ThreadPoolExecutor(threads) as pool:
             results = pool.map(lambda index: _index_file(names[index], stamps[index]), missing)
-            told = started
+            logged = started
             for done, (index, result) in enumerate(zip(missing, results, strict=True)):
                 found[index] = result
                 if result.problem:
                     logger.warning("%s, %d records: %s", names[index], len(result.records), result.problem)
-                if time.monotonic() - told > 5:
-                    told = time.monotonic()
+                if time.monotonic() - logged > 5:
+                    logged = time.monotonic()
                     logger.info("indexing shards: %d of %d", done, len(missing))
         counts = [len(one.records) for one in found]
         shards = [[*shard, len(one.records), one.checksum] for shard, one in zip(wanted, found, strict=True)]
@@ -184,14 +189,14 @@ def _open_index(paths: list[str], folder: str) -> MappedIndex:
 
 
 def _pack_contents(contents: list[dict[str, int]]) -> tuple[list[str], np.ndarray]:
-    """What each shard holds: the kinds, and int64 ``[n, 3]`` of a shard, the place of a kind and its count."""
+    """Returns all kinds of contents, and int64 ``[n, 3]``: rows of a shard, the index of a kind, and its count."""
     total = Counter()
     for one in contents:
         total.update(one)
-    kinds = [kind for kind, _ in total.most_common(MOST_KINDS) if kind != OTHERS] + [OTHERS]
-    places = {kind: place for place, kind in enumerate(kinds)}
+    kinds = [kind for kind, _ in total.most_common(MAX_KINDS) if kind != OTHERS] + [OTHERS]
+    indices = {kind: index for index, kind in enumerate(kinds)}
     rows = [
-        (shard, places.get(kind, len(kinds) - 1), count)
+        (shard, indices.get(kind, len(kinds) - 1), count)
         for shard, one in enumerate(contents)
         for kind, count in one.items()
     ]
@@ -199,7 +204,7 @@ def _pack_contents(contents: list[dict[str, int]]) -> tuple[list[str], np.ndarra
 
 
 def _contents_of(index: MappedIndex, shards: slice = slice(None)) -> Counter:
-    """What all shards hold, or those whose rows of the table these are."""
+    """Counts the kinds of contents in these rows of the table, by default of all shards."""
     found, kinds = Counter(), index.meta["kinds"]
     rows = index.arrays["contents"][shards]
     counts = np.bincount(rows[:, 1], rows[:, 2], minlength=len(kinds))
@@ -210,15 +215,15 @@ def _contents_of(index: MappedIndex, shards: slice = slice(None)) -> Counter:
 def _records_of(index: MappedIndex) -> dict[tuple, ShardIndex]:
     firsts, records = index.arrays["firsts"], index.arrays["records"]
     shards = index.meta["shards"]
-    ends = np.searchsorted(index.arrays["contents"][:, 0], np.arange(len(shards) + 1))  # rows are in order of shards
+    ends = np.searchsorted(index.arrays["contents"][:, 0], np.arange(len(shards) + 1))  # the rows are sorted by shard
     return {
         tuple(shard[:3]): ShardIndex(
-            records[firsts[place] : firsts[place + 1]],
+            records[firsts[number] : firsts[number + 1]],
             shard[4],
             index.meta["problems"].get(shard[0], ""),
-            dict(_contents_of(index, slice(ends[place], ends[place + 1]))),
+            dict(_contents_of(index, slice(ends[number], ends[number + 1]))),
         )
-        for place, shard in enumerate(shards)
+        for number, shard in enumerate(shards)
     }
 
 
@@ -229,6 +234,7 @@ def _index_file(path: str, at_start: Stamp) -> ShardIndex:
 
 
 def open_webdataset(where: str) -> WebDatasetSource:
-    place, options = split_options(where)
+    """Opens ``wds:where``. Raises as :class:`WebDatasetSource`, or ValueError for a wrong option."""
+    path, options = split_options(where)
     fields, others = parse_fields(options, DEFAULT_FIELDS, f"wds:{where}", also=("index",))
-    return WebDatasetSource(expand(place), fields, others.get("index", ""))
+    return WebDatasetSource(expand(path), fields, others.get("index", ""))

@@ -1,4 +1,4 @@
-"""The report of an evaluation: one HTML page that needs no other file, for a reader who is new to CLIP."""
+"""Writes the report of an evaluation: one HTML page that needs no other file, for readers who are new to CLIP."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from clip_jax.evaluation.report.summary import introduction, meanings, missing_s
 from clip_jax.evaluation.report.training import training_section
 from clip_jax.evaluation.results import Results
 
-# Random images of a task, and about so many of all tasks together, so that a page of 30 tasks stays small.
+# Random images shown for one task, and about how many for all tasks together: keeps a page of 30 tasks small.
 SAMPLES, ALL_SAMPLES = 36, 180
 
 
@@ -30,10 +30,10 @@ def write_report(
 
     Args:
       folder: created if it does not exist.
-      results: may have no task.
-      history: of :func:`clip_jax.training.metrics.read_metrics`; empty for weights that were not trained here.
-      published: instead of :func:`clip_jax.evaluation.report.published.load_published`.
-      provenance: when, how and on what the results were made; None leaves that section out.
+      results: may have no tasks.
+      history: from :func:`clip_jax.training.metrics.read_metrics`; empty for weights that were not trained here.
+      published: replaces :func:`clip_jax.evaluation.report.published.load_published`.
+      provenance: how the results were made; None leaves this section out.
     """
     published = load_published() if published is None else published
     anchors = {task.name: f"task-{number}" for number, task in enumerate(results.tasks, 1)}

@@ -1,4 +1,4 @@
-"""The section of a zero-shot classification: numbers, plots, confusions, and images with the model's answers."""
+"""Writes the report section of a classification task: metrics, plots, confusions, and images with answers."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from clip_jax.evaluation.figures import (
     Html,
     escaped,
     figure_html,
-    picture_html,
+    image_html,
     reliability_figure,
     synthetic_shift_figure,
 )
@@ -18,11 +18,11 @@ from clip_jax.evaluation.report.published import published_table
 from clip_jax.evaluation.results import PROBE_METRICS, REFERENCES, TaskResult
 
 MISTAKES, WORST_CLASSES, SHOWN_PREDICTIONS = 12, 10, 3
-LEAST_IMAGES = 5  # of a class whose recall is shown: a share of fewer says next to nothing about the class
+MIN_IMAGES = 5  # of a class whose recall is shown; a share of fewer has no meaning
 
 
 def classification_section(task: TaskResult, published: dict, samples: int) -> Html:
-    """The section; ``samples`` is the number of images that are drawn at random."""
+    """Returns the section; ``samples`` is the number of images that are drawn at random."""
     rows = {name: (name, value) for name, value in task.metrics.items()}
     names = sorted(rows, key=lambda name: name != task.metric)
     return join(
@@ -33,12 +33,12 @@ def classification_section(task: TaskResult, published: dict, samples: int) -> H
         notes(task),
         _plots(task),
         _confusions(task),
-        _picture_grids(task, samples),
+        _image_grids(task, samples),
     )
 
 
 def _reference_table(task: TaskResult, rows: list[tuple[str, str, float]]) -> Html:
-    """Rows of a title, a metric and a value, each beside what chance and the baselines get in that metric."""
+    """Returns a table of rows (title, metric, value), with the values of chance and the baselines in that metric."""
     references = {key: name for key, name in reversed(REFERENCES.items()) if getattr(task, key)}
     cells = [
         [
@@ -89,20 +89,20 @@ def _class_name(task: TaskResult, index: int) -> str:
 
 
 def _confusions(task: TaskResult) -> Html:
-    """The classes of lowest recall, among those that have enough images for one."""
+    """Returns the classes with the lowest recall, among those with enough images."""
     labels, best = task.arrays.get("labels"), task.arrays.get("best")
     if labels is None or best is None or not len(labels):
         return Html("")
     first = best[:, 0]
     images = np.bincount(labels)
     right = np.bincount(labels[first == labels], minlength=len(images))
-    counted = np.flatnonzero(images >= LEAST_IMAGES)
+    counted = np.flatnonzero(images >= MIN_IMAGES)
     if not len(counted):
         return Html("")
     recall = right[counted] / images[counted]
     probabilities = task.arrays.get("probabilities", np.zeros(best.shape))
     certainty = np.bincount(labels, probabilities[:, 0])[counted] / images[counted]
-    # Among equally low recalls, classes with more images come first, then those of more certain answers.
+    # Among equal recalls, classes with more images come first, then those with higher probabilities.
     worst = np.lexsort((-certainty, -images[counted], recall))[:WORST_CLASSES]
     rows = []
     for label, share in zip(counted[worst], recall[worst], strict=True):
@@ -113,7 +113,7 @@ def _confusions(task: TaskResult) -> Html:
     few = int(np.count_nonzero(images) - len(counted))
     sentences = [
         f"{never:,} of {len(counted):,} classes are never recognized." if never else "",
-        f"{few:,} classes with fewer than {LEAST_IMAGES} images are not listed." if few else "",
+        f"{few:,} classes with fewer than {MIN_IMAGES} images are not listed." if few else "",
     ]
     return join(
         "<h3>Classes with the lowest recall</h3>",
@@ -122,9 +122,9 @@ def _confusions(task: TaskResult) -> Html:
     )
 
 
-def _picture_grids(task: TaskResult, samples: int) -> Html:
+def _image_grids(task: TaskResult, samples: int) -> Html:
     best, labels = task.arrays.get("best"), task.arrays.get("labels")
-    if task.picture is None or best is None or not len(best):
+    if task.image_at is None or best is None or not len(best):
         return Html("")
     pieces = []
     if labels is not None and "probabilities" in task.arrays:
@@ -149,11 +149,11 @@ def _picture_grids(task: TaskResult, samples: int) -> Html:
 
 
 def _grid(figures: Iterable[str], kind: str = "") -> Html:
-    return Html(f'<div class="pictures {kind}">{join(*figures)}</div>')
+    return Html(f'<div class="images {kind}">{join(*figures)}</div>')
 
 
 def _prediction(task: TaskResult, index: int, count: int) -> Html:
-    """An image with its class and the model's first answers; beside it what a wrong first answer looks like."""
+    """Returns an image with its class and the model's first answers, next to an example of a wrong first answer."""
     labels, best, probabilities = (task.arrays.get(name) for name in ("labels", "best", "probabilities"))
     label = None if labels is None else int(labels[index])
     name = f"image {index}" if label is None else _class_name(task, label)
@@ -165,21 +165,21 @@ def _prediction(task: TaskResult, index: int, count: int) -> Html:
         answers.append(f'<li class="{kind}">{escaped(text)} <span class="quiet">{probability}</span></li>')
     title = "" if label is None else f"<b>{escaped(name)}</b>"
     numbered = ' class="single"' if count == 1 else ""
-    picture = picture_html(task.picture(index), name)
-    if label is not None:  # a right answer leaves the place empty, so that all images are of one size
+    image = image_html(task.image_at(index), name)
+    if label is not None:  # a pair without an example too, so that all images have the same size
         example = _example(task, int(best[index, 0])) if best[index, 0] != label else ""
-        picture = f'<div class="pair">{picture}{example}</div>'
-    # With a single answer, each name is below its own image.
+        image = f'<div class="pair">{image}{example}</div>'
+    # With a single answer, each name is below its image.
     side_by_side = ' class="pair"' if count == 1 else ""
     return Html(
-        f"<figure>{picture}<figcaption{side_by_side}>{title}<ol{numbered}>{''.join(answers)}</ol></figcaption></figure>"
+        f"<figure>{image}<figcaption{side_by_side}>{title}<ol{numbered}>{''.join(answers)}</ol></figcaption></figure>"
     )
 
 
 def _example(task: TaskResult, answer: int) -> Html:
-    """The first image of a class in the task's data, or a sentence where it has none."""
+    """Returns the first image of a class in the task's data, or a sentence if there is none."""
     images = np.flatnonzero(task.arrays["labels"] == answer)
     name = _class_name(task, answer)
     if not len(images):
         return Html(f"<p>The data has no image of “{escaped(name)}”.</p>")
-    return picture_html(task.picture(int(images[0])), f"the answer: {name}")
+    return image_html(task.image_at(int(images[0])), f"the answer: {name}")

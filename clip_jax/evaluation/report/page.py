@@ -1,4 +1,4 @@
-"""The frame of a page: its style, tables, percentages, and the names of metrics."""
+"""Builds an HTML page: its style, tables and percentages, and the names of metrics."""
 
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -18,28 +18,28 @@ SHORT = {
     "average_precision_11": "11-point average precision",
     "roc_auc": "ROC AUC",
     "largest_class": "largest class",
-    "baseline": "nearest mean picture",
+    "baseline": "nearest mean image",
     "not_above": "not above",
 }
-# Names of weight files that say nothing without their folder.
+# Names of weight files that are shown with their folder.
 PLAIN_STEMS = ("model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")
 
 
 def title_of(model: str) -> str:
-    """The name of a run or a file of weights, without the path that it has on this machine."""
+    """Returns the name of a run or a file of weights, without its path."""
     path = pathlib.PurePath(model) if "://" in model else pathlib.Path(model).expanduser()
     name = path.name or pathlib.Path(path).resolve().name or model
     return f"{path.parent.name}/{name}" if path.stem in PLAIN_STEMS and path.parent.name else name
 
 
 def metric_name(metric: str) -> str:
-    """A metric's name for people."""
+    """Returns the name of a metric that the report shows."""
     direction, _, recall = metric.rpartition("_")
     return f"{DIRECTIONS[direction]}, {recall}" if direction in DIRECTIONS else SHORT.get(metric, metric)
 
 
 def percent(share: float | None, sign: bool = False) -> str:
-    """A share as per cent, with two decimals below 1 %; a dash for None and for values that are not finite."""
+    """Returns a share in per cent, with two decimals below 1 %; a dash for None and values that are not finite."""
     if share is None or not np.isfinite(share):
         return "–"
     decimals = 2 if 0 < abs(share) < 0.01 else 1
@@ -47,16 +47,15 @@ def percent(share: float | None, sign: bool = False) -> str:
 
 
 def marked(share: float | None, not_above: Sequence[str]) -> Html:
-    """A share as per cent, with the references that it does not exceed below it."""
+    """Returns a share in per cent, and below it the references that it does not exceed."""
     mark = f' <span class="low">not above {escaped(", ".join(not_above))}</span>' if not_above else ""
     return Html(f"<div><b>{percent(share)}</b>{mark}</div>")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], texts: int = 1, stack: bool = False) -> Html:
-    """A table whose first ``texts`` columns are words and the others numbers.
+    """Returns a table with ``texts`` columns of text, then columns of numbers.
 
-    On a narrow screen it scrolls within itself; with ``stack`` each row becomes a block of lines instead, so that
-    nothing is cut off.
+    On a narrow screen it scrolls. With ``stack``, each row becomes a block of lines instead, so nothing is cut off.
     """
 
     def cell(tag: str, column: int, value: object) -> str:
@@ -73,17 +72,17 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], texts: int = 1,
 
 
 def notes(task: TaskResult) -> Html:
-    """The notes of a task, a paragraph each."""
+    """Returns the notes of a task, one paragraph for each."""
     return join(*(f"<p>Note: {escaped(note)}.</p>" for note in task.notes))
 
 
 def join(*pieces: str) -> Html:
-    """The pieces that are not empty, a line each."""
+    """Joins the pieces that are not empty, one on each line."""
     return Html("\n".join(piece for piece in pieces if piece))
 
 
 def page(title: str, body: Sequence[str]) -> str:
-    """The whole page around the pieces of HTML in ``body``."""
+    """Returns the whole page around the pieces of HTML in ``body``."""
     return _PAGE.format(title=escaped(title), body=join(*body))
 
 
@@ -114,7 +113,7 @@ dd {{ margin: 0 0 0.4rem }}
 }}
 .quiet {{ color: var(--quiet); font-weight: 400; font-size: 14px }}
 li .quiet {{ white-space: nowrap }}
-/* A shadow on the side where a table goes on: covers that move with the table lie over shadows that do not. */
+/* A shadow where a table continues: covers that move with the table are above shadows that do not move. */
 .scroll {{ overflow-x: auto; margin: 0.6rem 0 1rem;
   background: linear-gradient(90deg, Canvas 40%, transparent) 0 0 / 3rem 100% no-repeat local,
     linear-gradient(270deg, Canvas 40%, transparent) 100% 0 / 3rem 100% no-repeat local,
@@ -148,17 +147,17 @@ img {{ display: block; background: #fff; border-radius: 4px }}
   margin: 1rem 0; align-items: start }}
 .plot {{ width: 100%; max-width: 34rem; height: auto }}
 .plots figcaption {{ font-size: 14px; color: var(--quiet); margin-top: 0.3rem; overflow-wrap: anywhere }}
-.pictures {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: 0.8rem }}
-.pictures figure {{ background: var(--card); border-radius: 6px; padding: 0.6rem; font-size: 14px; line-height: 1.35 }}
-.pictures img {{ width: 100%; max-width: 10rem; height: auto; margin: 0 auto 0.5rem }}
-.pictures.wide {{ grid-template-columns: repeat(auto-fill, minmax(min(100%, 16rem), 1fr)) }}
+.images {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: 0.8rem }}
+.images figure {{ background: var(--card); border-radius: 6px; padding: 0.6rem; font-size: 14px; line-height: 1.35 }}
+.images img {{ width: 100%; max-width: 10rem; height: auto; margin: 0 auto 0.5rem }}
+.images.wide {{ grid-template-columns: repeat(auto-fill, minmax(min(100%, 16rem), 1fr)) }}
 @media (max-width: 40rem) {{
-  .pictures.wide {{ grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)) }}
+  .images.wide {{ grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)) }}
 }}
 .pair {{ display: grid; grid-template-columns: 1fr 1fr; gap: 0.5rem }}
 figcaption.pair ol {{ margin: 0 }}
 .pair p {{ margin: 0; font-size: 14px; color: var(--quiet) }}
-.pictures b {{ overflow-wrap: anywhere }}
+.images b {{ overflow-wrap: anywhere }}
 ol {{ margin: 0.3rem 0 0; padding-left: 1.2rem; overflow-wrap: anywhere }}
 ol.single {{ list-style: none; padding: 0 }}
 .right {{ color: var(--right); font-weight: 600 }}

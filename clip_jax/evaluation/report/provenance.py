@@ -1,4 +1,4 @@
-"""When, how and on what the numbers of a report were made."""
+"""Writes the report section on how the results were made."""
 
 from clip_jax.evaluation.figures import Html, escaped
 from clip_jax.evaluation.provenance import Provenance
@@ -6,7 +6,7 @@ from clip_jax.evaluation.report.page import join
 
 
 def provenance_section(provenance: Provenance | None) -> Html:
-    """A list of facts, and the config behind a fold; empty for None."""
+    """Returns a list of facts, and the config in a fold; empty for None."""
     if provenance is None:
         return Html("")
     facts = {name: escaped(value) for name, value in provenance.facts().items()}

@@ -1,4 +1,4 @@
-"""Other models' numbers beside this model's: tables per task, and the natural shifts of ImageNet."""
+"""Compares a model with published numbers: a table for each task, and plots of the natural shifts of ImageNet."""
 
 import json
 from collections.abc import Sequence
@@ -10,17 +10,17 @@ from clip_jax.evaluation.figures import Html, escaped, figure_html, shift_figure
 from clip_jax.evaluation.registry import TASKS
 from clip_jax.evaluation.report.page import join, metric_name, percent, table
 from clip_jax.evaluation.results import TaskResult
-from clip_jax.evaluation.robustness import LEAST_SHARE, effective_robustness, fit_standard_line
+from clip_jax.evaluation.robustness import MIN_SHARE, effective_robustness, fit_standard_line
 
 
 def load_published() -> dict:
-    """Other models' numbers from ``published.json``; empty if the package has no such file."""
+    """Returns other models' numbers from ``published.json``; empty if the file does not exist."""
     file = resources.files("clip_jax.evaluation") / "published.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _published_row(published: dict, task: str, tables: Sequence[str]) -> tuple[str, list[str], list[float | None]]:
-    """Source, models, and their shares in [0, 1] or None; empty where no table has the task."""
+    """Returns the source, the models, and their shares in [0, 1] or None; empty if no table has the task."""
     row = next((entry.published for entry in TASKS if entry.name == task), "") or task
     for name in tables:
         values = published.get(name, {}).get("tasks", {}).get(row)
@@ -31,7 +31,7 @@ def _published_row(published: dict, task: str, tables: Sequence[str]) -> tuple[s
 
 
 def shifts_of(tasks: list[TaskResult], published: dict) -> list[TaskResult]:
-    """The natural shifts of ImageNet among the tasks; empty without ImageNet itself."""
+    """Returns the natural shifts of ImageNet among the tasks; empty without ImageNet itself."""
     if not any(task.name == "imagenet" for task in tasks):
         return []
     tables = ("shift", "standard_models")
@@ -41,6 +41,7 @@ def shifts_of(tasks: list[TaskResult], published: dict) -> list[TaskResult]:
 
 
 def natural_shift_section(tasks: list[TaskResult], published: dict) -> Html:
+    """Returns accuracies, effective robustness and plots of the natural shifts; empty without shifts."""
     shifts = shifts_of(tasks, published)
     if not shifts:
         return Html("")
@@ -60,8 +61,8 @@ def natural_shift_section(tasks: list[TaskResult], published: dict) -> Html:
             for name, tables in groups.items()
         }
         standard = points["trained on ImageNet"]
-        # A model with almost no right answers, as ResNet-50 on the set made of its mistakes, has no place on a line.
-        fitted = [(x, y) for x, y in zip(*standard, strict=True) if min(y, 1 - y) > LEAST_SHARE]
+        # The logit of an accuracy near 0 has no meaning, such as ResNet-50's on the set of its mistakes.
+        fitted = [(x, y) for x, y in zip(*standard, strict=True) if min(y, 1 - y) > MIN_SHARE]
         line = fit_standard_line(*zip(*fitted, strict=True)) if len({x for x, _ in fitted}) > 1 else None
         gain = effective_robustness(imagenet, here, line) if line else None
         figure = shift_figure(points, (imagenet, here), line, xlabel="ImageNet, %", ylabel="shift, %")
@@ -86,7 +87,7 @@ def _names(shifts: list[TaskResult]) -> list[str]:
 
 
 def _points(rows: list[tuple[str, list[str], list[float | None]]]) -> tuple[list[float], list[float]]:
-    """Accuracies on ImageNet, the first row, and averaged over the others, of the models that all rows have."""
+    """Returns accuracies on ImageNet (the first row) and the mean of the others, of the models that all rows have."""
     by_model = [
         {model: share for model, share in zip(row[1], row[2], strict=False) if share is not None} for row in rows
     ]
@@ -96,9 +97,9 @@ def _points(rows: list[tuple[str, list[str], list[float | None]]]) -> tuple[list
 
 
 def published_table(task: TaskResult, published: dict) -> Html:
-    """This model beside those that OpenAI published; empty where no numbers of theirs are known."""
+    """Returns a table of this model next to OpenAI's published models; empty without published numbers."""
     main = task.metrics.get(task.metric)
-    # Table 10 has the data set's own metric, of which a probe knows these two.
+    # Table 10 has the main metric of the data set. A probe has only these two.
     probe = task.linear_probe.get({"top_1": "accuracy", "mean_per_class": "mean_per_class"}.get(task.metric, ""))
     wanted = [
         ("zero-shot, measured", main, ("zero_shot", "shift")),
@@ -118,7 +119,7 @@ def published_table(task: TaskResult, published: dict) -> Html:
         rows.append([label, percent(own), *(percent(by_model.get(model)) for model in models)])
     sources = dict.fromkeys(f"{label}: {source}" for label, _, source, _, _ in found)
     return join(
-        "<h3>Beside the CLIPs that OpenAI published</h3>",
+        "<h3>Compared with the models that OpenAI published</h3>",
         table(["%", "this model", *models], rows),
         *(f'<p class="quiet">{escaped(source)}</p>' for source in sources),
     )

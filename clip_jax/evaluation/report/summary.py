@@ -1,4 +1,4 @@
-"""What stands first in a report: an introduction, all tasks in one table, and what its numbers mean."""
+"""Writes the start of a report: an introduction, a table of all tasks, and the meaning of the numbers."""
 
 from collections.abc import Sequence
 
@@ -20,14 +20,14 @@ MEANING = {
     "roc_auc": "the probability that an image of the second class is ranked before one of the first; 50 % is guessing.",
     "recall": "recall@k is the share of queries with a right answer among the first k. Image to text searches the text "
     "of an image, text to image searches the image of a text.",
-    "chance": "what guessing gets.",
-    "largest_class": "what you get by answering every image with the class that most images have. A model below it "
-    "has learned nothing that helps here, even if it is above chance.",
-    "baseline": "what you get by comparing pixels with the average training image of each class, without any learning.",
+    "chance": "the expected value of guessing.",
+    "largest_class": "the value of answering every image with the class that most images have. A model below it is of "
+    "no use here, even if it is above chance.",
+    "baseline": "the value of comparing pixels with the mean training image of each class, without any learning.",
     "not_above": "marks a result that does not exceed one of these references.",
-    "linear_probe": "a linear classifier trained on the model's image embeddings with labels. It shows how much the "
-    "image embeddings hold, without the text tower.",
-    "synthetic_shift": "the same images after blur, noise and the like, at five strengths.",
+    "linear_probe": "a linear classifier trained on the model's image embeddings with labels. It measures the "
+    "information in the image embeddings, without the text tower.",
+    "synthetic_shift": "the same images with blur, noise, JPEG compression and brightness, at five strengths.",
     "effective_robustness": "accuracy on images of another kind, minus the accuracy of models trained on ImageNet that "
     "are as accurate on ImageNet itself; above 0 is better.",
 }
@@ -66,7 +66,7 @@ def summary_section(tasks: list[TaskResult], anchors: dict[str, str]) -> Html:
 
 
 def meanings(tasks: list[TaskResult], published: dict) -> Html:
-    """A sentence for each kind of number that is on the page."""
+    """Returns a sentence for each kind of number that is on the page."""
     used = {name for task in tasks for name in task.metrics}
     used |= {"recall"} if any("recall@" in name for name in used) else set()
     for name in (*REFERENCES, "linear_probe", "synthetic_shift"):

@@ -1,4 +1,4 @@
-"""The curves of a training run."""
+"""Writes the report section on training: curves of the loss and of each task's metrics."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from clip_jax.evaluation.results import REFERENCES, TaskResult
 
 
 def training_section(history: Sequence[dict[str, float]], tasks: list[TaskResult]) -> Html:
-    """Loss, accuracy within the batch and each task's metrics over the steps; empty without a history."""
+    """Returns plots of the loss, the accuracy within the batch and each task's metrics; empty without a history."""
     figures = []
     losses = _curve(history, "loss")
     if losses:
@@ -47,7 +47,7 @@ def _task_history(history: Sequence[dict[str, float]], name: str, task: TaskResu
 
 
 def _highest_reference(task: TaskResult, metric: str) -> tuple[str, float] | None:
-    """The name and the value in per cent of the highest of chance and the baselines; None without any."""
+    """Returns the name and value in per cent of the highest reference; None without references."""
     known = [
         (name, 100 * getattr(task, key)[metric]) for key, name in REFERENCES.items() if metric in getattr(task, key)
     ]

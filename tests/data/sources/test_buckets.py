@@ -1,4 +1,4 @@
-"""Shards and tables in buckets give their pairs; a bucket that does not answer is a line, in good time."""
+"""Pairs are read from buckets, and a bucket that does not answer is a one-line error within the time limit."""
 
 import contextlib
 import gzip
@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from shards import pair_members, picture, write_shards, write_tar
+from shards import image_bytes, pair_members, write_shards, write_tar
 
 from clip_jax.data.pipeline import LoadPair
 from clip_jax.data.sources import Mixture, PairError, ShardError, buckets, open_source
@@ -21,7 +21,7 @@ def pairs(source) -> list[tuple[bytes, tuple[str, ...]]]:
 
 @pytest.fixture(scope="module")
 def bucket():
-    """An S3 server on localhost with one bucket, and fsspec set up for it."""
+    """An S3 server on localhost with one bucket, for which fsspec is configured."""
     moto_server = pytest.importorskip("moto.server")
     s3fs = pytest.importorskip("s3fs")
     import os
@@ -54,30 +54,30 @@ def test_shards_in_a_bucket_are_read_by_ranges(tmp_path, bucket):
         assert pairs(source) == pairs(local)
         assert source.fingerprint() == local.fingerprint()
     bucket.rm("bucket/shards/00001.tar")
-    with pytest.raises(ShardError, match=r"s3://bucket/shards/00001\.tar is gone"):
+    with pytest.raises(ShardError, match=r"s3://bucket/shards/00001\.tar no longer exists"):
         source[7]
     with pytest.raises(FileNotFoundError):
         open_source("wds:s3://bucket/shards/{00000..00001}.tar")
 
 
-def test_a_shard_in_a_bucket_that_is_written_anew_is_indexed_anew(tmp_path, bucket):
+def test_a_changed_shard_in_a_bucket_is_indexed_again(tmp_path, bucket):
     for numbers in (range(3), range(5, 7)):
         write_tar(tmp_path / "a.tar", pair_members(numbers))
         bucket.put(f"{tmp_path}/a.tar", "bucket/a.tar")
         bucket.invalidate_cache()
         source = open_source("wds:s3://bucket/a.tar")
-        assert pairs(source) == [(picture(number), (f"number {number}",)) for number in numbers]
+        assert pairs(source) == [(image_bytes(number), (f"number {number}",)) for number in numbers]
 
 
-def test_a_table_in_a_bucket_names_pictures_beside_it(bucket):
+def test_a_table_in_a_bucket_names_images_relative_to_it(bucket):
     bucket.pipe("bucket/table/pairs.csv", b"image,caption\nfolder/a.png,words\n")
-    bucket.pipe("bucket/table/folder/a.png", picture(3))
-    assert pairs(open_source("csv:s3://bucket/table/pairs.csv")) == [(picture(3), ("words",))]
+    bucket.pipe("bucket/table/folder/a.png", image_bytes(3))
+    assert pairs(open_source("csv:s3://bucket/table/pairs.csv")) == [(image_bytes(3), ("words",))]
 
 
 @contextlib.contextmanager
 def server(answer):
-    """A server on localhost that does this with each connection; gives its address."""
+    """A server on localhost that calls ``answer`` for each connection. Yields its address."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         connections = []
 
@@ -95,7 +95,7 @@ def server(answer):
 
 
 def deny(connection: socket.socket) -> None:
-    """As for a wrong key and for a missing permission."""
+    """Answers as for a wrong key or a missing permission."""
     head_only = connection.recv(65_536).startswith(b"HEAD ")
     body = b"<Error><Code>InvalidAccessKeyId</Code><Message>The key does not exist</Message></Error>"
     headers = b"HTTP/1.1 403 Forbidden\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
@@ -104,7 +104,7 @@ def deny(connection: socket.socket) -> None:
 
 
 def stall(connection: socket.socket) -> None:
-    """Begins an answer and does not go on with it."""
+    """Starts an answer and does not finish it."""
     connection.recv(65_536)
     connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\nContent-Type: text/csv\r\n\r\nimage,")
 
@@ -132,7 +132,7 @@ def impatient(monkeypatch):
     ],
 )
 @pytest.mark.parametrize("kind", ["csv", "wds"])
-def test_a_bucket_that_does_not_give_its_files_is_one_line_in_good_time(
+def test_an_unreadable_bucket_is_one_line_within_the_time_limit(
     impatient, monkeypatch, answer, address, expected, kind
 ):
     with server(answer) as endpoint:
@@ -164,20 +164,20 @@ def test_a_mistake_about_a_bucket_is_one_line(bucket, impatient, monkeypatch, tm
     assert "\n" not in str(caught.value)
 
 
-def test_a_bucket_that_falls_silent_ends_the_reading_after_five_records(bucket, impatient, monkeypatch):
+def test_five_requests_without_an_answer_end_the_run(bucket, impatient, monkeypatch):
     bucket.pipe("bucket/silent/pairs.csv", b"image,caption\n" + b"a.png,words\n" * 9)
-    bucket.pipe("bucket/silent/a.png", picture(3))
+    bucket.pipe("bucket/silent/a.png", image_bytes(3))
     source = open_source("csv:s3://bucket/silent/pairs.csv")
-    assert source[0].image == picture(3)
+    assert source[0].image == image_bytes(3)
     with server(lambda connection: None) as endpoint:
         pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
         buckets.filesystem.cache_clear()
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        for index in range(buckets.MOST_SILENT - 1):
+        for index in range(buckets.MAX_UNANSWERED - 1):
             with pytest.raises(PairError, match="no answer within") as caught:
                 source[index]
             assert caught.value.reason == "unreadable_file"
-        with pytest.raises(ShardError, match="nor had the 4 requests before"):
+        with pytest.raises(ShardError, match="the 4 requests before failed, too"):
             source[5]
 
 
@@ -199,6 +199,6 @@ def test_a_large_object_is_read_in_pieces(bucket, monkeypatch):
     assert len(open_source("csv:s3://bucket/large/pairs.csv")) == 900
 
 
-def test_an_address_that_nothing_installed_can_read_says_so():
+def test_an_unknown_protocol_is_refused():
     with pytest.raises(ValueError, match=r"nonsense:// cannot be read: .*"):
         open_source("wds:nonsense://bucket/a.tar")

@@ -1,4 +1,4 @@
-"""Options of a source's name choose fields, weigh them, fill templates and clean captions."""
+"""Options of a source choose fields and their proportions, fill templates and clean captions."""
 
 import time
 
@@ -15,13 +15,13 @@ def captions(options: str, record: dict) -> tuple[list[str], list[float]]:
     return fields.captions_of(nested(record, "x"), "x")
 
 
-def test_a_fields_weight_is_shared_by_its_captions_and_a_missing_one_leaves_all_to_the_others():
+def test_the_captions_of_a_field_share_its_proportion_and_missing_fields_are_skipped():
     record = {"title": "a", "tags": ["b", " ", "c"]}
     assert captions("caption=title:3,tags:1", record) == (["a", "b", "c"], [3.0, 0.5, 0.5])
     assert captions("text=title:3,tags:1", {"tags": "b"}) == (["b"], [1.0])
 
 
-def test_one_field_alone_needs_no_weights():
+def test_a_single_field_has_no_proportions():
     assert captions("", {"caption": ["a", "b"]}) == (["a", "b"], [])
 
 
@@ -48,19 +48,19 @@ def test_an_entry_of_json_is_a_field():
         ("3.5 miles", "3.5 miles"),
     ],
 )
-def test_cleaning_removes_what_no_one_sees_in_a_picture(dirty, clean):
+def test_cleaning_removes_html_addresses_and_file_names(dirty, clean):
     assert clean_caption(dirty) == clean
     assert "https" not in captions("clean=1", {"caption": [dirty, "x"]})[0][0]
 
 
 @pytest.mark.parametrize("piece", ["a@", "a-", "<a", "&amp;", "a.jpg", "://"])
-def test_cleaning_takes_time_in_proportion_to_the_text(piece):
+def test_cleaning_takes_linear_time(piece):
     started = time.perf_counter()
     captions("clean=1", {"caption": [piece * 1_000_000, "x"]})
     assert time.perf_counter() - started < 20  # a quadratic pattern would take hours
 
 
-def test_a_caption_that_cleaning_empties_is_none():
+def test_a_caption_that_is_empty_after_cleaning_is_dropped():
     with pytest.raises(PairError, match="has no caption") as caught:
         captions("clean=1", {"caption": "https://example.org"})
     assert caught.value.reason == "empty_caption"
@@ -75,7 +75,7 @@ def test_a_caption_that_cleaning_empties_is_none():
         ("/a/b-?.tar?caption=y", ("/a/b-?.tar", "caption=y")),
     ],
 )
-def test_a_question_mark_begins_options_only_before_an_equals_sign(where, expected):
+def test_a_question_mark_starts_options_only_before_an_equals_sign(where, expected):
     assert split_options(where) == expected
 
 
@@ -85,9 +85,9 @@ def test_a_question_mark_begins_options_only_before_an_equals_sign(where, expect
         ("caption=a&text=b", "the same option"),
         ("image=a&image=b", "given 2 times"),
         ("caption=a:-1", "above 0"),
-        ("caption=", "without captions there must be classes"),
+        ("caption=", "caption= without a value needs classes"),
     ],
 )
-def test_options_that_cannot_be_are_refused(options, expected):
+def test_invalid_options_are_refused(options, expected):
     with pytest.raises(ValueError, match=expected):
         parse_fields(options, DEFAULTS, "csv:x")

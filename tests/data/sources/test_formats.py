@@ -1,4 +1,4 @@
-"""JSON lines, Parquet and TensorFlow Datasets give the pairs that were put into them."""
+"""Pairs in JSON lines, Parquet and TensorFlow Datasets are read back."""
 
 import json
 import pickle
@@ -6,7 +6,7 @@ import pickle
 import msgpack
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
-from shards import captions_or_reasons, picture
+from shards import captions_or_reasons, image_bytes
 
 from clip_jax.data.sources import PairError, ShardError, open_source
 
@@ -16,13 +16,13 @@ def pairs(source) -> list[tuple[bytes, tuple[str, ...]]]:
     return [(copy[index].image, tuple(copy[index].captions)) for index in range(len(copy))]
 
 
-def test_json_lines_name_pictures_relative_to_their_file(tmp_path):
+def test_json_lines_name_images_relative_to_their_file(tmp_path):
     for number in range(3):
-        (tmp_path / f"{number}.png").write_bytes(picture(number))
+        (tmp_path / f"{number}.png").write_bytes(image_bytes(number))
     rows = [{"image": f"{number}.png", "texts": [f"number {number}", "x"], "label": number} for number in range(3)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     source = open_source(f"jsonl:{tmp_path}/pairs.jsonl?caption=texts&label=label")
-    assert pairs(source) == [(picture(number), (f"number {number}", "x")) for number in range(3)]
+    assert pairs(source) == [(image_bytes(number), (f"number {number}", "x")) for number in range(3)]
     assert source[2].label == "2"
 
 
@@ -38,8 +38,8 @@ def test_json_lines_name_pictures_relative_to_their_file(tmp_path):
         ('{"image": "nonsense://a.png", "caption": "x"}', "nonsense"),
     ],
 )
-def test_a_line_that_is_no_pair_is_a_bad_sample_and_the_next_one_a_good_one(tmp_path, text, expected):
-    (tmp_path / "b.png").write_bytes(picture(1))
+def test_a_bad_line_is_a_bad_sample_and_the_next_line_is_good(tmp_path, text, expected):
+    (tmp_path / "b.png").write_bytes(image_bytes(1))
     (tmp_path / "pairs.jsonl").write_text(f'{text}\n{{"image": "b.png", "caption": "x"}}\n')
     source = open_source(f"jsonl:{tmp_path}/pairs.jsonl")
     with pytest.raises(PairError, match=expected):
@@ -47,23 +47,23 @@ def test_a_line_that_is_no_pair_is_a_bad_sample_and_the_next_one_a_good_one(tmp_
     assert source[1].captions == ["x"]
 
 
-def test_one_table_with_other_options_is_another_source_also_in_a_worker(tmp_path):
-    (tmp_path / "a.png").write_bytes(picture(1))
+def test_a_table_with_other_options_is_another_source_also_in_a_worker(tmp_path):
+    (tmp_path / "a.png").write_bytes(image_bytes(1))
     (tmp_path / "pairs.csv").write_text("image,short,long\na.png,s,l\n")
     both = open_source(f"csv:{tmp_path}/pairs.csv?caption=short + csv:{tmp_path}/pairs.csv?caption=long")
-    assert pairs(both) == [(picture(1), ("s",)), (picture(1), ("l",))]
+    assert pairs(both) == [(image_bytes(1), ("s",)), (image_bytes(1), ("l",))]
 
 
 def test_a_field_longer_than_pythons_csv_reader_takes_is_read(tmp_path):
-    (tmp_path / "a.png").write_bytes(picture(1))
+    (tmp_path / "a.png").write_bytes(image_bytes(1))
     (tmp_path / "pairs.csv").write_text(f"image,caption\na.png,{'word ' * 40_000}\n")
     assert open_source(f"csv:{tmp_path}/pairs.csv")[0].captions[0].startswith("word word")
 
 
-def test_a_folders_fingerprint_knows_the_pictures_sizes(tmp_path):
+def test_a_folders_fingerprint_depends_on_the_images_sizes(tmp_path):
     prints = set()
     for size in (8, 64):
-        (tmp_path / "a.png").write_bytes(picture(1, size))
+        (tmp_path / "a.png").write_bytes(image_bytes(1, size))
         (tmp_path / "a.txt").write_text("x")
         (tmp_path / "nothing.png").unlink(missing_ok=True)
         (tmp_path / "nothing.png").symlink_to(tmp_path / "nowhere")
@@ -71,13 +71,13 @@ def test_a_folders_fingerprint_knows_the_pictures_sizes(tmp_path):
     assert len(prints) == 2
 
 
-def test_a_table_that_changes_is_read_again(tmp_path):
-    place = f"csv:{tmp_path}/pairs.csv?index={tmp_path}/index"
-    (tmp_path / "a.png").write_bytes(picture(1))
+def test_a_changed_table_is_read_again(tmp_path):
+    name = f"csv:{tmp_path}/pairs.csv?index={tmp_path}/index"
+    (tmp_path / "a.png").write_bytes(image_bytes(1))
     (tmp_path / "pairs.csv").write_text("image,caption\na.png,one\n")
-    before = open_source(place)
+    before = open_source(name)
     (tmp_path / "pairs.csv").write_text("image,caption\na.png,another\n")
-    after = open_source(place)
+    after = open_source(name)
     assert (before[0].captions, after[0].captions) == (["one"], ["another"])
     assert before.fingerprint() != after.fingerprint()
 
@@ -96,7 +96,7 @@ def parquet_file(tmp_path):
 
     table = pyarrow.table(
         {
-            "image": [{"bytes": picture(number), "path": None} for number in range(10)],
+            "image": [{"bytes": image_bytes(number), "path": None} for number in range(10)],
             "caption": [f"number {number}" if number != 4 else None for number in range(10)],
             "texts": [[f"number {number}", "x"] for number in range(10)],
             "label": list(range(10)),
@@ -108,28 +108,28 @@ def parquet_file(tmp_path):
 
 def test_parquet_as_hugging_face_writes_it(parquet_file):
     source = open_source(f"parquet:{parquet_file}?caption=texts&label=label")
-    assert pairs(source) == [(picture(number), (f"number {number}", "x")) for number in range(10)]
+    assert pairs(source) == [(image_bytes(number), (f"number {number}", "x")) for number in range(10)]
     assert source[9].label == "9"
     with pytest.raises(PairError, match="row group 1, row 1 has no caption"):
         open_source(f"parquet:{parquet_file}")[4]
 
 
-def test_a_parquet_file_that_is_written_anew_is_lost(parquet_file):
+def test_a_changed_parquet_file_is_lost(parquet_file):
     source = open_source(f"parquet:{parquet_file}?caption=texts")
     assert source[0].captions
     parquet_file.write_bytes(parquet_file.read_bytes() + b"x")
-    with pytest.raises(ShardError, match=r"a\.parquet has been written anew"):
+    with pytest.raises(ShardError, match=r"a\.parquet has changed since the start"):
         source[5]
     parquet_file.unlink()
-    with pytest.raises(ShardError, match=r"a\.parquet is gone"):
+    with pytest.raises(ShardError, match=r"a\.parquet no longer exists"):
         source[5]
 
 
-def test_a_parquet_file_that_is_none_or_lacks_a_column_is_refused(parquet_file, tmp_path):
+def test_a_damaged_parquet_file_or_one_without_the_column_is_refused(parquet_file, tmp_path):
     with pytest.raises(ValueError, match="has no column 'title', only image, caption, texts, label"):
         open_source(f"parquet:{parquet_file}?caption=title")
     (tmp_path / "b.parquet").write_bytes(b"PAR1 and nothing else")
-    with pytest.raises(ValueError, match=r"b\.parquet is no Parquet file"):
+    with pytest.raises(ValueError, match=r"b\.parquet is not a Parquet file"):
         open_source(f"parquet:{tmp_path}/b.parquet")
 
 
@@ -137,14 +137,14 @@ CLASSES = {"names": ["cat", "dog"], "_type": "ClassLabel"}
 
 
 def write_parquet(file, columns: dict, features: dict | None = None):
-    """A file as Hugging Face's datasets write it: with the features in the schema's metadata."""
+    """Writes a file as Hugging Face's datasets do, with the features in the schema's metadata."""
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    table = pyarrow.table({"image": [{"bytes": picture(n), "path": None} for n in range(4)]} | columns)
+    table = pyarrow.table({"image": [{"bytes": image_bytes(n), "path": None} for n in range(4)]} | columns)
     if features:
-        told = json.dumps({"info": {"features": features}}).encode()
-        table = table.replace_schema_metadata({b"huggingface": told})
+        metadata = json.dumps({"info": {"features": features}}).encode()
+        table = table.replace_schema_metadata({b"huggingface": metadata})
     parquet.write_table(table, file)
 
 
@@ -181,22 +181,27 @@ def test_files_that_name_classes_differently_are_refused(tmp_path):
         open_source(f"parquet:{tmp_path}/*.parquet?caption=one")
 
 
-def test_gaps_of_parquet_are_bad_samples_and_unread_columns_are_named(tmp_path):
-    image = [None, {"bytes": None, "path": "a.png"}, {"bytes": picture(1), "path": None}, {"bytes": b"", "path": "b"}]
+def test_missing_values_in_parquet_are_bad_samples_and_unused_columns_are_named(tmp_path):
+    image = [
+        None,
+        {"bytes": None, "path": "a.png"},
+        {"bytes": image_bytes(1), "path": None},
+        {"bytes": b"", "path": "b"},
+    ]
     columns = {"image": image, "caption": ["a", "b", None, "d"], "texts": [["a"], ["b"], ["c", None], [None]]}
     columns |= {"caption.en": ["x"] * 4, "width": [1] * 4}
     write_parquet(tmp_path / "a.parquet", columns)
     source = open_source(f"parquet:{tmp_path}/a.parquet")
     assert captions_or_reasons(source) == ["no_picture", "no_picture", "empty_caption", ["d"]]
     assert source.notes() == ["not used: columns texts, caption.en, width"]
-    with pytest.raises(PairError, match=r"no picture's bytes in image, only the path a\.png"):
+    with pytest.raises(PairError, match=r"no image bytes in image, only the path a\.png"):
         source[1]
     source = open_source(f"parquet:{tmp_path}/a.parquet?caption=texts,caption.en&image=image")
     assert captions_or_reasons(source)[2:] == [["c", "x"], ["x"]]
     assert "caption.en is the column of that name, not the entry en of caption" in source.notes()
 
 
-def test_fields_of_array_records_that_are_not_read_are_named(tmp_path):
+def test_unused_fields_of_array_records_are_named(tmp_path):
     writer = ArrayRecordWriter(str(tmp_path / "pairs"), "group_size:1")
     for record in ({"image": b"x", "captions": ["a"], "url": "u", "json": '{"alt": "b"}'}, [1], {"captions": ["a"]}):
         writer.write(msgpack.packb(record))
@@ -228,7 +233,7 @@ def tfds_folder(tmp_path_factory):
         def _generate_examples(self):
             for number in range(6):
                 captions = [{"text": f"number {number}"}, {"text": "x"}]
-                yield number, {"image": io.BytesIO(picture(number)), "captions": captions, "label": number % 2}
+                yield number, {"image": io.BytesIO(image_bytes(number)), "captions": captions, "label": number % 2}
 
     folder = tmp_path_factory.mktemp("tfds")
     TinyPairs(data_dir=str(folder), file_format="array_record").download_and_prepare()
@@ -240,7 +245,7 @@ def test_tensorflow_datasets_are_read_without_tensorflow(tfds_folder):
 
     name = f"tfds:tiny_pairs/train?image=image&text=captions/text&label=label&data_dir={tfds_folder}"
     source = open_source(name)
-    assert sorted(pairs(source)) == sorted((picture(number), (f"number {number}", "x")) for number in range(6))
+    assert sorted(pairs(source)) == sorted((image_bytes(number), (f"number {number}", "x")) for number in range(6))
     assert {(pair.captions[0], pair.label) for pair in (source[index] for index in range(6))} == {
         (f"number {number}", ("even", "odd")[number % 2]) for number in range(6)
     }

@@ -1,4 +1,4 @@
-"""Sources give pairs by index, and say what is wrong before anything else happens."""
+"""Sources return pairs by index, and report mistakes when they are opened."""
 
 import json
 
@@ -15,7 +15,7 @@ from clip_jax.data.sources.array_record import EMOJI_STYLES
 
 CONCEPTS = json.loads((EMOJI_FOLDER / "concepts.json").read_text(encoding="utf-8"))
 HELD_OUT = {concept["key"] for concept in CONCEPTS if concept["held_out"]}
-STYLES = {  # pairs to train on, held-out pairs, pixels a side, words that the license's row must have
+STYLES = {  # training pairs, held-out pairs, pixels per side, words in the license's row
     "noto": (1_701, 205, 64, "Apache-2.0"),
     "twemoji": (1_701, 205, 64, "CC-BY 4.0"),
     "openmoji": (1_701, 205, 64, "CC BY-SA 4.0"),
@@ -27,7 +27,7 @@ STYLES = {  # pairs to train on, held-out pairs, pixels a side, words that the l
 }
 
 
-def test_the_concepts_that_ship():
+def test_the_concepts_in_the_package():
     assert len(CONCEPTS) == 1_906 and len(HELD_OUT) == 205
     assert {concept["key"] for concept in CONCEPTS if is_held_out(concept["key"])} == HELD_OUT
     assert set(STYLES) == set(EMOJI_STYLES)
@@ -37,7 +37,7 @@ def test_the_concepts_that_ship():
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_a_style_that_ships(style):
+def test_a_style_in_the_package(style):
     train, held_out, pixels, _ = STYLES[style]
     names = {concept["key"]: concept["name"] for concept in CONCEPTS}
     for split, count in (("train", train), ("held_out", held_out)):
@@ -55,7 +55,7 @@ def test_a_style_that_ships(style):
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_the_license_of_a_style_is_stated_and_ships(style):
+def test_the_license_of_a_style_is_stated_and_in_the_package(style):
     readme = (EMOJI_FOLDER / "README.md").read_text(encoding="utf-8")
     (row,) = [line for line in readme.splitlines() if line.startswith(f"| `{style}-*`")]
     _, _, package, license_name, file, _ = (cell.strip() for cell in row.split("|"))
@@ -72,7 +72,7 @@ def test_the_license_of_a_style_is_stated_and_ships(style):
     [
         ("emojione", "1F1EB-1F1F7", "flag-for-france"),
         ("emojione", "0023-20E3", "keycap-pound"),
-        ("noto-v1", "1F604", "grinning-face-with-smiling-eyes"),  # Unicode calls another emoji so
+        ("noto-v1", "1F604", "grinning-face-with-smiling-eyes"),  # Unicode has another emoji of this name
         ("fxemoji", "1F4A1", "lightbulb"),
         ("fxemoji", "1F48E", "gem"),
         ("fxemoji", "1F408", "catside"),
@@ -105,13 +105,13 @@ def _drawn(folder, icons, style, chars=None):
     return drawings(folder, style, names)
 
 
-def test_no_shipped_concept_is_a_skin_tone_variant():
+def test_no_concept_is_a_skin_tone_variant():
     for concept in json.loads((EMOJI_FOLDER / "concepts.json").read_text()):
         assert "skin tone" not in concept["name"]
         assert not any(f"1F3F{digit}" in concept["key"].split("-") for digit in "BCDEF")
 
 
-def test_all_that_ships_stays_below_25_megabytes():
+def test_the_package_is_smaller_than_25_megabytes():
     assert sum(path.stat().st_size for path in EMOJI_FOLDER.iterdir() if path.is_file()) < 25e6
 
 
@@ -129,7 +129,7 @@ def test_several_styles_are_one_source():
     assert both[len(noto)].image != noto[0].image
 
 
-def test_a_tsv_is_read_by_its_ending(tmp_path):
+def test_a_tsv_is_recognized_by_its_suffix(tmp_path):
     Image.new("RGB", (3, 3)).save(tmp_path / "a.png")
     (tmp_path / "pairs.tsv").write_text("filepath\ttitle\na.png\tone, two\n")
     source = open_source(f"csv:{tmp_path}/pairs.tsv?image=filepath&caption=title")
@@ -137,7 +137,7 @@ def test_a_tsv_is_read_by_its_ending(tmp_path):
     assert decode_image(source[0].image).size == (3, 3)
 
 
-def test_a_missing_picture_of_a_csv_is_a_broken_pair_rather_than_fatal(tmp_path):
+def test_a_missing_image_of_a_csv_is_a_bad_sample(tmp_path):
     (tmp_path / "pairs.csv").write_text("image,caption\nnone.png,nothing\n")
     source = open_source(f"csv:{tmp_path}/pairs.csv")
     with pytest.raises(PairError, match=r"none\.png"):
@@ -148,13 +148,13 @@ def test_a_missing_picture_of_a_csv_is_a_broken_pair_rather_than_fatal(tmp_path)
     ("record", "expected"),
     [
         (b"not msgpack", "record 0 is damaged"),
-        (msgpack.packb({"captions": ["a"]}), "record 0 has no picture in image"),
+        (msgpack.packb({"captions": ["a"]}), "record 0 has no image in image"),
         (msgpack.packb({"image": "text", "captions": ["a"]}), "must be bytes"),
         (msgpack.packb({"image": b"", "captions": []}), "has no caption"),
         (msgpack.packb({"image": b"", "captions": [3]}), "captions is int, not text"),
     ],
 )
-def test_a_damaged_record_is_a_broken_pair(tmp_path, record, expected):
+def test_a_damaged_record_is_a_bad_sample(tmp_path, record, expected):
     writer = ArrayRecordWriter(str(tmp_path / "pairs"), "group_size:1")
     writer.write(record)
     writer.close()
@@ -162,7 +162,7 @@ def test_a_damaged_record_is_a_broken_pair(tmp_path, record, expected):
         open_source(f"array_record:{tmp_path}/pairs")[0]
 
 
-def test_a_file_that_is_no_array_record_is_named(tmp_path):
+def test_a_file_that_is_not_an_array_record_is_named(tmp_path):
     (tmp_path / "pairs").write_bytes(b"something else" * 100)
     with pytest.raises(ValueError, match=r"not ArrayRecord files: .*pairs"):
         open_source(f"array_record:{tmp_path}/pairs")
@@ -186,7 +186,7 @@ def test_a_header_that_is_not_utf_8_is_named(tmp_path):
         ("image,caption\n \t,a\n", "line 2: the image is empty"),
     ],
 )
-def test_a_gap_in_a_csv_is_a_bad_sample(tmp_path, rows, expected):
+def test_a_missing_value_in_a_csv_is_a_bad_sample(tmp_path, rows, expected):
     (tmp_path / "pairs.csv").write_text(rows)
     with pytest.raises(PairError, match=expected):
         open_source(f"csv:{tmp_path}/pairs.csv")[0]
@@ -203,7 +203,7 @@ def test_an_unknown_option_of_a_csv_is_refused(tmp_path):
         open_source(f"csv:{tmp_path}/pairs.csv?separator=;")
 
 
-def test_the_fingerprint_tells_sources_apart_and_is_the_same_for_the_same():
+def test_fingerprints_distinguish_sources_and_are_reproducible():
     assert open_source("emoji:noto/train").fingerprint() == open_source("emoji:noto/train").fingerprint()
     assert open_source("emoji:noto/train").fingerprint() != open_source("emoji:noto/held_out").fingerprint()
     assert (

@@ -1,4 +1,4 @@
-"""The index of a tar finds what the standard library finds, and survives whatever it is given."""
+"""The index of a tar finds what the standard library finds, and never fails on damaged data."""
 
 import contextlib
 import io
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shards import pair_members, picture, write_tar
+from shards import image_bytes, pair_members, write_tar
 
 from clip_jax.data.sources import tar_index
 from clip_jax.data.sources.tar_index import index_shard, pack, unpack
@@ -18,7 +18,7 @@ KINDS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 
 
 def records_of(data: bytes) -> tuple[list[tuple[dict[str, bytes], str]], str]:
-    """The files of each record, by name, and its problem, as a source would read them."""
+    """Returns the files of each record by name and its problem, as a source reads them."""
     records, _, problem, _ = index_shard(data)
     found = []
     for record in records.tolist():
@@ -43,26 +43,26 @@ def test_each_record_is_the_files_of_one_key(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize("name", ["x" * 180, "folder/" * 30 + "a", "Überraschung", "日本語"])
-def test_names_that_do_not_fit_a_header_are_read_whole(tmp_path, kind, name):
+def test_names_too_long_for_a_header_are_read_in_full(tmp_path, kind, name):
     members = [(f"{name}.png", b"1"), (f"{name}.txt", b"2"), ("b.png", b"3"), ("b.txt", b"4")]
     found, problem = records_of(tar_bytes(members, kind, tmp_path))
     assert ([record for record, _ in found], problem) == ([dict(members[:2]), dict(members[2:])], "")
 
 
-def test_a_long_name_of_a_plain_posix_header_is_put_together(tmp_path):
-    name = "/".join(["folder" * 5] * 4) + "/picture"
+def test_a_long_name_of_a_posix_header_is_joined(tmp_path):
+    name = "/".join(["folder" * 5] * 4) + "/image"
     found, _ = records_of(tar_bytes([(f"{name}.png", b"1"), (f"{name}.txt", b"2")], tarfile.USTAR_FORMAT, tmp_path))
     assert [list(record) for record, _ in found] == [[f"{name}.png", f"{name}.txt"]]
 
 
-def test_a_tar_inside_a_tar_is_not_taken_for_part_of_it(tmp_path):
+def test_a_tar_inside_a_tar_is_a_file(tmp_path):
     inner = tar_bytes(pair_members(range(3)), tarfile.USTAR_FORMAT, tmp_path)
-    members = [("a.png", inner), ("a.txt", b"words"), ("b.png", picture(1)), ("b.txt", b"more")]
+    members = [("a.png", inner), ("a.txt", b"words"), ("b.png", image_bytes(1)), ("b.txt", b"more")]
     found, problem = records_of(tar_bytes(members, tarfile.USTAR_FORMAT, tmp_path))
     assert ([record for record, _ in found], problem) == ([dict(members[:2]), dict(members[2:])], "")
 
 
-def test_folders_and_links_are_no_records(tmp_path):
+def test_folders_and_links_are_not_records(tmp_path):
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as tar:
         for name, kind in (("./", tarfile.DIRTYPE), ("link", tarfile.SYMTYPE)):
@@ -78,14 +78,14 @@ def test_folders_and_links_are_no_records(tmp_path):
     assert len(found[0][0]) == 3
 
 
-def test_what_is_wrong_with_a_record_is_part_of_the_index(tmp_path):
+def test_the_index_has_the_problems_of_records(tmp_path):
     members = [("a.png", b"1"), ("a.txt", b"2"), ("../b.png", b"3"), ("/c.png", b"4"), ("a.png", b"5"), ("d.png", b"6")]
     found, problem = records_of(tar_bytes(members, tarfile.GNU_FORMAT, tmp_path))
     assert problem == ""
     assert [wrong for _, wrong in found] == ["", "unsafe_name", "unsafe_name", "duplicate_key", ""]
 
 
-def test_what_webdataset_passes_over_splits_no_record(tmp_path):
+def test_files_that_webdataset_ignores_do_not_split_a_record(tmp_path):
     members = pair_members(range(2))
     extra = [("._000000.txt", b"x"), ("README", b"x"), ("__meta__", b"x")]
     mixed = [members[0], *extra, *members[1:3], *extra, *members[3:]]
@@ -93,7 +93,7 @@ def test_what_webdataset_passes_over_splits_no_record(tmp_path):
     assert ([record for record, _ in found], problem) == ([dict(members[:3]), dict(members[3:])], "")
 
 
-def test_the_checksum_tells_other_contents_of_the_same_sizes(tmp_path):
+def test_the_checksum_differs_for_other_contents_of_equal_sizes(tmp_path):
     sums = set()
     for numbers in (range(10, 20), range(20, 30), range(10, 20)):
         sums.add(index_shard(tar_bytes(pair_members(numbers), tarfile.USTAR_FORMAT, tmp_path)).checksum)
@@ -105,8 +105,8 @@ NAMES = st.text("aB.-/_", min_size=1, max_size=12) | st.sampled_from(["a.jpg", "
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(NAMES, min_size=1, max_size=12), st.sampled_from(KINDS), st.integers(0, 12), st.integers(0, 3))
-def test_all_headers_at_once_give_what_one_after_the_other_does(names, kind, first, blocks):
-    """Also where the file is two archives, the first with so many names, and so many blocks of zeros between."""
+def test_reading_headers_at_once_equals_reading_them_one_by_one(names, kind, first, blocks):
+    """Also for two joined archives: ``first`` is the number of names in the first, ``blocks`` of zeros between them."""
     whole = b"".join((archive(names[:first], kind), bytes(512 * blocks), archive(names[first:], kind)))
     data = np.frombuffer(whole, np.uint8)
     members, contents, damage = members_by_tarfile(data)
@@ -127,14 +127,14 @@ def archive(names: list[str], kind: int) -> bytes:
     return stream.getvalue()
 
 
-def test_a_field_that_comes_twice_begins_a_duplicate(tmp_path):
+def test_a_repeated_field_starts_a_duplicate_record(tmp_path):
     members = [("a.png", b"1"), ("a.txt", b"2"), ("a.png", b"3"), ("a.txt", b"4")]
     found, _ = records_of(tar_bytes(members, tarfile.GNU_FORMAT, tmp_path))
     assert found == [(dict(members[:2]), ""), ({}, "duplicate_key")]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_tar_cut_anywhere_keeps_its_whole_records_and_shows_the_cut(tmp_path, kind):
+def test_a_tar_cut_anywhere_keeps_its_complete_records_and_reports_the_cut(tmp_path, kind):
     members = pair_members(range(4))
     data = tar_bytes(members, kind, tmp_path)
     whole = [unpack(record) for record in index_shard(data).records.tolist()]
@@ -147,7 +147,7 @@ def test_a_tar_cut_anywhere_keeps_its_whole_records_and_shows_the_cut(tmp_path, 
         assert problem, kept
 
 
-def test_a_damaged_header_in_the_middle_is_told_and_counts_as_one_bad_record(tmp_path):
+def test_a_damaged_header_in_the_middle_is_reported_and_counts_as_one_bad_record(tmp_path):
     data = bytearray(tar_bytes(pair_members(range(4)), tarfile.GNU_FORMAT, tmp_path))
     start, _, _ = unpack(index_shard(bytes(data)).records.tolist()[2])
     data[start : start + 512] = b"\xff" * 512
@@ -173,7 +173,7 @@ def test_no_bytes_make_the_index_fail_or_hang(data):
 
 
 def readable(data: bytes) -> None:
-    """Goes through whatever the index found."""
+    """Reads all records of the index."""
     for record in index_shard(data).records.tolist():
         start, length, wrong = unpack(record)
         if not wrong:
@@ -183,7 +183,7 @@ def readable(data: bytes) -> None:
 
 
 def with_checksum(header: bytearray) -> bytes:
-    """A header as a hostile program would write it: right but for what it says."""
+    """A malicious header: a valid checksum, and arbitrary fields."""
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     return bytes(header)
@@ -191,7 +191,7 @@ def with_checksum(header: bytearray) -> bytes:
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_no_header_with_a_right_checksum_makes_the_index_fail_or_hang(data):
+def test_no_header_with_a_valid_checksum_makes_the_index_fail_or_hang(data):
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=data.draw(st.sampled_from(KINDS))) as tar:
         for name, content in pair_members(range(2)):
@@ -199,8 +199,8 @@ def test_no_header_with_a_right_checksum_makes_the_index_fail_or_hang(data):
             entry.size, entry.mtime = len(content), 0.5
             tar.addfile(entry, io.BytesIO(content))
     whole = bytearray(stream.getvalue())
-    place = 512 * data.draw(st.integers(0, 5))
-    header = whole[place : place + 512]
+    offset = 512 * data.draw(st.integers(0, 5))
+    header = whole[offset : offset + 512]
     size = data.draw(st.sampled_from([b"size", b"kind"]))
     if size == b"size":
         number = data.draw(st.sampled_from([-1, -512, -1024, -1536, -(2**40), 2**33, 2**50, 2**60, 2**63 - 1]))
@@ -208,20 +208,20 @@ def test_no_header_with_a_right_checksum_makes_the_index_fail_or_hang(data):
             b"\x80" + number.to_bytes(11, "big") if number >= 0 else number.to_bytes(12, "big", signed=True)
         )
     header[156:157] = data.draw(st.sampled_from([b"0", b"\0", b"L", b"K", b"x", b"g", b"S", b"5", b"1", b"7"]))
-    whole[place : place + 512] = with_checksum(header)
+    whole[offset : offset + 512] = with_checksum(header)
     readable(bytes(whole))
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=2000))
-def test_what_is_no_tar_has_no_usable_records(data):
+def test_a_file_that_is_not_a_tar_has_no_usable_records(data):
     records, _, problem, _ = index_shard(data)
     assert problem or not any(data)
     assert all(unpack(record)[2] == "truncated_file" for record in records.tolist())
 
 
 @given(st.integers(0, 2**38 - 1), st.integers(0, 2**23 - 1), st.integers(0, 4))
-def test_a_record_is_one_number_of_64_bits(start, length, problem):
+def test_a_record_is_packed_into_64_bits(start, length, problem):
     packed = pack(start, length, problem)
     assert np.uint64(packed) == packed
     assert unpack(packed)[:2] == (start * 512, length * 512)
@@ -240,5 +240,5 @@ def test_a_record_is_one_number_of_64_bits(start, length, problem):
         ("__meta.json__", None),
     ],
 )
-def test_a_name_is_split_as_webdataset_splits_it(name, expected):
+def test_a_name_is_split_as_by_webdataset(name, expected):
     assert split_name(name) == expected

@@ -1,4 +1,4 @@
-"""Every line of a table is a pair, or a bad sample with its reason, whatever the lines around it hold."""
+"""Every line of a table is a pair or a bad sample with a reason, independent of the lines around it."""
 
 import bz2
 import csv
@@ -10,7 +10,7 @@ import os
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shards import captions_or_reasons, picture
+from shards import captions_or_reasons, image_bytes
 
 from clip_jax.data.sources import open_source, text_rows
 from clip_jax.data.sources.text_rows import delimited_rows
@@ -20,7 +20,7 @@ from clip_jax.data.sources.text_rows import delimited_rows
 def own_index(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in "abcd":
-        (tmp_path / f"{name}.png").write_bytes(picture(ord(name)))
+        (tmp_path / f"{name}.png").write_bytes(image_bytes(ord(name)))
 
 
 def read(tmp_path, kind: str, data: bytes | str, options: str = "", name: str = "pairs"):
@@ -66,7 +66,7 @@ def test_each_line_of_a_tsv_is_a_row_and_quotes_are_characters(tmp_path, rows, e
         ("image,caption\n", ["unreadable_file"]),
     ],
 )
-def test_a_damaged_row_of_a_csv_costs_no_other(tmp_path, rows, expected):
+def test_a_damaged_row_of_a_csv_does_not_affect_others(tmp_path, rows, expected):
     source = read(tmp_path, "csv", b"image,caption\n" + (rows if isinstance(rows, bytes) else rows.encode()))
     assert captions_or_reasons(source) == expected
     for reason in {BAD, "empty_caption", "no_picture"} & {one for one in expected if isinstance(one, str)}:
@@ -84,8 +84,8 @@ def test_what_pythons_csv_writes_is_read_back(tmp_path_factory, rows):
     assert (header, [list(row.values.values()) for row in found]) == (["x", "y"], rows)
 
 
-def test_a_quote_that_is_never_closed_takes_neither_memory_nor_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_rows, "QUOTED_MOST", 1_000)
+def test_an_unclosed_quote_costs_neither_memory_nor_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_rows, "MAX_QUOTED", 1_000)
     rows = 'a.png,"open\n' + "b.png,x\n" * 500
     assert captions_or_reasons(read(tmp_path, "csv", "image,caption\n" + rows)) == [BAD, *[["x"]] * 500]
 
@@ -122,7 +122,7 @@ ROWS = b"image,caption\n" + b"a.png,a caption\n" * 2_000
 
 
 @pytest.mark.parametrize("kind", COMPRESSED)
-def test_a_compressed_table_is_the_same_data_and_its_damage_is_counted(tmp_path, kind):
+def test_a_compressed_table_has_the_same_rows_and_its_damage_is_counted(tmp_path, kind):
     compress = COMPRESSED[kind]
     plain = read(tmp_path, "csv", ROWS)
     whole = compress(ROWS[:1_006]) + compress(ROWS[1_006:])
@@ -142,30 +142,30 @@ def test_a_compressed_table_is_the_same_data_and_its_damage_is_counted(tmp_path,
         ("csv", b"\xef\xbb\xbf\n", "only an empty first line"),
         ("csv", "image,caption\n".encode("utf-16"), "is UTF-16; save it as UTF-8"),
         ("csv", b"PK\x03\x04 and so on", "is a ZIP archive"),
-        ("csv", b"image,caption,caption\na.png,x,y\n", "has 2 columns 'caption'; name them apart"),
+        ("csv", b"image,caption,caption\na.png,x,y\n", "has 2 columns 'caption'; rename all but one"),
         ("csv", b"\0" * 600, "line 1: it holds a zero byte"),
         ("csv", gzip.compress(b"image,caption\n", mtime=0)[:12], "line 1: the compressed data end here"),
         ("tsv", b'"image"\t"caption"\n"a.png"\t"x"\n', "read its quotes with csv:"),
         ("csv", b"image,caption\n", "has no rows"),
     ],
 )
-def test_what_is_no_table_is_refused_in_one_line(tmp_path, kind, data, expected):
+def test_a_file_that_is_not_a_table_is_refused_in_one_line(tmp_path, kind, data, expected):
     with pytest.raises(ValueError, match=expected) as caught:
         read(tmp_path, kind, data)
     assert "\n" not in str(caught.value)
 
 
-def test_quotes_in_a_tsv_that_a_csv_writer_wrote_are_mentioned_and_can_be_read(tmp_path):
+def test_csv_quotes_in_a_tsv_are_reported_and_can_be_read(tmp_path):
     data = 'image\tcaption\na.png\t"he said ""hi"""\n'
     source = read(tmp_path, "tsv", data, name="pairs.tsv")
     assert source[0].captions == ['"he said ""hi"""']
     assert source.notes() == [
-        f"1 rows have values in quotes, which stay; to take them off as CSV does, write csv:{tmp_path}/pairs.tsv"
+        f"1 rows have quoted values, whose quotes are kept; to remove them, write csv:{tmp_path}/pairs.tsv"
     ]
     assert open_source(f"csv:{tmp_path}/pairs.tsv")[0].captions == ['he said "hi"']
 
 
-def test_a_column_with_a_dot_comes_before_an_entry_of_json_and_this_is_said(tmp_path):
+def test_a_column_with_a_dot_precedes_an_entry_of_json_and_a_note_states_it(tmp_path):
     data = 'image,caption.en,caption,more\na.png,column,"{""en"": ""entry"", ""de"": ""Eintrag""}",x\n'
     source = read(tmp_path, "csv", data, "?caption=caption.en,caption.de")
     assert source[0].captions == ["column", "Eintrag"]
@@ -177,16 +177,16 @@ def test_a_column_with_a_dot_comes_before_an_entry_of_json_and_this_is_said(tmp_
         read(tmp_path, "csv", data, "?caption=text.en")
 
 
-def test_a_pattern_is_several_tables_whose_pictures_are_beside_each(tmp_path):
+def test_a_pattern_is_several_tables_with_images_relative_to_each(tmp_path):
     for number in range(2):
         folder = tmp_path / f"part{number}"
         folder.mkdir()
-        (folder / "a.png").write_bytes(picture(number))
+        (folder / "a.png").write_bytes(image_bytes(number))
         (folder / "pairs.csv").write_text(f"image,caption{',width' * number}\na.png,number {number}{',5' * number}\n")
     for name in ("part{0..1}/pairs.csv", "part*/pairs.csv", f"part0/pairs.csv,{tmp_path}/part1/pairs.csv"):
         source = open_source(f"csv:{tmp_path}/{name}")
         assert captions_or_reasons(source) == [["number 0"], ["number 1"]]
-        assert [source[index].image for index in range(2)] == [picture(0), picture(1)]
+        assert [source[index].image for index in range(2)] == [image_bytes(0), image_bytes(1)]
         assert source.notes() == ["not used: columns width (in 1 of 2 files)"]
     with pytest.raises(FileNotFoundError, match=r"no file .*part2/pairs\.csv"):
         open_source(f"csv:{tmp_path}/part{{0..2}}/pairs.csv")
@@ -194,7 +194,7 @@ def test_a_pattern_is_several_tables_whose_pictures_are_beside_each(tmp_path):
     assert len(open_source(f"csv:{tmp_path}/pairs [1],{{2}}.csv")) == 1
 
 
-def test_a_pipe_or_a_device_is_a_line_and_keeps_nobody_waiting(tmp_path):
+def test_a_pipe_or_a_device_is_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     rows = f"image,caption\n{tmp_path}/pipe,x\n/dev/zero,x\n{tmp_path},x\n"
     assert captions_or_reasons(read(tmp_path, "csv", rows)) == ["unreadable_file"] * 3

@@ -1,4 +1,4 @@
-"""The pictures of an evaluation and what is said of them, each host reading its share."""
+"""Reads the images, labels and captions of an evaluation; each host reads its own share of the records."""
 
 import copy
 import os
@@ -15,14 +15,14 @@ from clip_jax.data.images import ImageError, decode_image, evaluation_transform
 from clip_jax.data.sources import MissingPackageError, Pair, PairError, Source, open_source
 from clip_jax.models.preprocessing import OPENAI_PREPROCESSING, Preprocessing
 
-KEPT_BYTES = 2**29  # of decoded pictures, so that an evaluation during training decodes a small set once
+CACHE_BYTES = 2**29  # of decoded images, so that evaluations during training decode a small set only once
 
 
-class Said(NamedTuple):
-    """What a source says of an image: its classes, none if it has none, and its captions.
+class Annotation(NamedTuple):
+    """The labels and captions of one record; either list may be empty.
 
-    ``image`` is the path of its file where a source names files, so that two records of one file can be recognized;
-    else it is empty.
+    ``image`` is the path of the image file, by which two records of one file are recognized. It is empty if the source
+    does not name files.
     """
 
     labels: list[str]
@@ -30,52 +30,52 @@ class Said(NamedTuple):
     image: str = ""
 
 
-class Pictures(Sequence):
-    """All pictures of a source by index, uint8 ``[S, S, 3]``; decoded once where all take little memory.
+class Images(Sequence):
+    """The images of a source by index, uint8 ``[S, S, 3]``. Caches them if all fit into ``CACHE_BYTES``.
 
-    Nothing takes the place of a picture that cannot be read: the result would be another. Raises ValueError then, one
-    line that names it, or OSError where what holds it is lost.
+    An image that cannot be read is not replaced, since that would change the result. Indexing raises ValueError for it,
+    one line with the name of the record, or OSError if the source itself cannot be read.
     """
 
     def __init__(self, name: str, source: Source, image_size: int, preprocessing: Preprocessing = OPENAI_PREPROCESSING):
         self._name, self._source, self._image_size, self._preprocessing = name, source, image_size, preprocessing
         self._rows: Sequence[int] = range(len(source))
-        self._change: Callable[[np.ndarray, int], np.ndarray] | None = None
-        self._kept: dict[int, np.ndarray] | None = {} if len(source) * image_size**2 * 3 <= KEPT_BYTES else None
+        self._transform: Callable[[np.ndarray, int], np.ndarray] | None = None
+        self._cache: dict[int, np.ndarray] | None = {} if len(source) * image_size**2 * 3 <= CACHE_BYTES else None
 
     def __len__(self) -> int:
         return len(self._rows)
 
     @property
     def like(self) -> np.ndarray:
-        """An empty picture."""
+        """Zeros with the shape and dtype of an image."""
         return np.zeros((self._image_size, self._image_size, 3), np.uint8)
 
     def __getitem__(self, index: int) -> np.ndarray:
         row = self._rows[index]
-        if self._kept is None:
-            picture = self._read(row)
+        if self._cache is None:
+            image = self._read(row)
         else:
-            if row not in self._kept:
-                self._kept[row] = self._read(row)
-            picture = self._kept[row]
-        return self._change(picture, index) if self._change else picture
+            if row not in self._cache:
+                self._cache[row] = self._read(row)
+            image = self._cache[row]
+        return self._transform(image, index) if self._transform else image
 
-    def forget(self) -> None:
-        """Frees what was decoded."""
-        if self._kept is not None:
-            self._kept.clear()
+    def clear_cache(self) -> None:
+        """Frees the memory of the cached images."""
+        if self._cache is not None:
+            self._cache.clear()
 
-    def chosen(self, rows: Sequence[int]) -> "Pictures":
-        """Those of these records of the source, in this order."""
+    def select(self, rows: Sequence[int]) -> "Images":
+        """Returns the images of these records of the source, in this order. The cache is shared."""
         result = copy.copy(self)
         result._rows = rows
         return result
 
-    def changed(self, change: Callable[[np.ndarray, int], np.ndarray]) -> "Pictures":
-        """The same pictures, each as ``change(picture, index)`` makes it."""
+    def map(self, transform: Callable[[np.ndarray, int], np.ndarray]) -> "Images":
+        """Returns the images ``transform(image, index)``."""
         result = copy.copy(self)
-        result._change = change
+        result._transform = transform
         return result
 
     def _read(self, index: int) -> np.ndarray:
@@ -91,11 +91,11 @@ class Pictures(Sequence):
 
 
 def open_on_all_hosts(name: str) -> Source:
-    """Opens a source where every host can, and fails on all where one cannot: the others would wait for it.
+    """Opens a source on every host. If one host cannot, all raise; otherwise they would wait for it forever.
 
     Raises:
-      FileNotFoundError: the data, or what reads it, is not there.
-      ValueError: it is not as it should be, or not the same on all hosts.
+      FileNotFoundError: the data, or the package that reads it, is missing.
+      ValueError: the data is not valid, or differs between hosts.
     """
     source, problem = None, ("", "")
     try:
@@ -110,32 +110,32 @@ def open_on_all_hosts(name: str) -> Source:
             where = f" (host {host})" if len(outcomes) > 1 else ""
             raise (FileNotFoundError if kind == "missing" else ValueError)(message + where)
     if len(set(outcomes)) > 1:
-        raise ValueError(f"{name} has {' and '.join(f'{count:,}' for _, _, count in outcomes)} pictures on the hosts")
+        raise ValueError(f"{name} has {' and '.join(f'{count:,}' for _, _, count in outcomes)} images on the hosts")
     return source
 
 
-def read_said(name: str, source: Source) -> list[Said]:
-    """Classes and captions of all records, in their order; every host reads a part and gets all.
+def read_annotations(name: str, source: Source) -> list[Annotation]:
+    """Returns the labels and captions of all records, in order. Each host reads a part and gets the whole.
 
     Raises:
-      ValueError: a record cannot be read, on any host; one line.
+      ValueError: a host cannot read a record; one line.
     """
     hosts, host = jax.process_count(), jax.process_index()
     rows = range(len(source) * host // hosts, len(source) * (host + 1) // hosts)
-    said = getattr(source, "said", None)  # of a source that knows without reading the picture
+    metadata = getattr(source, "metadata", None)  # reads the annotation without the image, where the source can
 
-    def read(index: int) -> Said:
-        label, captions, image = said(index) if said else _label_and_captions(source[index])
-        return Said([one for one in label.split("\n") if one], list(captions), image)
+    def read(index: int) -> Annotation:
+        label, captions, image = metadata(index) if metadata else _label_and_captions(source[index])
+        return Annotation([one for one in label.split("\n") if one], list(captions), image)
 
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            part: list[Said] | str = list(pool.map(read, rows))
+            part: list[Annotation] | str = list(pool.map(read, rows))
     except (PairError, OSError) as error:
         part = f"{name}: {error}"
     parts = all_gather_objects(part)
     raise_first([part for part in parts if isinstance(part, str)])
-    return [one for part in parts for one in part]
+    return [annotation for part in parts for annotation in part]
 
 
 def _label_and_captions(pair: Pair) -> tuple[str, Sequence[str], str]:
@@ -143,13 +143,13 @@ def _label_and_captions(pair: Pair) -> tuple[str, Sequence[str], str]:
 
 
 def raise_first(problems: Sequence[str]) -> None:
-    """Raises ValueError with the first of the problems that hosts have told each other, if there is one."""
+    """Raises ValueError with the first of the gathered problems, if there is one."""
     if problems:
         raise ValueError(problems[0])
 
 
 def all_gather_objects(value: object) -> list:
-    """Every host's value, in the order of the hosts, on every host."""
+    """Returns the values of all hosts, in the order of the hosts, on every host."""
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(pickle.dumps(value), np.uint8)

@@ -1,32 +1,44 @@
-"""Tasks with their data: opened once, scored any number of times, in training and by ``clip_jax.evaluate``."""
+"""Opens the data of tasks once and scores models on them, in training and in ``clip_jax.evaluate``."""
 
 import os
 from collections.abc import Callable, Sequence
 
 from clip_jax.errors import one_line
+from clip_jax.evaluation.cached import Classifier
 from clip_jax.evaluation.classification import ClassificationTask
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.measuring import NO_EXTRAS, Extras
-from clip_jax.evaluation.registry import Task
-from clip_jax.evaluation.remembered import Classifier
 from clip_jax.evaluation.results import MissingTask, Results
 from clip_jax.evaluation.retrieval_task import RetrievalTask
+from clip_jax.evaluation.task import Task
 from clip_jax.models.preprocessing import OPENAI_PREPROCESSING, Preprocessing
 
 
 class Evaluations:
-    """Tasks whose data is opened; those without data here are ``missing``, those with wrong data ``broken``.
+    """Tasks with their data.
 
     Args:
-      tasks: of :func:`clip_jax.evaluation.registry.find_tasks`.
-      image_size: S, of the model.
-      data: the folder that ``{data}`` stands for.
-      preprocessing: of the model.
+      tasks: from :func:`clip_jax.evaluation.registry.find_tasks`.
+      image_size: the model's, in pixels.
+      data: the folder that replaces ``{data}`` in sources.
+      preprocessing: the model's.
+      keep_images: whether decoded images stay in memory for the next call of :meth:`score`.
+
+    Attributes:
+      tasks: the tasks whose data is open.
+      missing: the tasks whose data was not found.
+      broken: the tasks whose data is not valid.
     """
 
     def __init__(
-        self, tasks: Sequence[Task], image_size: int, data: str, preprocessing: Preprocessing = OPENAI_PREPROCESSING
+        self,
+        tasks: Sequence[Task],
+        image_size: int,
+        data: str,
+        preprocessing: Preprocessing = OPENAI_PREPROCESSING,
+        keep_images: bool = True,
     ):
+        self._keep_images = keep_images
         kinds = {"zero_shot": ClassificationTask, "retrieval": RetrievalTask}
         self.tasks: list[ClassificationTask | RetrievalTask] = []
         self.missing: list[MissingTask] = []
@@ -49,18 +61,19 @@ class Evaluations:
         model: str,
         architecture: str,
         extras: Extras = NO_EXTRAS,
-        tell: Callable[[Results], None] = lambda results: None,
-        again: bool = True,
+        on_result: Callable[[Results], None] = lambda results: None,
     ) -> Results:
         """Scores the embedder's model on every task.
 
-        A task that fails, since a picture cannot be decoded or embeddings are not finite, is one that was not scored,
-        with the reason; the others go on.
+        A task fails if an image cannot be decoded or embeddings are not finite. It is added to ``missing`` with the
+        reason, and the other tasks are scored.
 
         Args:
-          classifier: of the class names and templates of a task.
-          tell: hears of the results so far after each task.
-          again: whether pictures are kept for the next time.
+          embedder: the model with its parameters.
+          classifier: from class names and templates to classifier weights.
+          model, architecture: names for the results.
+          extras: optional measurements.
+          on_result: called after each task with the results so far.
         """
         results = Results(model, architecture, [], [*self.missing, *self.broken])
         for task in self.tasks:
@@ -68,9 +81,9 @@ class Evaluations:
                 results.tasks.append(task.score(embedder, classifier, extras))
             except (ValueError, FloatingPointError) as error:
                 results.missing.append(_not_scored(task.task, error))
-            if not again:
-                task.pictures.forget()
-            tell(results)
+            if not self._keep_images:
+                task.images.clear_cache()
+            on_result(results)
         return results
 
 

@@ -1,4 +1,4 @@
-"""Tasks from data to result: classes and their names, and the same numbers on any number of devices."""
+"""Tests tasks from data to results: classes and their names, and equal numbers on any number of devices."""
 
 import dataclasses
 import functools
@@ -10,33 +10,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from shards import picture, write_tar
+from shards import image_bytes, write_tar
 
 from clip_jax.data.sources import open_source
 from clip_jax.evaluation.embedding import Embedder
+from clip_jax.evaluation.evaluations import Evaluations
 from clip_jax.evaluation.measuring import Extras
 from clip_jax.evaluation.metrics import average_precision_11
-from clip_jax.evaluation.pictures import Pictures, Said, read_said
-from clip_jax.evaluation.registry import Task
-from clip_jax.evaluation.tasks import Evaluations
+from clip_jax.evaluation.task import Task
 from clip_jax.evaluation.zero_shot import classifier_of
 from clip_jax.models.clip import CLIP
 from clip_jax.models.presets import CLIPPreset
 from clip_jax.models.towers.text_transformer import TextTransformerPreset
 from clip_jax.models.towers.vision_transformer import VisionTransformerPreset
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 PRESET = CLIPPreset(
     16,
     VisionTransformerPreset(image_size=16, patch_size=8, width=32, num_layers=1, num_heads=2),
     TextTransformerPreset(width=16, num_layers=1, num_heads=2, context_length=16),
 )
-COLOURS = {"red": (250, 10, 10), "green": (10, 250, 10), "blue": (10, 10, 250)}
+COLORS = {"red": (250, 10, 10), "green": (10, 250, 10), "blue": (10, 10, 250)}
 
 
 @pytest.fixture(scope="module")
-def embedder_on(quick_compilation, mesh_of):
-    """A function from a mesh's shape to the same small model on it."""
+def embedder_on(mesh_of):
+    """A function from the shape of a mesh to a small model on it, always with the same parameters."""
     model = CLIP(PRESET)
     variables = nn.meta.unbox(model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 16), jnp.int32)))
     return functools.cache(lambda shape: Embedder(model, mesh_of(shape), batch_size=24).with_variables(variables))
@@ -44,13 +42,13 @@ def embedder_on(quick_compilation, mesh_of):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """37 pictures in a folder each of three colours, with noise; and half as many for training."""
-    root, random = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
+    """37 noisy images in three folders, one for each color, and 30 for training."""
+    root, random = tmp_path_factory.mktemp("colors"), np.random.default_rng(0)
     for split, counts in (("test", (9, 12, 16)), ("train", (10, 10, 10))):
-        for (name, colour), count in zip(COLOURS.items(), counts, strict=True):
+        for (name, color), count in zip(COLORS.items(), counts, strict=True):
             (root / split / name).mkdir(parents=True)
             for number in range(count):
-                pixels = np.clip(np.array(colour) + random.normal(0, 60, (20, 24, 3)), 0, 255).astype(np.uint8)
+                pixels = np.clip(np.array(color) + random.normal(0, 60, (20, 24, 3)), 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(root / split / name / f"{number:02}.png")
     return root
 
@@ -63,9 +61,9 @@ def score(embedder, task, data="", **extras):
     return results.tasks[0]
 
 
-def colours_task(**changes):
+def colors_task(**changes):
     values = {"prompts": "", "source": "image_folder:{data}/test", "templates": ("a {} thing", "{}")}
-    return Task(**({"name": "colours", "kind": "zero_shot"} | values | changes))
+    return Task(**({"name": "colors", "kind": "zero_shot"} | values | changes))
 
 
 def same(one, other):
@@ -76,7 +74,7 @@ def same(one, other):
 
 def test_a_classification_is_the_same_on_one_device_and_on_eight(embedder_on, folders):
     source, note = "image_folder:{data}/train", "a sentence"
-    task = colours_task(train=source, pixel_baseline=source, note=note)
+    task = colors_task(train=source, pixel_baseline=source, note=note)
     one, eight = (
         score(embedder_on(shape), task, folders, baseline=True, synthetic_shift=True, linear_probe=True)
         for shape in ((1, 1), (4, 2))
@@ -86,12 +84,12 @@ def test_a_classification_is_the_same_on_one_device_and_on_eight(embedder_on, fo
     np.testing.assert_array_equal(one.arrays["labels"], [0] * 16 + [1] * 12 + [2] * 9)
     assert one.metrics["top_1"] == (one.arrays["best"][:, 0] == one.arrays["labels"]).mean()
     assert one.notes[0] == note
-    assert one.baseline["top_1"] == 1  # the nearest mean colour
+    assert one.baseline["top_1"] == 1  # nearest mean color
     assert one.chance == {"top_1": 1 / 3, "mean_per_class": 1 / 3}
     assert one.synthetic_shift == eight.synthetic_shift and one.synthetic_shift.keys() > {"blur", "noise"}
     assert one.linear_probe["accuracy"] > 0.9
     assert one.linear_probe["accuracy"] == eight.linear_probe["accuracy"]
-    assert one.picture(36).shape == (16, 16, 3) and one.picture(36)[..., 0].mean() > 150
+    assert one.image_at(36).shape == (16, 16, 3) and one.image_at(36)[..., 0].mean() > 150
 
 
 def test_a_retrieval_is_the_same_on_one_device_and_on_eight(embedder_on):
@@ -102,7 +100,7 @@ def test_a_retrieval_is_the_same_on_one_device_and_on_eight(embedder_on):
     assert len(one.texts) == len(one.arrays["shown_texts"]) == 8
 
 
-def test_without_first_caption_every_caption_is_a_text_of_its_picture_alone(embedder_on):
+def test_without_first_caption_each_caption_is_a_text_of_one_image(embedder_on):
     task = Task("emoji", "retrieval", "emoji:openmoji/held_out", metric="text_to_image_recall@1")
     result = score(embedder_on((4, 2)), task)
     source = open_source("emoji:openmoji/held_out")
@@ -110,7 +108,7 @@ def test_without_first_caption_every_caption_is_a_text_of_its_picture_alone(embe
     assert result.arrays["text_to_image_rank"].shape == (result.counts["texts"],)
 
 
-def test_several_classes_a_picture_are_scored_as_average_precision(embedder_on, tmp_path):
+def test_images_with_several_classes_are_scored_by_average_precision(embedder_on, tmp_path):
     random, lines = np.random.default_rng(0), []
     for number in range(21):
         Image.fromarray(random.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
@@ -126,12 +124,12 @@ def test_several_classes_a_picture_are_scored_as_average_precision(embedder_on, 
     )
     result = score(embedder_on((4, 2)), task, tmp_path)
     assert result.metrics.keys() == {"average_precision_11"} and 0 < result.metrics["average_precision_11"] < 1
-    # Of so few images, interpolation lifts a random ranking from 1/3 to about 1/2.
+    # With so few images, interpolation raises a random ranking from 1/3 to about 1/2.
     targets = np.array([[n % 4 < 2, n % 4 == 1, n % 4 == 2] for n in range(21)])
     random = np.random.default_rng(7)
     drawn = np.mean([average_precision_11(random.random((21, 3)), targets) for _ in range(200)])
     assert result.chance["average_precision_11"] == pytest.approx(drawn, abs=0.05) and drawn > 0.45
-    # The same score for all images: as many right ones as there are, on average over the classes.
+    # Equal scores: the share of images of the class, averaged over the classes.
     assert result.largest_class["average_precision_11"] == pytest.approx((11 + 5 + 5) / 63)
     assert result.notes[-1] == "5 of 21 images have no class"
     more = dataclasses.replace(task, class_names=(*task.class_names, "fish"))
@@ -142,7 +140,7 @@ def test_several_classes_a_picture_are_scored_as_average_precision(embedder_on, 
 
 
 def test_two_classes_have_an_area_under_the_curve(embedder_on, folders):
-    task = colours_task(class_names=("red", "blue"), labels=("red", "blue"), other_classes=True, metric="roc_auc")
+    task = colors_task(class_names=("red", "blue"), labels=("red", "blue"), other_classes=True, metric="roc_auc")
     result = score(embedder_on((4, 2)), task, folders)
     assert result.counts == {"images": 25, "classes": 2}
     assert 0 <= result.metrics["roc_auc"] <= 1 and result.chance["roc_auc"] == 0.5
@@ -160,24 +158,27 @@ def broken(task, data):
     [
         (
             {"class_names": ("red", "green", "bleu")},
-            "1 of its 3 classes are none of the task's 3 class names: 'blue' (did you",
+            "1 of its 3 classes match none of the task's 3 class names: 'blue' (did you",
         ),
-        ({"class_names": ("red", "green")}, "1 of its 3 classes are none of the task's 2 class names: 'blue'"),
+        ({"class_names": ("red", "green")}, "1 of its 3 classes match none of the task's 2 class names: 'blue'"),
         (
             {"class_names": ("x", "y", "z")},
-            "3 of its 3 classes are none of the task's 3 class names: 'blue', 'green', 'red'",
+            "3 of its 3 classes match none of the task's 3 class names: 'blue', 'green', 'red'",
         ),
         (
             {"class_names": ("a", "b", "c"), "labels": ("red", "green", "blu")},
-            "are none of the task's 3 labels: 'blue'",
+            "match none of the task's 3 labels: 'blue'",
         ),
         ({"class_names": ("red", "green", "blue", " ")}, "class_names has an empty entry at index 3"),
         ({"class_names": ("red", "green", "blue", "blue")}, "'blue' could be 2 of the classes"),
-        ({"class_names": ("a", "b", "c"), "labels": ("red", "green", "red")}, "the label 'red' is there twice"),
-        ({"class_names": ("x", "y"), "other_classes": True}, "3 of its 3 classes are none of the task's 2 class names"),
+        ({"class_names": ("a", "b", "c"), "labels": ("red", "green", "red")}, "the label 'red' occurs twice"),
+        (
+            {"class_names": ("x", "y"), "other_classes": True},
+            "3 of its 3 classes match none of the task's 2 class names",
+        ),
         (
             {"pixel_baseline": "digits:test"},
-            "pixel_baseline=digits:test: 10 of its 10 classes are none of the task's 3",
+            "pixel_baseline=digits:test: 10 of its 10 classes match none of the task's 3",
         ),
         (
             {"class_names": ("red", "blue"), "labels": ("red", "yellow"), "other_classes": True, "metric": "roc_auc"},
@@ -185,8 +186,8 @@ def broken(task, data):
         ),
     ],
 )
-def test_labels_that_do_not_go_with_the_class_names_are_refused_by_name(folders, changes, message):
-    assert message in broken(colours_task(**changes), folders)
+def test_labels_that_do_not_match_the_class_names_are_refused_by_name(folders, changes, message):
+    assert message in broken(colors_task(**changes), folders)
 
 
 @pytest.mark.parametrize(
@@ -199,47 +200,47 @@ def test_labels_that_do_not_go_with_the_class_names_are_refused_by_name(folders,
         ("templates", ("{}",)),
     ],
 )
-def test_what_would_change_nothing_is_refused(key, value):
+def test_a_field_without_effect_is_refused(key, value):
     with pytest.raises(ValueError, match=f"{key} has no effect with kind='retrieval'"):
         Task("pairs", "retrieval", "emoji:openmoji/held_out", **{key: value})
     with pytest.raises(ValueError, match="first_caption has no effect with kind='zero_shot'"):
-        colours_task(first_caption=True)
+        colors_task(first_caption=True)
     with pytest.raises(ValueError, match=r"validation has no effect .* without train"):
-        colours_task(validation="digits:train")
+        colors_task(validation="digits:train")
     with pytest.raises(ValueError, match=r"pixel_baseline has no effect .*average_precision_11"):
-        colours_task(pixel_baseline="digits:train", metric="average_precision_11")
+        colors_task(pixel_baseline="digits:train", metric="average_precision_11")
 
 
-def test_a_folder_without_an_image_is_stated(embedder_on, folders, tmp_path):
+def test_a_note_reports_a_folder_without_images(embedder_on, folders, tmp_path):
     for name in ("red", "green", "violet"):
         (tmp_path / name).mkdir()
     for name in ("red", "green"):
         (tmp_path / name / "1.png").write_bytes((folders / "train" / name / "00.png").read_bytes())
     (tmp_path / "violet" / "1.txt").write_text("no image")
-    result = score(embedder_on((1, 1)), colours_task(source=f"image_folder:{tmp_path}"))
+    result = score(embedder_on((1, 1)), colors_task(source=f"image_folder:{tmp_path}"))
     assert result.class_names == ["green", "red"]
-    assert result.notes == ["1 folders have no image that can be read and are no classes, such as 'violet'"]
+    assert result.notes == ["1 folders have no image that can be read and are not classes, such as 'violet'"]
 
 
-def test_a_baseline_of_the_tasks_own_images_is_stated(embedder_on, folders):
+def test_a_note_reports_a_baseline_of_the_tasks_own_images(embedder_on, folders):
     own = "image_folder:{data}/test"
-    notes = score(embedder_on((1, 1)), colours_task(pixel_baseline=own), folders, baseline=True).notes
-    assert notes == ["pixel_baseline: these are the task's own images, so its numbers say nothing about other images"]
+    notes = score(embedder_on((1, 1)), colors_task(pixel_baseline=own), folders, baseline=True).notes
+    assert notes == ["pixel_baseline: these are the task's own images, so its numbers do not hold for other images"]
 
 
 def test_other_names_in_another_order_give_the_same_numbers(embedder_on, folders):
     embedder = embedder_on((1, 1))
-    expected = score(embedder, colours_task(class_names=("red", "green", "blue")), folders)
-    other = score(embedder, colours_task(class_names=("blue", "red", "green")), folders)
+    expected = score(embedder, colors_task(class_names=("red", "green", "blue")), folders)
+    other = score(embedder, colors_task(class_names=("blue", "red", "green")), folders)
     assert other.metrics == pytest.approx(expected.metrics)
-    marked = score(embedder, colours_task(class_names=("Blue", "RED", "green")), folders)
+    marked = score(embedder, colors_task(class_names=("Blue", "RED", "green")), folders)
     assert marked.metrics == pytest.approx(expected.metrics)  # the tokenizer ignores case
     assert marked.notes == ["matched without case, spaces and punctuation: 'blue' is 'Blue', 'red' is 'RED'"]
-    more = score(embedder, colours_task(class_names=("blue", "red", "green", "violet")), folders)
+    more = score(embedder, colors_task(class_names=("blue", "red", "green", "violet")), folders)
     assert more.notes == ["1 of 4 classes have no image and remain possible answers: 'violet'"]
 
 
-def test_a_baseline_and_a_probe_may_have_other_classes_which_are_stated(embedder_on, folders, tmp_path):
+def test_notes_report_other_classes_of_a_baseline_and_a_probe(embedder_on, folders, tmp_path):
     for split, names in (("test", "red green blue"), ("train", "red green yellow")):
         for name in names.split():
             (tmp_path / split / name).mkdir(parents=True)
@@ -247,7 +248,7 @@ def test_a_baseline_and_a_probe_may_have_other_classes_which_are_stated(embedder
             for file in list(source.iterdir())[:6]:
                 (tmp_path / split / name / file.name).write_bytes(file.read_bytes())
     train = "image_folder:{data}/train"
-    task = colours_task(pixel_baseline=train, train=train)
+    task = colors_task(pixel_baseline=train, train=train)
     result = score(embedder_on((1, 1)), task, tmp_path, baseline=True, linear_probe=True)
     lacks = "1 of 3 classes have no image and cannot be its answers: 'blue'"
     left_out = "left out: 6 of 18 records, of 1 classes that are not the task's: 'yellow'"
@@ -262,21 +263,22 @@ def test_a_baseline_and_a_probe_may_have_other_classes_which_are_stated(embedder
 
 
 def test_a_train_split_of_unknown_classes_is_refused_before_anything_is_embedded(folders):
-    (task,) = Evaluations([colours_task(train="digits:train")], 16, str(folders)).tasks
+    (task,) = Evaluations([colors_task(train="digits:train")], 16, str(folders)).tasks
     with pytest.raises(
-        ValueError, match="train=digits:train: 10 of its 10 classes are none of the task's 3 class names"
+        ValueError, match="train=digits:train: 10 of its 10 classes match none of the task's 3 class names"
     ):
         task.score(None, None, Extras(linear_probe=True))
 
 
 def test_a_probe_with_too_few_images_leaves_the_zero_shot_result(embedder_on, folders, tmp_path):
-    for name in COLOURS:
+    for name in COLORS:
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.png").write_bytes((folders / "train" / name / "00.png").read_bytes())
-    result = score(embedder_on((1, 1)), colours_task(train=f"image_folder:{tmp_path}"), folders, linear_probe=True)
+    result = score(embedder_on((1, 1)), colors_task(train=f"image_folder:{tmp_path}"), folders, linear_probe=True)
     assert "top_1" in result.metrics and not result.linear_probe
     assert result.notes == [
-        "no linear probe: train: no class has the 3 examples that it takes to choose C on some; give a validation split"
+        "no linear probe: train: no class has 3 examples or more, so none can be set aside to choose C; give a "
+        "validation split"
     ]
 
 
@@ -295,16 +297,16 @@ def test_a_probe_with_too_few_images_leaves_the_zero_shot_result(embedder_on, fo
         ),
     ],
 )
-def test_always_answering_the_largest_class_is_a_baseline_in_each_metric(embedder_on, folders, changes, expected):
-    result = score(embedder_on((1, 1)), colours_task(**changes), folders)
+def test_the_largest_class_has_a_value_in_each_metric(embedder_on, folders, changes, expected):
+    result = score(embedder_on((1, 1)), colors_task(**changes), folders)
     assert result.largest_class == pytest.approx(expected)
     assert result.largest_class.keys() == result.metrics.keys() - {"calibration_error"}
 
 
-def test_a_table_with_a_row_for_each_caption_is_a_set_of_images(embedder_on, tmp_path):
+def test_rows_of_a_table_with_the_same_image_are_joined(embedder_on, tmp_path):
     captions, rows = {}, ["image,caption"]
     for number in range(6):
-        (tmp_path / f"{number}.png").write_bytes(picture(number))
+        (tmp_path / f"{number}.png").write_bytes(image_bytes(number))
         captions[number] = [f"caption {number} {way}" for way in "ab"]
         rows += [f"{number}.png,{caption}" for caption in captions[number]]
     (tmp_path / "rows.csv").write_text("\n".join(rows))
@@ -322,16 +324,16 @@ def test_copies_and_equal_texts_are_counted(embedder_on, tmp_path):
     for name, number in (("cat", 1), ("dog", 2)):
         (tmp_path / name).mkdir()
         for copy in "ab":
-            (tmp_path / name / f"{copy}.png").write_bytes(picture(number))
-    (tmp_path / "dog/c.png").write_bytes(picture(1))
+            (tmp_path / name / f"{copy}.png").write_bytes(image_bytes(number))
+    (tmp_path / "dog/c.png").write_bytes(image_bytes(1))
     source = f"image_folder:{tmp_path}"
-    result = score(embedder_on((1, 1)), colours_task(source=source, class_names=("cat", "dog", "DOG")))
+    result = score(embedder_on((1, 1)), colors_task(source=source, class_names=("cat", "dog", "DOG")))
     assert result.notes == [
         "1 of 3 classes have no image and remain possible answers: 'DOG'",
         "3 of 5 images have the same embedding as an earlier one",
         "3 images have the same embedding as an image of another class",
-        "2 of 3 classes have the same text embedding as a class of another name, so that images of these classes count "
-        "as wrong; the tokenizer ignores case and cuts long texts",
+        "2 of 3 classes have the same text embedding as a class of another name, so images of these classes count as "
+        "wrong; the tokenizer ignores case and cuts long texts",
     ]
     result = score(embedder_on((1, 1)), Task("pairs", "retrieval", source))
     assert result.notes == [
@@ -342,21 +344,21 @@ def test_copies_and_equal_texts_are_counted(embedder_on, tmp_path):
         )
     ]
     labels = ("cat", "dog", "n03")
-    result = score(embedder_on((1, 1)), colours_task(source=source, class_names=("pet", "hound", "pet"), labels=labels))
-    assert "1 class names stand for several classes each, such as 'pet': the first is the answer, and" in " ".join(
+    result = score(embedder_on((1, 1)), colors_task(source=source, class_names=("pet", "hound", "pet"), labels=labels))
+    assert "1 class names belong to several classes each, such as 'pet': the first is the answer, and" in " ".join(
         result.notes
     )
 
 
-def test_clip_benchmarks_layout_brings_names_and_templates(embedder_on, tmp_path):
+def test_names_and_templates_are_read_from_clip_benchmarks_layout(embedder_on, tmp_path):
     members = []
     for number in range(6):
-        members += [(f"s{number}.png", picture(number)), (f"s{number}.cls", str(number % 3).encode())]
+        members += [(f"s{number}.png", image_bytes(number)), (f"s{number}.cls", str(number % 3).encode())]
     (tmp_path / "test").mkdir()
     write_tar(tmp_path / "test/0.tar", members)
     (tmp_path / "classnames.txt").write_text("cat\ndog\nbird\n")
     (tmp_path / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\n")
-    task = colours_task(source="wds:{data}/test/*.tar?caption=&label=cls", templates=())
+    task = colors_task(source="wds:{data}/test/*.tar?caption=&label=cls", templates=())
     (evaluation,) = Evaluations([task], 16, str(tmp_path)).tasks
     assert evaluation.class_names == ["cat", "dog", "bird"] and evaluation._templates == ("a photo of a {}.",)
     result = score(embedder_on((1, 1)), task, tmp_path)
@@ -366,10 +368,10 @@ def test_clip_benchmarks_layout_brings_names_and_templates(embedder_on, tmp_path
 def test_numbers_as_labels_in_json_lines_are_labels(embedder_on, tmp_path):
     lines = []
     for number in range(4):
-        (tmp_path / f"{number}.png").write_bytes(picture(number))
+        (tmp_path / f"{number}.png").write_bytes(image_bytes(number))
         lines.append(json.dumps({"img": f"{number}.png", "label": number % 2, "text": "as Hateful Memes has it"}))
     (tmp_path / "dev.jsonl").write_text("\n".join(lines))
-    task = colours_task(
+    task = colors_task(
         source="jsonl:{data}/dev.jsonl?image=img&caption=&label=label",
         class_names=("meme", "hateful meme"),
         metric="roc_auc",
@@ -378,87 +380,54 @@ def test_numbers_as_labels_in_json_lines_are_labels(embedder_on, tmp_path):
     np.testing.assert_array_equal(result.arrays["labels"], [0, 1, 0, 1])
 
 
-def test_a_task_that_fails_leaves_the_others_their_results(embedder_on, folders, tmp_path):
+def test_other_tasks_are_scored_when_one_fails(embedder_on, folders, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/torn.png").write_bytes(b"no picture")
-    torn = colours_task(name="torn", source=f"image_folder:{tmp_path}")
+    torn = colors_task(name="torn", source=f"image_folder:{tmp_path}")
     embedder = embedder_on((4, 2))
-    told = []
-    results = Evaluations([torn, colours_task()], 16, str(folders)).score(
-        embedder, classifier_of(embedder), "model", "tiny", tell=lambda results: told.append(len(results.tasks))
+    seen = []
+    results = Evaluations([torn, colors_task()], 16, str(folders)).score(
+        embedder, classifier_of(embedder), "model", "tiny", on_result=lambda results: seen.append(len(results.tasks))
     )
-    assert [task.name for task in results.tasks] == ["colours"] and told == [0, 1]
+    assert [task.name for task in results.tasks] == ["colors"] and seen == [0, 1]
     (failed,) = results.missing
-    assert failed.name == "torn" and failed.reason.endswith("torn.png: no picture, or of a format that is not read")
+    assert failed.name == "torn" and failed.reason.endswith("torn.png: not an image, or in an unsupported format")
 
 
-def test_a_probe_that_cannot_be_is_a_note(embedder_on, folders):
+def test_a_note_says_why_there_is_no_probe(embedder_on, folders):
     embedder = embedder_on((4, 2))
-    assert score(embedder, colours_task(), folders, linear_probe=True).notes == [
-        "no linear probe: the task names no training split"
+    assert score(embedder, colors_task(), folders, linear_probe=True).notes == [
+        "no linear probe: the task has no training split"
     ]
-    task = colours_task(train="image_folder:{data}/nowhere")
+    task = colors_task(train="image_folder:{data}/nowhere")
     result = score(embedder, task, folders, linear_probe=True)
     assert result.notes == [f"no linear probe: train: no folder {folders}/nowhere"] and "top_1" in result.metrics
 
 
-def test_a_picture_that_cannot_be_decoded_is_named(tmp_path):
-    (tmp_path / "a").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "a/good.png")
-    (tmp_path / "a/torn.png").write_bytes((tmp_path / "a/good.png").read_bytes()[:40])
-    source = open_source(f"image_folder:{tmp_path}")
-    pictures = Pictures("folder", source, 8)
-    assert pictures[0].shape == (8, 8, 3)
-    with pytest.raises(ValueError, match=r"folder: .*torn\.png: "):
-        pictures[1]
-
-
-def test_what_a_source_says_comes_in_its_order():
-    source = open_source("emoji:noto/held_out")
-    expected = [Said([source[index].label], list(source[index].captions)) for index in range(len(source))]
-    assert read_said("emoji", source) == expected
-
-
-def test_kept_pictures_are_decoded_once(folders, monkeypatch):
-    reads = []
-    pictures = Pictures("colours", open_source(f"image_folder:{folders}/test"), 16)
-    monkeypatch.setattr(pictures, "_read", lambda row: reads.append(row) or np.zeros((16, 16, 3), np.uint8))
-    for _ in range(3):
-        list(pictures)
-        list(pictures.chosen([3, 1]))
-    assert sorted(reads) == list(range(37))
-    monkeypatch.setattr("clip_jax.evaluation.pictures.KEPT_BYTES", 0)
-    pictures, before = Pictures("colours", open_source(f"image_folder:{folders}/test"), 16), len(reads)
-    monkeypatch.setattr(pictures, "_read", lambda row: reads.append(row) or np.zeros((16, 16, 3), np.uint8))
-    for _ in range(2):
-        list(pictures)
-    assert len(reads) == before + 2 * 37
-
-
-def test_missing_data_is_told_with_the_way_to_get_it(tmp_path):
-    task = colours_task(how_to_get="paint them into {data}/test")
+def test_missing_data_is_reported_with_how_to_get_it(tmp_path):
+    task = colors_task(how_to_get="paint them into {data}/test")
     evaluations = Evaluations([task], 16, str(tmp_path))
     assert not evaluations
     (missing,) = evaluations.missing
     assert missing.reason == f"no folder {tmp_path}/test" and missing.how_to_get == f"paint them into {tmp_path}/test"
 
 
-def test_embeddings_that_are_not_finite_are_a_line(embedder_on, folders, mesh_of):
+def test_embeddings_that_are_not_finite_are_reported_in_one_line(embedder_on, folders, mesh_of):
     model = CLIP(PRESET)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 16), jnp.int32))
     variables = nn.meta.unbox(variables)
     variables["params"]["vision"]["projection"]["kernel"] *= np.nan
     embedder = Embedder(model, mesh_of((4, 2)), batch_size=24).with_variables(variables)
-    evaluations = Evaluations([colours_task()], 16, str(folders))
+    evaluations = Evaluations([colors_task()], 16, str(folders))
     (failed,) = evaluations.score(embedder, lambda names, templates: np.eye(3, 16), "model", "tiny").missing
     assert failed.reason.startswith("37 of 37 embeddings are not finite")
 
 
-def test_the_mean_of_top_1_and_top_5_is_there_where_it_is_asked_for(embedder_on, tmp_path):
+def test_the_mean_of_top_1_and_top_5_is_computed_if_it_is_the_metric(embedder_on, tmp_path):
     for number in range(7):
         (tmp_path / f"c{number}").mkdir()
         Image.new("RGB", (16, 16), (number * 30, 9, 200)).save(tmp_path / f"c{number}/1.png")
-    task = colours_task(source=f"image_folder:{tmp_path}", metric="mean_top_1_top_5")
+    task = colors_task(source=f"image_folder:{tmp_path}", metric="mean_top_1_top_5")
     result = score(embedder_on((1, 1)), task)
     assert result.metrics["mean_top_1_top_5"] == (result.metrics["top_1"] + result.metrics["top_5"]) / 2
     assert result.chance["mean_top_1_top_5"] == pytest.approx((1 / 7 + 5 / 7) / 2)
