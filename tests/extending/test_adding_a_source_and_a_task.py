@@ -18,7 +18,8 @@ from clip_jax.data.sources import OPENERS, open_mixture, open_source
 from clip_jax.data.tokenizer import END_OF_TEXT
 from clip_jax.evaluation import registry
 from clip_jax.evaluation.embedding import Embedder
-from clip_jax.evaluation.tasks import Evaluations
+from clip_jax.evaluation.evaluations import Evaluations
+from clip_jax.evaluation.task import Task
 from clip_jax.evaluation.zero_shot import classifier_of
 from clip_jax.training.state import make_model
 
@@ -65,9 +66,9 @@ def test_the_source_of_the_documents_can_be_inspected(tmp_path, capsys):
     assert "a red square" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("squares", "quick_compilation")
+@pytest.mark.usefixtures("squares")
 def test_the_task_of_the_documents_is_found_by_its_name_and_scored(monkeypatch, mesh_of, tiny_config):
-    task = eval(example("square_colors"), {"Task": registry.Task})
+    task = eval(example("square_colors"), {"Task": Task})
     monkeypatch.setattr(registry, "TASKS", (*registry.TASKS, task))
     evaluations = Evaluations(registry.find_tasks("square_colors"), 16, "")
     assert not evaluations.missing and not evaluations.broken
