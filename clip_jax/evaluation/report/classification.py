@@ -18,7 +18,7 @@ from clip_jax.evaluation.report.published import published_table
 from clip_jax.evaluation.results import PROBE_METRICS, REFERENCES, TaskResult
 
 MISTAKES, WORST_CLASSES, SHOWN_PREDICTIONS = 12, 10, 3
-MIN_IMAGES = 5  # of a class whose recall is shown; a share of fewer has no meaning
+MIN_IMAGES = 5  # of a class whose recall is shown; with fewer, it is too uncertain
 
 
 def classification_section(task: TaskResult, published: dict, samples: int) -> Html:
