@@ -114,7 +114,7 @@ def default_config(preset: str | CLIPPreset) -> ml_collections.ConfigDict:
     Raises:
       ValueError: the preset is unknown.
     """
-    name, preset = ("custom", preset) if isinstance(preset, CLIPPreset) else (preset, get_preset(preset))
+    name, preset = (preset, get_preset(preset)) if isinstance(preset, str) else ("custom", preset)
     config = ml_collections.ConfigDict(dataclasses.asdict(RunSettings()))
     for section, settings in SECTIONS.items():
         config[section] = ml_collections.ConfigDict(dataclasses.asdict(settings()))
