@@ -1,1 +1,1 @@
-"""What a training step costs on a TPU slice that isn't here, by the compiler for it."""
+"""Predicts what a training step costs on a TPU slice, by compiling it without a TPU."""

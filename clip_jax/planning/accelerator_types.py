@@ -2,8 +2,8 @@
 
 The number in a name counts TensorCores, two on each chip, for v2, v3, v4 and v5p, and chips for v5e and v6e. Sources:
 docs.cloud.google.com/tpu/docs/v5e and /v5p, and the lists in github.com/AI-Hypercomputer/xpk (v5p) and MaxText (v4, v5e
-and v6e). v6e has the shapes of v5e. The sizes of v2 and v3 are those of /tpu/docs/regions-zones, which gives no shapes:
-here they are those nearest to a square.
+and v6e). v6e has the shapes of v5e. The sizes of v2 and v3 are from /tpu/docs/regions-zones, which has no shapes: the
+shapes here are those nearest to a square.
 """
 
 import difflib
@@ -27,7 +27,7 @@ _CORES_V4 = _CORES_BELOW_A_CUBE | {
 
 
 def _shape_in_cubes(cubes: int) -> str | None:
-    """Of so many cubes of 4x4x4 chips the shape nearest to a cube; None if a side is longer than 256 chips."""
+    """The shape of this many 4x4x4 cubes that is nearest to a cube; None if a side is longer than 256 chips."""
     shapes = [
         (a, b, cubes // (a * b))
         for a in range(1, math.isqrt(cubes) + 1)
@@ -41,7 +41,7 @@ def _shape_in_cubes(cubes: int) -> str | None:
 _CORES_V5P = _CORES_BELOW_A_CUBE | {
     128 * cubes: shape for cubes in range(1, 97) if (shape := _shape_in_cubes(cubes)) is not None
 }
-# How a name begins, to the generation and the shape of each size. Of two names Google's API takes the first.
+# From the start of a name to the generation and the shape of each size. Of two names, Google's API takes the first.
 _FAMILIES = {
     "v2": ("v2", _CORES_V2),
     "v3": ("v3", _CORES_V3),
@@ -67,12 +67,12 @@ _NAMES = {_same_slice(topology): name for name, topology in reversed(ACCELERATOR
 
 
 def accelerator_type(topology: str) -> str | None:
-    """Google's name of a slice, ``v5p-512`` of ``v5p:8x8x4``; None of a shape that has no name."""
+    """Google's name of a slice, such as ``v5p-512`` for ``v5p:8x8x4``; None if the shape has no name."""
     return _NAMES.get(_same_slice(topology))
 
 
 def nearest_types(family: str, size: int) -> str:
-    """The next smaller and the next larger size that Google has, as words: ``v5litepod-8 (2x4) and ...``."""
+    """Google's next smaller and next larger size, in words: ``v5litepod-8 (2x4) and ...``."""
     sizes = _FAMILIES[family][1]
     near = [
         max((one for one in sizes if one < size), default=None),
@@ -82,7 +82,7 @@ def nearest_types(family: str, size: int) -> str:
 
 
 def unsold_size(name: str) -> str | None:
-    """For a well-formed name, of a size that Google doesn't have: what to say. None for any other word."""
+    """The error text for a well-formed name with a size that Google does not have; None for any other word."""
     found = re.fullmatch(r"(\w+)-(\d+)", name)
     if not found or found[1] not in _FAMILIES:
         return None
@@ -92,7 +92,7 @@ def unsold_size(name: str) -> str | None:
 
 
 def near_matches(word: str) -> list[str]:
-    """Names and topologies that a wrong word may have meant, at most three; one if only its signs are wrong."""
+    """Names and topologies that are similar to a wrong word; one if only its punctuation is wrong."""
     plain = re.sub(r"[^a-z0-9]+", "-", word.lower()).strip("-").removeprefix("tpu-")
     plain = re.sub(r"(?<=\d)-(?=\d)", "x", plain).replace("-", "")
     shape = re.fullmatch(r"(v2|v3|v4|v5e|v5litepod|v5p|v6e)?(\d+(?:x\d+)+)", plain)

@@ -1,4 +1,4 @@
-"""What makes a step that doesn't fit smaller, and by how much: the largest saving first. Nothing here compiles."""
+"""Suggests how to make a step fit into memory, with what each change saves. Nothing here compiles."""
 
 import math
 from typing import NamedTuple
@@ -7,14 +7,14 @@ from clip_jax.models.execution import REMAT_POLICIES
 from clip_jax.planning.figures import num_bytes
 from clip_jax.planning.topologies import GENERATIONS, Topology, named_slices, parse_topology
 
-MOST_PARTS = 64  # of a batch, by accumulation
+MOST_PARTS = 64  # the largest suggested factor for accumulation_steps
 
 
 class Need(NamedTuple):
-    """Bytes of HBM on one device, as far as the compiler told.
+    """Bytes of HBM on one device, as far as the compiler reported them.
 
-    ``state`` is parameters, optimizer state, running averages and batch; ``loss`` the loss's largest arrays;
-    ``towers`` all other temporaries.
+    ``state`` is parameters, optimizer state, running averages and batch. ``loss`` is the loss's largest arrays.
+    ``towers`` is all other temporaries.
     """
 
     state: int
@@ -27,7 +27,7 @@ class Need(NamedTuple):
 
 
 def need_of(report: dict) -> Need:
-    """Takes what the towers keep for the backward pass where the compiler didn't say what it needs."""
+    """The memory that a step needs; what the towers keep for the backward pass, if the compiler reported no size."""
     out, state = report["out_of_memory"], sum(report["memory"].values())
     available = round(out["available_bytes"] or report["hbm_bytes"])
     needed = out["needed_bytes"] or report["kept_bytes"][report["remat"]]
@@ -38,9 +38,9 @@ def need_of(report: dict) -> Need:
 
 
 def advice(report: dict) -> list[str]:
-    """What to change, a line each with about what it saves on each device, the largest saving first.
+    """The suggested changes: one line each, with about how many bytes it saves on each device, largest saving first.
 
-    The savings are estimates: shares of what the compiler reported, and for remat of what JAX saves.
+    The savings are estimates from what the compiler reported, and for remat from what JAX saves.
     """
     need = need_of(report)
     found = [
@@ -56,7 +56,7 @@ def advice(report: dict) -> list[str]:
     return [f"{words} {num_bytes(saved)}: {option}" for saved, words, option in sorted(worth_a_line, reverse=True)]
 
 
-Saving = tuple[float, str, str]  # bytes on one device, in words what to do, and the option
+Saving = tuple[float, str, str]  # bytes on one device, the change in words, and the option
 
 
 def _more_fsdp(report: dict) -> list[Saving]:
@@ -85,7 +85,7 @@ def _smaller_loss(report: dict, need: Need) -> list[Saving]:
 
 
 def _parts(report: dict, need: Need) -> list[Saving]:
-    """The fewest parts that fit by this estimate; if none do, the most that are worth it."""
+    """The fewest parts that fit by this estimate; if none fit, the most parts."""
     pairs = report["pairs_per_device"] // report["accumulation_steps"]
     possible = [2**power for power in range(1, MOST_PARTS.bit_length()) if pairs % 2**power == 0]
     if not possible:
@@ -97,7 +97,7 @@ def _parts(report: dict, need: Need) -> list[Saving]:
 
 
 def _smaller_batch(report: dict, need: Need) -> list[Saving]:
-    """The largest that fits by this estimate: a loss that holds rows of the similarities shrinks with its square."""
+    """The largest batch that fits by this estimate. A loss that holds rows of similarities shrinks with its square."""
     square = need.loss if report["loss_memory_option"] else 0
     linear, left = need.towers + need.loss - square, max(0, need.available - need.state)
     share = (math.sqrt(linear**2 + 4 * square * left) - linear) / (2 * square) if square else left / max(linear, 1)
@@ -111,7 +111,7 @@ def _smaller_batch(report: dict, need: Need) -> list[Saving]:
 
 
 def _more_chips(report: dict, need: Need) -> list[Saving]:
-    """The smallest larger slice of the generation that fits by this estimate, or the largest that divides the batch."""
+    """The smallest larger slice that fits by this estimate, or the largest one, of those that divide the batch."""
     topology = parse_topology(report["topology"])
     slices = [
         one
@@ -130,7 +130,7 @@ def _more_chips(report: dict, need: Need) -> list[Saving]:
 
 
 def _more_memory(report: dict) -> list[Saving]:
-    """The same number of chips of the generation with the most memory, if that is another one."""
+    """A slice of at least as many chips of the generation with the most memory, if that is another one."""
     most = max(GENERATIONS.values(), key=lambda one: one.hbm_bytes)
     more = most.hbm_bytes - report["hbm_bytes"]
     same = [one for one in named_slices(most) if one.chips >= report["chips"]]

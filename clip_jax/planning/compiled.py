@@ -1,8 +1,8 @@
-"""Compiles the training step for a slice that isn't here, and tells what came of it.
+"""Compiles the training step for a TPU slice without a TPU, and reports its memory and its schedule.
 
-Runs in a process of its own (:mod:`clip_jax.planning.compiling` starts it), because libtpu ends its process when it
-doesn't like a flag. Reads ``{"config": ..., "topology": ...}`` as JSON from standard input and writes JSON to standard
-output: ``{"facts": ...}``, or ``{"error": one line}`` for what was asked for wrongly.
+Runs in its own process (:mod:`clip_jax.planning.compiling` starts it), because libtpu ends the process when it rejects
+a flag. Reads ``{"config": ..., "topology": ...}`` as JSON from standard input and writes JSON to standard output:
+``{"facts": ...}``, or ``{"error": one line}`` if there is a mistake in the request.
 """
 
 import collections
@@ -21,7 +21,7 @@ from clip_jax.planning.hlo import parse_shapes
 from clip_jax.planning.program import direction_of, part_of, read_program
 from clip_jax.planning.topologies import GIB, Topology, nearest_slices, parse_topology
 
-# To be said before libtpu is loaded: no TPU is here to be asked, and another program may be using libtpu as well.
+# Must be set before libtpu is loaded: there is no TPU to query, and another program may be using libtpu.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "JAX_PLATFORMS": "cpu",
@@ -31,10 +31,10 @@ ENVIRONMENT = {
 
 
 def slice_devices(topology: Topology) -> list:
-    """The devices of a slice, as the compiler knows them.
+    """The devices of a slice, as the compiler describes them.
 
     Raises:
-      ValueError: the compiler knows no such slice.
+      ValueError: the compiler has no such slice, or sees another number of devices.
     """
     import jax
     from jax.experimental import topologies
@@ -43,7 +43,7 @@ def slice_devices(topology: Topology) -> list:
     if topology.generation.chip_config_name:
         options["chip_config_name"] = topology.generation.chip_config_name
     if topology.chips == 1:
-        options["chips_per_host_bounds"] = [1, 1, 1]  # 2x2x1 if not said, of which one chip is no multiple
+        options["chips_per_host_bounds"] = [1, 1, 1]  # one chip is not a multiple of the default, 2x2x1
     try:
         description = topologies.get_topology_desc(topology.name, platform="tpu", **options)
     except jax.errors.JaxRuntimeError as error:
@@ -61,7 +61,7 @@ def slice_devices(topology: Topology) -> list:
 
 
 def shard_bytes(tree) -> int:
-    """Bytes that one device holds of a tree of shapes with shardings."""
+    """Bytes on one device of a tree of shapes with shardings."""
     import jax
 
     return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
@@ -71,11 +71,11 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 
 
 def parse_out_of_memory(message: str) -> dict:
-    """What the compiler says when it gives up.
+    """The sizes in the compiler's out-of-memory message.
 
     Returns:
-      ``needed_bytes`` and ``available_bytes``, None where it doesn't say; ``temporaries_only`` tells that parameters
-      and batch come on top of what is needed.
+      ``needed_bytes`` and ``available_bytes``, None if the message does not state them; ``temporaries_only`` is True if
+      ``needed_bytes`` does not include parameters and batch.
     """
 
     def size(number: str, unit: str) -> int:
@@ -93,13 +93,13 @@ def parse_out_of_memory(message: str) -> dict:
 
 
 def largest_buffers(usage: str, program: str, most: int = 6) -> list[dict]:
-    """The largest places of HBM that the compiler meant to use, largest first: ``num_bytes``, ``shape``, ``name``.
+    """The largest HBM buffers that the compiler planned, largest first: ``num_bytes``, ``shape``, ``name``.
 
     Args:
-      usage: its memory usage report, of which only the first memory space, HBM, is read. Several arrays, one after
-        the other, may use one place; the one told is the largest.
-      program: its program, to find where in the model an array of that shape comes from.
-      most: how many.
+      usage: the compiler's memory usage report. Only its first memory space, HBM, is read. Several arrays may use one
+        buffer at different times; ``shape`` is that of the largest.
+      program: the compiler's program, to find where in the model an array of that shape comes from.
+      most: how many buffers to return.
     """
     places: dict[tuple[int, int], str] = {}
     for line in usage.split("Memory Space: ")[1].splitlines():
@@ -119,10 +119,10 @@ def largest_buffers(usage: str, program: str, most: int = 6) -> list[dict]:
 
 
 def kept_bytes(config, mesh, state, batch: dict) -> dict[str, int]:
-    """For each remat policy: bytes on one device that the towers' forward pass keeps for the backward pass.
+    """For each remat policy, the bytes on one device that the towers' forward pass keeps for the backward pass.
 
-    From the shapes that JAX saves, without compiling. Parameters that the backward pass needs are among them, for every
-    policy. With ``accumulation_steps`` those of one part of the batch.
+    Computed from the shapes that JAX saves, without compiling. For every policy they include the parameters that the
+    backward pass needs. With ``accumulation_steps`` they are for one part of the batch.
     """
     import jax
 
@@ -160,10 +160,10 @@ def kept_bytes(config, mesh, state, batch: dict) -> dict[str, int]:
 
 
 def compile_step(config_dict: dict, topology: Topology) -> dict:
-    """Compiles the step that ``clip_jax.main`` runs with this config, and gathers all that can be known of it.
+    """Compiles the step that ``clip_jax.main`` runs with this config, and returns its memory, program and versions.
 
     Raises:
-      ValueError: the slice, the mesh and the batch don't go together.
+      ValueError: the slice, the mesh and the batch are not compatible.
     """
     import jax
     import jaxlib
@@ -180,7 +180,7 @@ def compile_step(config_dict: dict, topology: Topology) -> dict:
     mesh = configured_mesh(config, slice_devices(topology), topology.generation.hbm_bytes)
     check_batch_divides(config.global_batch_size, mesh, config.accumulation_steps)
     model = make_model(config, mesh)
-    steps = config.steps or 100_000  # only numbers in the schedule of the learning rate depend on it
+    steps = config.steps or 100_000  # changes only constants of the learning rate's schedule
     optimizer = make_optimizer(config.optimizer, steps)
     state = abstract_state(model, optimizer, mesh)
     size, length = config.model.vision.image_size, config.model.text.context_length
@@ -212,8 +212,8 @@ def compile_step(config_dict: dict, topology: Topology) -> dict:
     step = make_train_step(config, model, optimizer, mesh)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as dump:
-        # The compiler writes down itself what it makes: jaxlib may be too old to read all of libtpu's instructions,
-        # and after a failure there is no program to ask.
+        # Read the compiler's own dump: jaxlib may be too old to read all of libtpu's instructions, and after a failure
+        # there is no executable.
         options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
         try:
             executable = step.lower(state, batch).compile(compiler_options=options)
@@ -246,14 +246,14 @@ def compile_step(config_dict: dict, topology: Topology) -> dict:
 
 
 def _dumped(folder: str, stage: str) -> str:
-    """What the compiler wrote of the training step at this stage; empty if nothing."""
+    """The compiler's dump of the training step at this stage; empty if there is none."""
     files = sorted(pathlib.Path(folder).glob(f"*train_step*.{stage}.txt"))
     return files[0].read_text(errors="replace") if files else ""
 
 
 def main() -> int:
     answer = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libtpu prints must not get into the answer
+    os.dup2(2, 1)  # keeps what libtpu prints out of the answer
     os.environ.update(ENVIRONMENT)
     request = json.load(sys.stdin)
     try:

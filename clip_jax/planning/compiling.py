@@ -1,4 +1,4 @@
-"""Has a step compiled in another process, with a line that shows that it is at work, or finds what is known of it."""
+"""Compiles a step in another process, with a progress line, and caches the result on disk."""
 
 import ast
 import hashlib
@@ -20,7 +20,7 @@ from clip_jax.files import write_whole
 from clip_jax.planning.topologies import Topology
 
 PACKAGE = pathlib.Path(__file__).parent.parent
-# What decides the program and what is read from it; the words of a report do not.
+# The sources that affect the compiled program or what is read from it. The text of reports does not.
 SOURCES = (
     "models",
     "losses",
@@ -28,12 +28,12 @@ SOURCES = (
     *(f"training/{name}.py" for name in ("step", "state", "accumulation", "optimizer")),
     *(f"planning/{name}.py" for name in ("hlo", "program", "compiled", "topologies")),
 )
-# What no compiled step depends on.
+# Keys of the config that no compiled step depends on.
 NOT_COMPILED = ("data", "evaluation", "seed", "init_from", "epochs", "steps", "progressive_resolution")
 
 
 class PlanError(ValueError):
-    """A mistake of the user's, or a compiler that gave up, told in one line."""
+    """A mistake of the user, or a compilation that failed; the message is one line."""
 
 
 def _version(package: str) -> str:
@@ -44,7 +44,7 @@ def _version(package: str) -> str:
 
 
 def _without_words(source: str) -> str:
-    """A program without its comments, layout and docstrings, on which nothing that is compiled depends."""
+    """A source without its comments, layout and docstrings, which do not affect what is compiled."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
@@ -53,7 +53,7 @@ def _without_words(source: str) -> str:
 
 
 def cache_key(config: ml_collections.ConfigDict, topology: Topology) -> str:
-    """A digest of all that a compiled step depends on."""
+    """A digest of everything that a compiled step depends on."""
     sources = hashlib.sha256()
     for name in SOURCES:
         path = PACKAGE / name
@@ -75,7 +75,7 @@ def cache_key(config: ml_collections.ConfigDict, topology: Topology) -> str:
 
 
 def known_facts(config: ml_collections.ConfigDict, topology: Topology) -> dict | None:
-    """What an earlier compilation of the same found, or None."""
+    """The cached result of an earlier compilation of the same step, or None."""
     try:
         return json.loads((cache_folder("plan") / f"{cache_key(config, topology)}.json").read_text())
     except (OSError, json.JSONDecodeError):
@@ -83,10 +83,12 @@ def known_facts(config: ml_collections.ConfigDict, topology: Topology) -> dict |
 
 
 def compile_facts(config: ml_collections.ConfigDict, topology: Topology, what: str = "") -> dict:
-    """What :func:`clip_jax.planning.compiled.compile_step` finds; ``what`` names it in the progress line.
+    """The cached or new result of :func:`clip_jax.planning.compiled.compile_step`.
+
+    ``what`` names the step in the progress line.
 
     Raises:
-      PlanError: libtpu is missing or rejects a flag, or the slice, the mesh and the batch don't go together.
+      PlanError: libtpu is missing or rejects a flag, or the slice, the mesh and the batch are not compatible.
     """
     facts = known_facts(config, topology)
     if facts is not None:
@@ -106,7 +108,7 @@ def compile_facts(config: ml_collections.ConfigDict, topology: Topology, what: s
 def _ask_child(config: ml_collections.ConfigDict, topology: Topology, what: str) -> dict:
     request = json.dumps({"config": config.to_dict(), "topology": topology.name})
     search_path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
-    # Files, not pipes: nothing has to be read while the child is at work.
+    # Files, not pipes: a pipe that is not read would block the child.
     with (
         tempfile.TemporaryFile("w+") as question,
         tempfile.TemporaryFile("w+") as answer,
@@ -138,7 +140,7 @@ def _ask_child(config: ml_collections.ConfigDict, topology: Topology, what: str)
 
 
 def _show_progress(child: subprocess.Popen, what: str) -> None:
-    """Until the child ends: a line that counts seconds on a terminal, elsewhere one line every half minute."""
+    """Counts seconds in one line on a terminal, or prints a line every 30 seconds elsewhere, until the child ends."""
     terminal, started, told = sys.stderr.isatty(), time.monotonic(), 0.0
     while True:
         try:
@@ -157,14 +159,14 @@ def _show_progress(child: subprocess.Popen, what: str) -> None:
 
 
 def why_it_ended(log: str, code: int) -> str:
-    """One line out of what a compiling process left behind when it ended before its answer."""
+    """One line that states why a compiling process ended without an answer, from its log and its exit code."""
     flag = re.search(r"ERROR: (Unknown command line flag '.*?'|Illegal value .*? specified for flag '.*?')", log)
     if flag:
         return f"the compiler rejects what LIBTPU_INIT_ARGS holds: {flag[1]}"
     flag = re.search(r"Unknown flags? in XLA_FLAGS: (.*)", log)
     if flag:
         return f"the compiler rejects what XLA_FLAGS holds: {flag[1].strip()}"
-    # Otherwise the last exception's own line, or the last line that came before an abort.
+    # Otherwise the line of the last exception, or the last line before an abort.
     lines = [line.strip() for line in log.splitlines() if line.strip() and not line.startswith(("*", "@", " "))]
     exceptions = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
     reason = (exceptions or lines or ["it said nothing"])[-1][:300]

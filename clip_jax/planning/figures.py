@@ -1,4 +1,4 @@
-"""Figures as words: bytes, seconds and shares, in the unit and with the digits that keep a small one from being 0."""
+"""Formats bytes, seconds, flops and shares with a unit, and with enough digits that a small value is not shown as 0."""
 
 import math
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ _SPANS = ((86_400.0, "days"), (3_600.0, "hours"), (60.0, "minutes"), (1.0, "seco
 
 
 def number(value: float, decimals: int = 0) -> str:
-    """With thousands separated and that many decimals, more where fewer than two significant digits would be left."""
+    """With thousands separators and ``decimals`` decimals, or more if fewer than two significant digits are left."""
     if value and abs(value) < 10 ** (1 - decimals):
         decimals = max(decimals, 1 - math.floor(math.log10(abs(value))))
     return f"{value:,.{decimals}f}"
 
 
 def _in_units(value: float, units: Sequence[tuple[float, str]], least: float, decimals: int) -> str:
-    """In the first unit of which it is at least ``least``, or in the last."""
+    """In the first unit in which the value is at least ``least``, or in the last."""
     size, unit = next((one for one in units if abs(value) >= least * one[0]), units[-1])
     return f"{number(value / size, decimals)} {unit}" if value else f"0 {units[0][1]}"
 
@@ -33,7 +33,7 @@ def seconds(value: float) -> str:
 
 
 def span(value: float) -> str:
-    """The seconds of a whole run: ``4.13 days``, ``3.10 seconds``."""
+    """The time of a whole run, from seconds: ``4.13 days``, ``3.10 seconds``."""
     return _in_units(value, _SPANS, 1, 2)
 
 
@@ -43,5 +43,5 @@ def flops(value: float) -> str:
 
 
 def share(part: float, whole: float) -> str:
-    """In percent: ``36.0%``, ``0.028%``; ``-`` of nothing."""
+    """In percent: ``36.0%``, ``0.028%``; ``-`` if ``whole`` is 0."""
     return f"{number(100 * part / whole, 1)}%" if whole else "-"

@@ -1,7 +1,7 @@
-"""Reads a compiled program's text (scheduled HLO, as ``jax.stages.Compiled.as_text()`` gives it).
+"""Parses the text of a compiled program: scheduled HLO, as ``jax.stages.Compiled.as_text()`` returns it.
 
-Only what planning needs: instructions with their shapes, operands and attributes; how often a loop runs; how many
-multiply-adds a convolution does, for that is what every matrix product is on a TPU.
+Parses only what planning needs: instructions with their shapes, operands and attributes; how often a loop runs; how
+many multiply-adds a convolution does. On a TPU, every matrix product is a convolution.
 """
 
 import dataclasses
@@ -13,12 +13,12 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(([^)]*)\)(.*)$")
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _OPERAND = re.compile(r"(?:^|, )(?:/\*index=\d+\*/)?%?([a-zA-Z_][\w.\-]*)")
-_BITS = {"pred": 8, "token": 0, "c64": 64, "c128": 128}  # the others carry their bits in their name
+_BITS = {"pred": 8, "token": 0, "c64": 64, "c128": 128}  # the others have their bits in their name
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """An array's dtype and sizes; ``in_hbm`` is False for one that the compiler keeps in the chip's own memory."""
+    """An array's dtype and sizes; ``in_hbm`` is False if the compiler keeps it in the chip's own memory."""
 
     dtype: str
     sizes: tuple[int, ...]
@@ -26,7 +26,7 @@ class Shape:
 
     @property
     def num_bytes(self) -> int:
-        """Without the padding of its layout."""
+        """Without the layout's padding."""
         bits = _BITS.get(self.dtype)
         if bits is None:
             bits = int(re.search(r"\d+", self.dtype)[0]) if re.search(r"\d", self.dtype) else 0
@@ -34,20 +34,20 @@ class Shape:
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
-    """The arrays of ``bf16[8,128]{1,0:T(8,128)(2,1)S(1)}`` or of a tuple of such."""
+    """The arrays in a text such as ``bf16[8,128]{1,0:T(8,128)(2,1)S(1)}``, or in a tuple of them."""
     return tuple(
         Shape(dtype, tuple(int(size) for size in sizes.split(",") if size), not re.search(r"S\(\d+\)", layout or ""))
         for dtype, sizes, layout in _SHAPE.findall(text)
     )
 
 
-# replica_groups=mesh['axis_0'=2,'axis_1'=2], device_ids=([2,2]T(1,0)) {'axis_1'}
+# For example: replica_groups=mesh['axis_0'=2,'axis_1'=2], device_ids=([2,2]T(1,0)) {'axis_1'}
 _MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((?:[^()]|\([^()]*\))*\))? \{([^}]*)\}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line. ``argument`` is what stands in the parentheses, ``attributes`` what follows them."""
+    """One line. ``argument`` is the text in the parentheses, ``attributes`` the text after them."""
 
     name: str
     shape_text: str
@@ -65,13 +65,13 @@ class Instruction:
         return tuple(_OPERAND.findall(self.argument))
 
     def attribute(self, name: str) -> str | None:
-        """``calls``, ``body``, ``condition`` or ``to_apply``: the name of a computation."""
+        """The computation that ``calls``, ``body``, ``condition`` or ``to_apply`` names; None without it."""
         found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
         return found[1] if found else None
 
     @functools.cached_property
     def op_name(self) -> str:
-        """Where in the Python program it comes from, empty if the compiler doesn't say."""
+        """Where in the Python program it comes from; empty if the compiler does not state it."""
         found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
         return re.sub(r"\\(.)", r"\1", found[1]) if found else ""  # the compiler escapes quotes
 
@@ -86,7 +86,11 @@ class Instruction:
         return found[1] if found else self.name
 
     def group_size(self, num_devices: int) -> int:
-        """How many devices a collective joins."""
+        """How many devices take part in a collective.
+
+        Raises:
+          ValueError: the text of ``replica_groups`` has an unknown form.
+        """
         if found := re.search(r"replica_groups=\{\{([\d,]+)\}", self.attributes):
             return len(found[1].split(","))
         if found := re.search(r"replica_groups=\[\d+,(\d+)\]", self.attributes):
@@ -105,7 +109,7 @@ Computation = dict[str, Instruction]  # by name, in the order in which they run
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A program: its computations by name, and the one that runs."""
+    """A program: its computations by name, and the name of its entry computation."""
 
     computations: dict[str, Computation]
     entry: str
@@ -120,7 +124,7 @@ class Module:
         return {}
 
     def opcodes(self, computation: str) -> frozenset[str]:
-        """All opcodes of a computation and of those that it calls."""
+        """All opcodes of a computation and of the computations that it calls."""
         if computation not in self._opcodes:
             found = set()
             for instruction in self.computations.get(computation, {}).values():
@@ -136,7 +140,7 @@ def parse_module(text: str) -> Module:
     """Parses a whole program.
 
     Raises:
-      ValueError: there is no entry computation in it.
+      ValueError: it has no entry computation.
     """
     computations: dict[str, Computation] = {}
     current: Computation | None = None
@@ -162,7 +166,7 @@ _PASS_THROUGH = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-do
 
 
 def _resolve(computation: Computation, name: str) -> Instruction | None:
-    """The instruction behind copies and the like."""
+    """The instruction of this name, or the one whose result it only copies, reshapes or converts."""
     instruction = computation.get(name)
     while instruction is not None and instruction.opcode in _PASS_THROUGH and instruction.operands:
         instruction = computation.get(instruction.operands[0])
@@ -177,7 +181,7 @@ def _constant(computation: Computation, name: str) -> int | None:
 
 
 def _tuple_index(computation: Computation, name: str) -> int | None:
-    """Which element of the loop's state this is, if it is one."""
+    """The index of this value in the loop's state, or None if it is not in the state."""
     instruction = _resolve(computation, name)
     if instruction is None or instruction.opcode != "get-tuple-element":
         return None
@@ -188,7 +192,7 @@ def _tuple_index(computation: Computation, name: str) -> int | None:
 
 
 def trip_count(module: Module, caller: Computation, loop: Instruction) -> int | None:
-    """How often a ``while`` runs, or None if its condition is not a count up to a constant."""
+    """How often a ``while`` runs, or None if its condition does not count up to a constant."""
     condition = module.computations.get(loop.attribute("condition"), {})
     compare = next((one for one in condition.values() if one.is_root), None)
     start = _resolve(caller, loop.operands[0])
@@ -199,7 +203,7 @@ def trip_count(module: Module, caller: Computation, loop: Instruction) -> int | 
         return _constant(caller, start.operands[index])
 
     if compare is not None and compare.opcode == "fusion":
-        # The comparison by itself in a fusion: its parameters stand for the fusion's operands.
+        # The comparison is alone in a fusion, whose operands its parameters refer to.
         inner = module.computations.get(compare.attribute("calls"), {})
         outer = compare.operands
         compare = next((one for one in inner.values() if one.is_root), None)
@@ -235,7 +239,7 @@ def trip_count(module: Module, caller: Computation, loop: Instruction) -> int | 
 
 
 def _increment(body: Computation, index: int) -> int | None:
-    """By how much a loop's body raises an element of its state; 1 if it is raised in a way not looked into."""
+    """The constant that a loop's body adds to an element of its state; 1 if the addition is of another form."""
     root = next((one for one in body.values() if one.is_root), None)
     if root is None or root.opcode != "tuple":
         return 1
@@ -247,10 +251,10 @@ def _increment(body: Computation, index: int) -> int | None:
 
 
 def convolution_flops(computation: Computation, instruction: Instruction) -> int:
-    """Twice the multiply-adds of a ``convolution`` or ``dot``, those with padding and with holes left out.
+    """Twice the multiply-adds of a ``convolution`` or ``dot``, without those on padding and on holes of a dilation.
 
-    On a TPU batched matrix products are convolutions too: their batch is a spatial axis whose dilation leaves one
-    place of each window that isn't a hole.
+    On a TPU, batched matrix products are convolutions, too: their batch is a spatial axis, dilated so that only one
+    element of each window is not a hole.
     """
     left, right = (computation[name].shapes[0].sizes for name in instruction.operands[:2])
     output = instruction.shapes[0].sizes
@@ -267,7 +271,7 @@ def convolution_flops(computation: Computation, instruction: Instruction) -> int
 
     positions = 1
     for axis in range(len(left_labels) - 2):
-        low = int(window_field("pad", axis, "0_0").split("_")[0])  # what lies beyond the end is left out anyway
+        low = int(window_field("pad", axis, "0_0").split("_")[0])  # padding at the end is never counted
         positions *= _valid_positions(
             left[left_labels.index(str(axis))],
             right[right_labels.index(str(axis))],
@@ -283,7 +287,7 @@ def convolution_flops(computation: Computation, instruction: Instruction) -> int
 
 @functools.cache
 def _valid_positions(size, kernel, output, stride, pad, size_dilation, kernel_dilation) -> int:
-    """Pairs of a kernel's and an output's place, along one axis, that meet an element of the input."""
+    """Along one axis, how many pairs of a kernel index and an output index use an element of the input."""
     extent = (size - 1) * size_dilation + 1
     count = 0
     for k in range(kernel):
@@ -292,7 +296,7 @@ def _valid_positions(size, kernel, output, stride, pad, size_dilation, kernel_di
         last = min(output - 1, (extent - 1 - offset) // stride)
         if last < first:
             continue
-        # Of these outputs, those whose place stride * o + offset is a multiple of the dilation.
+        # Count those of these outputs for which stride * o + offset is a multiple of the dilation.
         common = math.gcd(stride, size_dilation)
         if offset % common:
             continue

@@ -1,7 +1,7 @@
-"""What a compiled step does, counted along its schedule: cycles, flops, bytes and collectives, loops included.
+"""Counts the cycles, flops, bytes and collectives of a compiled step along its schedule, including loops.
 
-The cycles are the compiler's own ``estimated_cycles``, which it writes beside each operation that it schedules. It
-writes none beside collectives, kernels written by hand and a few others: those are listed as not counted.
+The cycles are the ``estimated_cycles`` that the compiler states for each operation that it schedules. It states none
+for collectives, which are listed separately, nor for handwritten kernels and a few others, listed as not counted.
 """
 
 import collections
@@ -15,7 +15,7 @@ from clip_jax.planning.hlo import Computation, Instruction, Module, convolution_
 PARTS = ("vision tower", "text tower", "loss", "optimizer", "other")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 PRODUCTS = frozenset(("convolution", "dot"))
-# Taking no time of their own, or waiting for what runs beside the schedule.
+# Operations that take no time of their own, or wait for asynchronous work.
 FREE = frozenset(
     (
         *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "reshape", "iota", "domain"),
@@ -23,11 +23,11 @@ FREE = frozenset(
         *("copy-start", "copy-done", "slice-start", "slice-done", "async-start", "async-update", "async-done"),
     )
 )
-SCALAR = 64  # elements; what is smaller runs on the scalar core and is not worth a line among what isn't counted
+SCALAR = 64  # elements; operations up to this size run on the scalar core and need no estimate
 
 
 def part_of(op_name: str) -> str:
-    """Which of :data:`PARTS` an operation belongs to, by where in the program it comes from."""
+    """The one of :data:`PARTS` that an operation belongs to, by where in the program it comes from."""
     if "encode_image" in op_name or "/vision/" in op_name:
         return "vision tower"
     if "encode_text" in op_name or "/text/" in op_name:
@@ -38,7 +38,7 @@ def part_of(op_name: str) -> str:
 
 
 def direction_of(op_name: str) -> str:
-    """``forward``, ``backward``, ``recomputed`` (for the backward pass), or empty outside of a gradient."""
+    """``forward``, ``backward`` or ``recomputed`` (for the backward pass); empty outside of a gradient."""
     if "rematted_computation" in op_name:
         return "recomputed"
     if "transpose(" in op_name:
@@ -61,10 +61,10 @@ def label_of(op_name: str) -> str:
 
 @dataclasses.dataclass
 class Collective:
-    """A collective as it stands in the schedule.
+    """A collective in the schedule.
 
-    ``num_bytes`` are those of its larger side on one chip, ``times`` how often it runs in a step;
-    ``overlapped_cycles`` are those of what is scheduled between its start and its end, 0 for one that is waited for.
+    ``num_bytes`` is the size of its larger side on one chip. ``times`` is how often it runs in a step.
+    ``overlapped_cycles`` are the cycles scheduled between its start and its end, 0 if it is synchronous.
     """
 
     kind: str
@@ -77,7 +77,7 @@ class Collective:
 
     @property
     def received_bytes(self) -> float:
-        """The least that a chip must receive, each time: what it doesn't hold already, by the best algorithm."""
+        """The fewest bytes that a chip must receive each time: those it does not hold, by the best algorithm."""
         others = (self.group_size - 1) / self.group_size
         shares = {"all-reduce": 2 * others, "collective-permute": 1.0}
         return self.num_bytes * shares.get(self.kind, others)
@@ -85,7 +85,7 @@ class Collective:
 
 @dataclasses.dataclass
 class Program:
-    """A step on one chip. Cycles by (part, direction, kind of work, label); the other sums are over all of it."""
+    """A step on one chip. Cycles are by (part, direction, kind of work, label); the other sums are for the step."""
 
     cycles: collections.Counter
     matmul_flops: int
@@ -96,7 +96,7 @@ class Program:
     is_scheduled: bool
 
     def to_dict(self) -> dict:
-        """As JSON has it."""
+        """The fields as JSON types."""
         fields = {
             "cycles": [[*key, cycles] for key, cycles in self.cycles.items()],
             "collectives": [
@@ -108,12 +108,12 @@ class Program:
 
 
 def read_program(text: str) -> Program:
-    """Counts what a scheduled HLO module, given as text, does from its start to its end."""
+    """Counts what one run of a scheduled HLO module, given as text, does."""
     return Walk(parse_module(text)).run()
 
 
 class Walk:
-    """Goes through a module as it runs, and counts each operation that runs by itself in :meth:`leaf`."""
+    """Walks through a module in execution order, and counts each operation that runs by itself in :meth:`leaf`."""
 
     def __init__(self, module: Module):
         self._module = module
@@ -125,7 +125,7 @@ class Walk:
         return self._program
 
     def _walk(self, computation_name: str, times: int, caller: str) -> int:
-        """Counts a computation that runs ``times`` times, and returns the cycles of one."""
+        """Counts a computation that runs ``times`` times, and returns the cycles of one run."""
         computation = self._module.computations[computation_name]
         open_collectives: dict[str, Collective] = {}
         total = 0
@@ -157,7 +157,7 @@ class Walk:
         return total
 
     def _walk_costliest(self, instruction: Instruction, times: int, caller: str) -> int:
-        """Of a conditional's branches, the one with the most cycles counts."""
+        """Counts the branch of a conditional that has the most cycles, and returns them."""
         listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
         branches = re.findall(r"%?([\w.\-]+)", listed[1]) if listed else []
         branches = branches or [instruction.attribute(f"{which}_computation") for which in ("true", "false")]
@@ -177,7 +177,7 @@ class Walk:
         return cycles
 
     def _inner(self, instruction: Instruction) -> Iterator[tuple[Computation, Instruction]]:
-        """All instructions of what a fusion or an asynchronous start calls."""
+        """All instructions of the computations that a fusion or an asynchronous start calls."""
         called = instruction.attribute("calls")
         for inner in self._module.computations.get(called, {}).values() if called else ():
             yield self._module.computations[called], inner
@@ -197,7 +197,7 @@ class Walk:
         return opcode == "fusion" and "AsyncCollectiveDone" in self._custom_calls(instruction)
 
     def _channels(self, instruction: Instruction, computation: Computation) -> set[str]:
-        """What joins the end of an asynchronous collective to its start."""
+        """The names or channels that match the end of an asynchronous collective with its start."""
         if instruction.opcode.endswith("-done"):
             start = instruction.operands[0]
             while computation[start].opcode.endswith("-update"):
@@ -208,7 +208,7 @@ class Walk:
         return {inner.channel for _, inner in self._inner(instruction) if inner.opcode in COLLECTIVES}
 
     def _collective(self, instruction: Instruction, computation: Computation, times: int) -> Collective | None:
-        """The collective that an instruction is, or starts, or has fused into it as its only work."""
+        """The collective that an instruction is, starts, or contains as a fusion's only work; None if there is none."""
         opcode, asynchronous = instruction.opcode, instruction.opcode.endswith("-start")
         kind, source, where = opcode.removesuffix("-start"), instruction, computation
         if kind not in COLLECTIVES:
@@ -220,12 +220,12 @@ class Walk:
             targets = self._custom_calls(instruction)
             asynchronous = opcode == "async-start" or "AsyncCollectiveStart" in targets
             if not asynchronous and (instruction.estimated_cycles or "kind=kCustom" not in instruction.attributes):
-                return None  # other work, which carries a collective on that has been started before
+                return None  # other work, with a part of a collective that started before
             where, source = found
             kind = source.opcode
             called = instruction.attribute("calls")
             if kind == "all-reduce" and "dynamic-slice" in self._module.opcodes(called):
-                kind = "reduce-scatter"  # of the sum each chip keeps its part
+                kind = "reduce-scatter"  # each chip keeps only its part of the sum
         sides = [_num_bytes(source.shapes[:1] if asynchronous and source is instruction else source.shapes)]
         sides.append(_num_bytes(shape for name in source.operands if name in where for shape in where[name].shapes))
         if asynchronous and source is instruction and len(source.shapes) > 1:
@@ -254,7 +254,7 @@ class Walk:
         return cycles
 
     def op_name(self, instruction: Instruction) -> str:
-        """An operation's own, or the longest of what is fused into it."""
+        """The operation's own, or the longest of the operations fused into it."""
         if instruction.op_name:
             return instruction.op_name
         if instruction.name not in self._names:
@@ -268,7 +268,7 @@ class Walk:
         return sum(convolution_flops(where, one) for where, one in self._inner(instruction) if one.opcode in PRODUCTS)
 
     def hbm_bytes(self, instruction: Instruction, computation: Computation) -> int:
-        """Read from and written to HBM; of an array that is only sliced or updated in place, the slice."""
+        """Bytes read from and written to HBM. An array that is only sliced or updated in place counts as the slice."""
         opcode = instruction.opcode
         if opcode in (
             "copy-start",
@@ -308,7 +308,7 @@ def _num_bytes(shapes) -> int:
 
 
 def _read_bytes(user: Instruction, name: str, whole: int) -> int:
-    """How much of an array of ``whole`` bytes one of its users reads."""
+    """How many bytes one of its users reads of an array of ``whole`` bytes."""
     if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
         return _num_bytes(user.shapes)
     if user.opcode == "dynamic-update-slice" and user.operands[0] == name:

@@ -1,4 +1,4 @@
-"""From what the compiler found to what a person wants to know: arithmetic, then words. Nothing here compiles."""
+"""Makes the report of a plan from the compiler's results: the figures, and the text. Nothing here compiles."""
 
 import collections
 import math
@@ -25,16 +25,16 @@ def make_report(
     pairs: int = PAPER_PAIRS,
     chip_hour_price: float | None = None,
 ) -> dict:
-    """All figures of a plan, as JSON has them: bytes, flops and seconds, on one device unless the name says otherwise.
+    """All figures of a plan as JSON types: bytes, flops and seconds, for one device unless the name says otherwise.
 
-    A device is a chip, but on v2 and v3 one of a chip's two cores.
+    A device is a chip, or on v2 and v3 one of a chip's two cores.
 
     Args:
       config: the config that ``facts`` were compiled from.
       topology: the slice.
       facts: what :func:`clip_jax.planning.compiled.compile_step` returned.
-      pairs: how many the source holds; with the config's epochs it makes the number of steps.
-      chip_hour_price: of one chip for an hour, in whatever currency the cost shall be.
+      pairs: number of pairs in the source. With the config's epochs it determines the number of steps.
+      chip_hour_price: price of one chip for an hour, in any currency; None leaves the cost out.
     """
     report = {
         "model": config.model.name,
@@ -99,7 +99,7 @@ def make_report(
 
 
 def memory_by_what(facts: dict) -> dict[str, int]:
-    """Bytes of HBM on one chip. ``padding`` is what layouts add to parameters, optimizer state and batch."""
+    """Bytes of HBM on one device, by use. ``padding`` is what layouts add to parameters, optimizer state and batch."""
     memory, shards = facts["memory"], facts["shard_bytes"]
     parts = {name: size for name, size in shards.items() if size}
     parts["padding"] = max(0, memory["arguments"] - sum(shards.values()))
@@ -110,12 +110,12 @@ def memory_by_what(facts: dict) -> dict[str, int]:
 
 
 def _floor(topology: Topology, collective: dict) -> float:
-    """Seconds that a collective takes if every link of a chip carries its share, and nothing else, at full speed."""
+    """Seconds that a collective takes if it uses all links of a chip alone and at full speed."""
     return collective["received_bytes"] / topology.generation.interconnect
 
 
 def _exposed(topology: Topology, collective: dict) -> float:
-    """Of the floor, what isn't hidden by what is computed between the collective's start and its end."""
+    """The part of the floor, in seconds, that no computation between the collective's start and end hides."""
     overlapped = collective["overlapped_cycles"] / topology.generation.clock
     return max(0.0, _floor(topology, collective) - overlapped)
 
@@ -127,7 +127,7 @@ def _seconds(topology: Topology, program: dict) -> dict[str, float]:
 
 
 def collectives_by_kind(topology: Topology, program: dict) -> list[dict]:
-    """One entry a kind: how often in a step, bytes, how many overlap with compute, and the floor of their time."""
+    """One entry for each kind: count in a step, bytes, how many overlap with compute, and the floor of their time."""
     kinds: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     for one in program["collectives"]:
         sums = kinds[one["kind"]]
@@ -157,7 +157,7 @@ def _costliest(topology: Topology, program: dict) -> list[dict]:
 
 
 def _device(report: dict) -> str:
-    """What one of JAX's devices is here: ``chip``, or on v2 and v3 ``core``."""
+    """The word for one of JAX's devices: ``chip``, or on v2 and v3 ``core``."""
     return "chip" if report["devices"] == report["chips"] else "core"
 
 
@@ -237,7 +237,7 @@ def _shares(seconds: dict[str, float], whole: float) -> str:
 
 
 def left_out(report: dict) -> list[str]:
-    """What the predicted step time does not know, in sentences."""
+    """What the predicted step time leaves out, in sentences."""
     lines = [
         "it is a prediction: no TPU was measured. The compiler's own estimates are added up along its schedule; for a "
         f"large matrix product they come to {report['matmul_share']:.0%} of the published peak",

@@ -1,4 +1,4 @@
-"""Looks for the largest batch, or the cheapest mesh and remat, among plans that fit. Every try is a compilation."""
+"""Searches for the largest batch that fits, and tries meshes and remat policies. Every try is a compilation."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -10,13 +10,13 @@ from clip_jax.planning.compiling import PlanError
 from clip_jax.planning.report import make_report
 from clip_jax.planning.topologies import Topology
 
-Try = Callable[[ml_collections.ConfigDict], dict]  # a config to its facts
-CLOSE_ENOUGH = 1 / 32  # of the largest batch: how near to the limit it is looked for
+Try = Callable[[ml_collections.ConfigDict], dict]  # compiles a config and returns the facts
+CLOSE_ENOUGH = 1 / 32  # of the largest batch: the search stops this close to the limit
 
 
 def with_values(config: ml_collections.ConfigDict, **values) -> ml_collections.ConfigDict:
-    """A copy with other values, by dotted name with ``__`` for the dot."""
-    copy = config.copy_and_resolve_references()  # of all its parts, too
+    """A copy of the config with other values, by dotted name with ``__`` for the dot."""
+    copy = config.copy_and_resolve_references()  # a deep copy
     for name, value in values.items():
         *parents, key = name.split("__")
         part = copy
@@ -27,9 +27,9 @@ def with_values(config: ml_collections.ConfigDict, **values) -> ml_collections.C
 
 
 def largest_batch(config: ml_collections.ConfigDict, topology: Topology, compile_one: Try) -> ml_collections.ConfigDict:
-    """The config with the largest batch, a multiple of 8 pairs a device, that fits; to 3 % of the limit.
+    """The config with the largest batch that fits, in steps of 8 pairs a device and to 3 % of the limit.
 
-    The memory that is left over, or lacks, at one batch says which to try next.
+    The memory that is left over or missing with one batch determines the next batch to try.
 
     Raises:
       PlanError: not even 8 pairs a device fit.
@@ -60,13 +60,13 @@ def largest_batch(config: ml_collections.ConfigDict, topology: Topology, compile
 
 
 def guess_parts(config: ml_collections.ConfigDict, facts: dict, topology: Topology) -> int:
-    """In how many parts, a power of two, a batch that did not fit should fit by accumulation."""
+    """The number of accumulation steps, a power of two, with which a batch that did not fit should fit."""
     parts = config.global_batch_size / max(_next_batch(facts, config.global_batch_size, topology), 1)
     return 2 ** max(1, math.ceil(math.log2(parts)))
 
 
 def _next_batch(facts: dict, batch: int, topology: Topology) -> float:
-    """The batch that would just fill a chip, if what isn't parameters and optimizer state grows with the batch."""
+    """The batch that would just fill a chip, if all memory but parameters and optimizer state grows with the batch."""
     fixed = sum(size for name, size in facts["shard_bytes"].items() if name != "batch")
     available = topology.generation.hbm_bytes * 0.98
     if facts["fits"]:
@@ -84,9 +84,9 @@ def _next_batch(facts: dict, batch: int, topology: Topology) -> float:
 def meshes_and_remats(
     config: ml_collections.ConfigDict, topology: Topology, compile_one: Try
 ) -> Iterator[tuple[ml_collections.ConfigDict, dict]]:
-    """Yields what was tried with its report: for each remat policy fsdp = 1, 2, 4 ... as long as it helps.
+    """Yields each config that was tried and its report, for each remat policy with fsdp = 1, 2, 4, ...
 
-    For a policy fsdp rises until the step fits, and on from there while the step gets faster.
+    For each policy, fsdp grows until the step fits, and then while the step gets faster.
     """
     for remat in REMAT_POLICIES:
         fsdp, best = 1, None

@@ -1,12 +1,11 @@
 """The TPU generations that can be planned for, and the slices of each.
 
-A device is what JAX calls so: a chip, but on v2 and v3 one of a chip's two TensorCores, with half of a chip's figures.
+A device is one of JAX's devices: a chip, or on v2 and v3 one of a chip's two TensorCores, with half of its figures.
 Peak, HBM and interconnect are those that Google publishes for each chip, at docs.cloud.google.com/tpu/docs/v3, /v4,
 /v5e, /v5p and /v6e. All of v2 and the links of v3 are from "The Design Process for Google's Training Chips: TPUv2 and
 TPUv3" (IEEE Micro 41, 2021), quoted from memory and not checked against it. The clock is not published everywhere. It
-is what makes the compiler's cycles for a bfloat16 product of 8,192 x 8,192 matrices, of which nothing can take more
-than the peak, ``matmul_share`` of that peak; for v6e and v5p it is also the peak over what the chip's matrix units do
-a cycle.
+is chosen so that the compiler's cycles for a bfloat16 product of 8,192 x 8,192 matrices, which cannot exceed the peak,
+give ``matmul_share`` of it. For v6e and v5p it is also the peak divided by what the chip's matrix units do in a cycle.
 """
 
 import dataclasses
@@ -20,13 +19,13 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """A generation of chips, its figures for one device.
+    """A generation of chips, with figures for one device.
 
-    ``peak_flops`` are a second in bfloat16, ``hbm_bytes`` as sold, of which the compiler leaves some to the runtime
-    (1/4 GiB on v5e); ``hbm_bandwidth`` is in bytes a second;
-    ``interconnect`` is what all links together carry in one direction, in bytes a second;
-    ``clock`` is in cycles a second; ``matmul_share`` is the share of the peak that the compiler's cycles predict for
-    a product of 8,192 x 8,192 matrices (libtpu 0.0.42.1); ``axes`` is how many numbers a slice's shape has.
+    ``peak_flops`` is per second in bfloat16. ``hbm_bytes`` is the published size, of which the compiler leaves some to
+    the runtime (1/4 GiB on v5e). ``hbm_bandwidth`` is in bytes a second. ``interconnect`` is what all links together
+    carry in one direction, in bytes a second. ``clock`` is in cycles a second. ``matmul_share`` is the share of the
+    peak that the compiler's cycles predict for a product of 8,192 x 8,192 matrices (libtpu 0.0.42.1). ``axes`` is how
+    many numbers a slice's shape has.
     """
 
     name: str
@@ -37,7 +36,7 @@ class Generation:
     clock: float
     matmul_share: float
     axes: int
-    chip_config_name: str | None = None  # how libtpu has to be told to see a chip's two cores as one device
+    chip_config_name: str | None = None  # makes libtpu treat a chip's two cores as one device
     devices_per_chip: int = 1
 
 
@@ -72,21 +71,21 @@ class Topology:
 
     @property
     def accelerator_type(self) -> str | None:
-        """Google's name of the slice, ``v5p-128``; None of a shape that has no name."""
+        """Google's name of the slice, such as ``v5p-128``; None if the shape has no name."""
         return accelerator_type(self.name)
 
 
 def parse_topology(name: str, flag: str = "--topology") -> Topology:
-    """Reads a topology, ``v5p:8x8x4``, or Google's name of a slice, ``v5p-512``.
+    """Parses a topology, such as ``v5p:8x8x4``, or Google's name of a slice, such as ``v5p-512``.
 
-    Whether a slice of a topology exists is the compiler's to say.
+    Only the compiler checks whether a slice with this topology exists.
 
     Args:
-      name: what the user gave.
-      flag: what the user gave it to, for the message.
+      name: the value that the user gave.
+      flag: the flag that has this value, for the error message.
 
     Raises:
-      ValueError: no such generation or size, or the shape is not of its form; the message lists what is near.
+      ValueError: there is no such generation or size, or the shape is malformed; the message lists similar slices.
     """
     topology = ACCELERATOR_TYPES.get(name, name)
     generation_name, _, shape = topology.partition(":")
@@ -97,13 +96,13 @@ def parse_topology(name: str, flag: str = "--topology") -> Topology:
 
 
 def named_slices(generation: Generation) -> list[Topology]:
-    """The slices of a generation for which Google has a name, smallest first."""
+    """The slices of a generation that Google has a name for, smallest first."""
     topologies = dict.fromkeys(one for one in ACCELERATOR_TYPES.values() if one.startswith(f"{generation.name}:"))
     return sorted(map(parse_topology, topologies), key=lambda one: one.chips)
 
 
 def nearest_slices(topology: Topology) -> str:
-    """The slices with a name whose chips are nearest from below and above, in words."""
+    """The named slices with the next smaller and the next larger number of chips, in words."""
     named = named_slices(topology.generation)
     below = [one for one in named if one.chips <= topology.chips][-1:]
     above = [one for one in named if one.chips >= topology.chips][:1]
