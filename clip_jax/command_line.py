@@ -1,8 +1,8 @@
 """What all commands share: flags and ``--config.NAME=VALUE``, errors in one line, exit codes, logging, joining a pod.
 
-Exit codes: 0 done, 1 failed, 2 a mistake in what was asked for, 3 interrupted (a training has saved what it had).
-Modules of commands import what is slow to import in their functions: Ctrl-C then ends them without a traceback at any
-moment, and worker processes, which import the module of the command again, start without it.
+Exit codes: 0 done, 1 failed, 2 a mistake in the command, 3 interrupted (training saves its state first). A command's
+module imports slow packages inside its functions. Ctrl-C can then end it at any moment without a traceback, and worker
+processes, which import the command's module again, start without these packages.
 """
 
 import argparse
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     import ml_collections
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 3  # exit codes
-CLOSED_PIPE = 141  # 128 and the number of SIGPIPE: the code with which a shell reports programs that this signal ends
+CLOSED_PIPE = 141  # 128 + the number of SIGPIPE: the code that a shell reports for a program that SIGPIPE ends
 POD_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 OVERRIDE = "--config."
-# Errors of the operating system that another command line avoids. The others, such as a full disk, are failures.
+# Errors of the operating system that another command line can avoid. Others, such as a full disk, are failures.
 MISTAKEN_NAMES = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP),
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL),
@@ -36,14 +36,14 @@ Main = Callable[..., int]
 
 
 def command(program: str) -> Callable[[Callable[[list[str], str], int]], Main]:
-    """Makes the ``main`` of a command from a function of its arguments and of its name.
+    """Makes the ``main`` of a command from a function of its arguments and its name.
 
     Args:
-      program: what a person types to start it, for help and errors, unless ``main`` is given another.
+      program: what the user types to start it, for help and errors; ``main`` may be given another.
 
     Returns:
-      A decorator. ``main(argv=None, program=program)`` takes ``sys.argv`` if no arguments are given, prints mistakes,
-      failures and Ctrl-C as a line, and returns the exit code. Other errors are faults of the program, and are raised.
+      A decorator. ``main(argv=None, program=program)`` uses ``sys.argv`` if ``argv`` is None, prints mistakes, failures
+      and Ctrl-C as one line, and returns the exit code. Other exceptions are bugs of the program, and are raised.
     """
 
     def decorate(body: Callable[[list[str], str], int]) -> Main:
@@ -86,15 +86,15 @@ def report_error(error: Exception) -> int | None:
 
 
 def is_mistake(error: OSError) -> bool:
-    """Returns whether the user can avoid this error by another command line: a file is missing or not allowed."""
-    if error.strerror is None:  # one of a message alone, such as FileNotFoundError("no config file")
+    """Returns whether another command line can avoid this error, such as a missing file or a lack of permission."""
+    if error.strerror is None:  # raised with a message only, such as FileNotFoundError("no config file")
         return not isinstance(error, ConnectionError | TimeoutError)
     return error.errno in MISTAKEN_NAMES
 
 
 def report_interrupt(hint: str = "") -> int:
     """Prints that the command was interrupted, with a hint at what to do next, and returns the exit code."""
-    start = "\n" if sys.stderr.isatty() else ""  # behind the ^C or the line of progress that the terminal shows
+    start = "\n" if sys.stderr.isatty() else ""  # after the ^C or the progress line on the terminal
     print(f"{start}interrupted{hint and '; '}{hint}", file=sys.stderr, flush=True)
     return INTERRUPTED
 
@@ -175,7 +175,7 @@ class Parser(argparse.ArgumentParser):
         return words, overrides
 
     def _refuse_unknown(self, words: list[str], overrides: list[tuple[str, str]]) -> None:
-        # Before argparse, which would first ask for what is missing, perhaps since it is misspelled.
+        # Called before argparse, which would report a misspelled required flag as missing.
         unknown = [f"{OVERRIDE}{name}" for name, _ in overrides] if not self._takes_overrides else []
         for word in words:
             if word == "--":
@@ -210,13 +210,13 @@ def read_config(arguments: argparse.Namespace) -> "ml_collections.ConfigDict":
 
 
 def start_distributed(asked_for: bool) -> bool:
-    """Joins the pod if asked to, or if the environment shows one; must come before anything touches a device.
+    """Joins the pod if asked to, or if the environment describes one; must be called before anything uses a device.
 
     Returns:
-      Whether it did.
+      Whether it joined.
 
     Raises:
-      ValueError: the environment names a pod only in part.
+      ValueError: the environment describes a pod only in part, or with words instead of numbers.
     """
     import jax
 
@@ -230,7 +230,7 @@ def start_distributed(asked_for: bool) -> bool:
             raise ValueError(f"{POD_VARIABLES[1]}={processes} and {POD_VARIABLES[2]}={index} must be numbers")
         jax.distributed.initialize(address, int(processes), int(index))
     elif asked_for or _several_processes():
-        jax.distributed.initialize()  # JAX finds the others by what started them
+        jax.distributed.initialize()  # JAX detects the cluster
     return jax.distributed.is_initialized()
 
 
@@ -238,15 +238,15 @@ def _several_processes() -> bool:
     """Returns whether GKE's, Slurm's or Open MPI's variables show more than one process."""
     counts = [os.environ.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")]
     tpu_hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    several_hosts = "," in tpu_hosts and " " not in tpu_hosts  # libtpu may leave a sentence there
+    several_hosts = "," in tpu_hosts and " " not in tpu_hosts  # libtpu may store a sentence there
     return several_hosts or any(count.isdigit() and int(count) > 1 for count in counts)
 
 
 def set_up_logging(stream: str = "stderr", level: int = logging.WARNING) -> None:
-    """Prints what ``clip_jax`` logs from this level on as plain lines on ``sys.stderr`` or ``sys.stdout``.
+    """Prints the log lines of ``clip_jax`` from this level up, unformatted, on ``sys.stderr`` or ``sys.stdout``.
 
-    What orbax and others log through absl is not shown: orbax warns of every option that follows from another, and
-    prints the traceback of whatever it also raises.
+    Hides the log of absl, which orbax and others use: orbax warns of every option that follows from another, and prints
+    the tracebacks of exceptions that it also raises.
     """
     import absl.logging
 
@@ -259,7 +259,7 @@ def set_up_logging(stream: str = "stderr", level: int = logging.WARNING) -> None
 
 
 class _Console(logging.StreamHandler):
-    """Writes to the ``sys.stdout`` or ``sys.stderr`` of the moment."""
+    """Writes to the current ``sys.stdout`` or ``sys.stderr``."""
 
     def __init__(self, name: str):
         logging.Handler.__init__(self)
@@ -273,8 +273,8 @@ class _Console(logging.StreamHandler):
 def run(main: Callable[[], int]) -> NoReturn:
     """Runs a command and exits with its code.
 
-    If the reader of its output goes away (``| head``), the command ends without a message, as other Unix tools do. The
-    signal itself, which Python ignores, would also end it for a worker process that has died.
+    If the reader of its output closes the pipe (``| head``), the command ends without a message, as other Unix tools
+    do. SIGPIPE, which Python ignores, would also end the command when a worker process has died.
     """
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
@@ -282,11 +282,11 @@ def run(main: Callable[[], int]) -> NoReturn:
             setattr(sys, name, _wrapped(stream, descriptor))
     try:
         code = main()
-    except SystemExit as end:  # of argparse's --help, or of a closed pipe
+    except SystemExit as end:  # from argparse's --help, or a closed pipe
         code = end.code
     try:
         for stream in filter(None, (sys.stdout, sys.stderr)):
-            stream.flush()  # here, where it can still decide about the exit code
+            stream.flush()  # here, where an error can still change the exit code
     except OSError as error:
         _discard(1)
         report("failed", f"standard output: {error.strerror}")
@@ -306,7 +306,7 @@ def _wrapped(stream: io.TextIOWrapper, descriptor: int) -> io.TextIOWrapper:
 
 
 class _Pipe(io.FileIO):
-    """A descriptor that ends the program when nobody reads from it any more."""
+    """A file descriptor that ends the program when nothing reads from it any more."""
 
     def write(self, data: bytes) -> int | None:
         try:
@@ -317,5 +317,5 @@ class _Pipe(io.FileIO):
 
 
 def _discard(descriptor: int) -> None:
-    """Discards what is written from now on, such as what Python writes at its end."""
+    """Discards what is written from now on, such as what Python writes at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)

@@ -3,7 +3,7 @@
     python -m clip_jax.convert runs/vit_l14 vit_l14_hf --to=huggingface
     python -m clip_jax.convert ViT-B-32.pt vit_b32
 
-Exit codes: 0 written, 1 failed, 2 a mistake in what was asked for (one line each), 3 interrupted.
+Exit codes: 0 written, 1 failed, 2 a mistake in the command (one line each), 3 interrupted.
 """
 
 import argparse
@@ -28,24 +28,24 @@ USES = {
 def open_clip_arguments(name: str) -> str | None:
     """The name of a preset (:func:`clip_jax.weights.preset_name`) as arguments of ``open_clip.create_model``.
 
-    None where open_clip 3.3 has no config of that architecture, so that only a folder, with a config, can be loaded.
+    None if open_clip 3.3 has no config of that architecture: it can then only load a folder, which has a config.
     """
     plain, with_gelu, _ = name.partition(" with gelu")
     if plain in ("custom", "ViT-tiny"):
         return None
     theirs = plain.replace("/", "-").replace("@", "-")
-    if plain == "ViT-S/16":  # of which they have one config alone
+    if plain == "ViT-S/16":  # open_clip has one config for both activations
         return json.dumps(theirs) + ("" if with_gelu else ", force_quick_gelu=True")
     return json.dumps(theirs if with_gelu else f"{theirs}-quickgelu")
 
 
 def use_of(name: str, params: dict, preprocessing: Preprocessing, destination: str, to: str) -> str:
-    """How to use the model of this name that was written, in a line."""
-    path = json.dumps(destination, ensure_ascii=False)[1:-1]  # as it is between quotes
+    """One line that shows how to load the model that was written."""
+    path = json.dumps(destination, ensure_ascii=False)[1:-1]  # the quotes are added where it is used
     if not (to == "open_clip" and destination.endswith(".safetensors")):
         return USES[to].format(path=path)
     arguments = open_clip_arguments(name)
-    if arguments is None or preprocessing.fill_color:  # no argument of create_model_and_transforms
+    if arguments is None or preprocessing.fill_color:  # create_model_and_transforms cannot set it
         paths = shlex.join([destination, destination.removesuffix(".safetensors")])
         lacks = "name for it" if arguments is None else "argument for the color of its padding"
         return f"open_clip has no {lacks} and needs a folder: python -m clip_jax.convert {paths} --to=open_clip"
@@ -59,7 +59,11 @@ def use_of(name: str, params: dict, preprocessing: Preprocessing, destination: s
 
 
 def parse_arguments(argv: list[str], program: str = PROGRAM) -> argparse.Namespace:
-    """Raises ValueError if a flag is missing or unknown, or its value is wrong; one line."""
+    """Returns the flags.
+
+    Raises:
+      ValueError: a flag is missing or unknown, or its value is wrong; one line.
+    """
     parser = Parser(prog=program, description="Converts weights.")
     parser.add_argument(
         "source", type=os.path.expanduser, help="a run, a file of weights, or a folder of weights and their config"

@@ -1,9 +1,9 @@
-"""Plans a training on a TPU slice that isn't here: the compiler for it compiles the step that would train.
+"""Plans training on a TPU slice without a TPU: compiles the training step for it and reports what the step costs.
 
     python -m clip_jax.plan --config=configs/vit_l14.py --topology=v5p-512 [--config.mesh.fsdp=4 ...]
 
-Needs no TPU, but the compiler: pip install "clip-jax-tpu[tpu]". Exit codes: 0 it fits, 1 it does not, 2 a mistake in
-what was asked for (one line), 3 interrupted.
+Needs the compiler for TPUs: pip install "clip-jax-tpu[tpu]". Exit codes: 0 it fits, 1 it does not, 2 a mistake in the
+command (one line), 3 interrupted.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def parse_arguments(argv: list[str], program: str = PROGRAM) -> tuple[argparse.N
     """Returns the flags, and the config with its overrides.
 
     Raises:
-      ValueError, FileNotFoundError: a flag is unknown or its value wrong, or the config is missing.
+      ValueError, FileNotFoundError: a flag is unknown or its value is wrong, or the config is missing.
     """
     from clip_jax.config import validate
     from clip_jax.planning.report import PAPER_PAIRS
@@ -57,7 +57,7 @@ def parse_arguments(argv: list[str], program: str = PROGRAM) -> tuple[argparse.N
         raise ValueError(f"--chip-hour-price={known.chip_hour_price} must be a price")
     config = read_config(known)
     if not config.data.source:
-        config.data.source = "none"  # a plan needs no data, and the check below asks for some
+        config.data.source = "none"  # a plan needs no data, but validate() requires a source
     validate(config)
     return known, config
 
@@ -83,7 +83,7 @@ def main(argv: list[str], program: str) -> int:
 
 
 def _search(what: str, config: "ml_collections.ConfigDict", topology: "Topology") -> "ml_collections.ConfigDict":
-    """Returns the config that the search ends with, and prints each try on standard error.
+    """Returns the best config that the search finds, and prints each try on standard error.
 
     Raises:
       PlanError: nothing fits.

@@ -1,4 +1,4 @@
-"""The losses by their name in ``config.loss.kind``: the only place that lists them."""
+"""The registry of losses by their name in ``config.loss.kind``, and the functions that read ``config.loss``."""
 
 import jax.numpy as jnp
 import ml_collections
@@ -35,13 +35,13 @@ def loss_type(section: ml_collections.ConfigDict) -> type[Loss]:
 
 
 def make_loss(section: ml_collections.ConfigDict, mesh: Mesh, global_batch_size: int, dtype: jnp.dtype) -> Loss:
-    """The loss that ``config.loss`` describes, with every "auto" and every 0 replaced by a value.
+    """The loss that ``config.loss`` describes, with a value for every "auto" and every 0 that means a default.
 
     Args:
       section: ``config.loss``.
       mesh: the ``("data", "fsdp")`` mesh.
-      global_batch_size: pairs a step, over all devices.
-      dtype: in which the towers compute.
+      global_batch_size: pairs in a step, over all devices.
+      dtype: the dtype that the towers compute in.
     """
     kind = loss_type(section)
     loss = kind(mesh, products_on(mesh, dtype), **{key: section[key] for key in kind.config_keys()})
@@ -64,7 +64,7 @@ def default_section() -> ml_collections.ConfigDict:
 
 
 def problems(section: ml_collections.ConfigDict) -> list[str]:
-    """One line for each mistake in ``config.loss``, also in the keys of losses that it does not name."""
+    """One line for each mistake in ``config.loss``, including the keys of losses that it does not select."""
     known = section.kind in LOSSES
     found = [] if known else [f"config.loss.kind={section.kind!r} must be one of {', '.join(LOSSES)}"]
     found += [problem for loss in LOSSES.values() for problem in loss.problems(section)]
@@ -77,7 +77,7 @@ def keys_that_may_change() -> set[str]:
 
 
 def starting_parameters(params: dict, section: ml_collections.ConfigDict) -> dict:
-    """A model's ``params``, with the values of the loss's parameters that training with ``config.loss`` starts from.
+    """A model's ``params``, with the loss's parameters as training with ``config.loss`` starts from them.
 
     See :meth:`clip_jax.losses.base.Loss.starting_from`.
     """

@@ -1,4 +1,4 @@
-"""What every loss has: its parameters, its keys of the config, its value, and what follows an update.
+"""The interface of a loss: its parameters, its keys of the config, its value, and its limits after an update.
 
 docs/design.md, "How to add a loss", has a worked example.
 """
@@ -21,15 +21,15 @@ Metrics = dict[str, jax.Array]
 class Loss(abc.ABC):
     """A loss of image and text embeddings, for the devices of one mesh.
 
-    A loss is a subclass that is a frozen dataclass. Each of its fields that has a default is a key of ``config.loss``
-    with the same name and default. A resumed run may change those declared with
-    :func:`clip_jax.settings.may_change`.
+    Subclasses are frozen dataclasses. Each field with a default is a key of ``config.loss`` with the same name and
+    default. A resumed run may change the keys that are declared with :func:`clip_jax.settings.may_change`.
 
     Attributes:
       mesh: the ``("data", "fsdp")`` mesh that the batch is split over.
       products: how to multiply float32 matrices on its devices.
-      parameters: names and initial values of the float32 scalars that the loss learns. The model keeps them next to its
-        towers. ``logit_scale``, the natural logarithm of what a trained model multiplies cosines by, must be one.
+      parameters: names and initial values of the float32 scalars that the loss learns. The model stores them next to
+        its towers. One must be ``logit_scale``, the natural logarithm of the factor that predictions multiply cosines
+        by.
       form: how the loss is computed, in one word, for the planner's report.
     """
 
@@ -55,11 +55,11 @@ class Loss(abc.ABC):
         return []
 
     def resolved(self, global_batch_size: int, block_size: int) -> Self:
-        """The same loss with every "auto" and every 0 replaced by a value.
+        """The same loss, with a value for every "auto" and every 0 that means a default.
 
         Args:
-          global_batch_size: pairs a step, over all devices.
-          block_size: what suits this kind of device (:mod:`clip_jax.models.execution`).
+          global_batch_size: pairs in a step, over all devices.
+          block_size: the default for this kind of device (:mod:`clip_jax.models.execution`).
         """
         return self
 
@@ -71,16 +71,16 @@ class Loss(abc.ABC):
     def __call__(
         self, image_embeddings: jax.Array, text_embeddings: jax.Array, parameters: dict[str, jax.Array]
     ) -> tuple[jax.Array, Metrics]:
-        """The loss of a batch, differentiable by all arguments.
+        """The loss of a batch, differentiable with respect to all arguments.
 
         Args:
           image_embeddings: float32 ``[N, D]``, unit length, first axis split over the mesh.
-          text_embeddings: the same; row i belongs to image i.
-          parameters: float32 scalars by the names of ``parameters``.
+          text_embeddings: the same for texts; text i matches image i.
+          parameters: float32 scalars by the names in the class's ``parameters``.
 
         Returns:
-          The loss, a float32 scalar, and its metrics: ``image_to_text_accuracy`` and ``text_to_image_accuracy``, which
-          are float32 scalars (see :func:`accuracies`), and ``pair_losses``, float32 ``[N]``, whose mean is the loss.
+          The loss, a float32 scalar, and its metrics. ``image_to_text_accuracy`` and ``text_to_image_accuracy`` are
+          float32 scalars (see :func:`accuracies`). The mean of ``pair_losses``, float32 ``[N]``, is the loss.
 
         Raises:
           ValueError: the batch cannot be divided among the devices.
@@ -92,13 +92,13 @@ class Loss(abc.ABC):
 
     @classmethod
     def starting_from(cls, learned: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The parameters that training starts with, when the towers come from other weights.
+        """The parameters that training starts with, if the towers come from a trained model.
 
         Args:
-          learned: float32 scalars by name, from these weights.
+          learned: the loss parameters of that model, float32 scalars by name.
 
         Returns:
-          ``learned``, if a loss with the same parameters learned them; otherwise the initial values. A temperature
+          ``learned`` if it has the same names as this loss's parameters; otherwise the initial values. A temperature
           learned under another loss is not a useful starting value.
         """
         initial = {name: np.float32(value) for name, value in cls.parameters}
@@ -106,17 +106,14 @@ class Loss(abc.ABC):
 
     @property
     def memory_option(self) -> str:
-        """The option with which the loss needs memory for a block of the similarities instead of for rows of them.
-
-        Empty if there is none.
-        """
+        """The flag that makes the loss hold a block of the similarities instead of rows of them; empty if none does."""
         return ""
 
 
 def accuracies(logits: jax.Array) -> Metrics:
-    """``image_to_text_accuracy`` and ``text_to_image_accuracy`` of a loss that forms all logits, float32 ``[N, N]``.
+    """``image_to_text_accuracy`` and ``text_to_image_accuracy``, float32 scalars, from all logits, float32 ``[N, N]``.
 
-    A tie counts as wrong: a collapsed model, whose embeddings are all the same, must not look like a perfect one.
+    A tie counts as wrong: otherwise a collapsed model, whose embeddings are all the same, would look perfect.
     """
     positives = logits.diagonal()
     ranks = {
@@ -127,6 +124,6 @@ def accuracies(logits: jax.Array) -> Metrics:
 
 
 def block_size_problems(section: ml_collections.ConfigDict) -> list[str]:
-    """What is wrong with ``config.loss.block_size``."""
+    """One line if ``config.loss.block_size`` is wrong, otherwise nothing."""
     size = section.block_size
     return [] if size >= 0 else [f"config.loss.block_size={size} must not be negative; 0: by the kind of device"]

@@ -1,7 +1,7 @@
-"""The softmax loss for batches whose similarities do not fit: a device holds one block of them at a time.
+"""The softmax loss for batches whose similarities do not fit into memory: a device holds one block of them at a time.
 
-The texts travel around the devices once for the denominators of the softmax, and once more for the gradients, which are
-written out: differentiating the first journey would keep every block.
+The texts pass through all devices once for the denominators of the softmax, and once more for the gradients. The
+gradients are written out, because differentiating the first pass would keep every block in memory.
 """
 
 import functools
@@ -30,10 +30,10 @@ def blockwise_softmax_loss(
 
     Args:
       images: float32 ``[N, D]``, unit length, first axis split over the mesh.
-      texts: the same.
+      texts: the same for texts; text i matches image i.
       logit_scale: float32 scalar.
-      loss: a ``Softmax``, for its mesh, products and ``block_size``: at most ``[block_size, block_size]`` logits are
-        held. Any size fits any batch.
+      loss: a ``Softmax``, for its mesh, products and ``block_size``. A device holds at most
+        ``[block_size, block_size]`` logits. ``block_size`` need not divide the batch.
     """
     return _forward(images, texts, logit_scale, loss)[0]
 
@@ -63,7 +63,7 @@ blockwise_softmax_loss.defvjp(_forward, _backward)
 
 
 def _sums(images, texts, logit_scale, *, loss):
-    """The loss, the metrics, and for each of the device's pairs its logit and the log-sums of its negatives."""
+    """The loss, the metrics, and for each of the device's pairs its logit and the log-sum-exp of its negatives."""
 
     def compare(image: Block, text: Block) -> tuple[Block, Block]:
         logits = jnp.exp(logit_scale) * loss.products.embeddings(image["embedding"], text["embedding"].T)
@@ -83,14 +83,14 @@ def _sums(images, texts, logit_scale, *, loss):
         "by_image": by_image["largest"] + jnp.log(by_image["sum"]),
         "by_text": by_text["largest"] + jnp.log(by_text["sum"]),
     }
-    # -log(e^p / (e^p + e^n)) = softplus(n - p) for the positive p and the negatives' log-sum n.
+    # -log(e^p / (e^p + e^n)) = softplus(n - p) for the positive p and the negatives' log-sum-exp n.
     losses = jax.nn.softplus(sums["by_image"] - positives) + jax.nn.softplus(sums["by_text"] - positives)
     metrics = ring_accuracies(positives, by_image, by_text) | {"pair_losses": losses / 2}
     return all_mean(losses) / 2, metrics, sums
 
 
 def _gradients(images, texts, logit_scale, sums, cotangent, *, loss):
-    """The gradients by the device's images, by its texts and by logit_scale, times ``cotangent``."""
+    """The gradients with respect to the device's images, its texts and logit_scale, times ``cotangent``."""
     positives = sums["positive"]
     image_log_sums, text_log_sums = (jnp.logaddexp(sums[name], positives) for name in ("by_image", "by_text"))
 
@@ -111,12 +111,13 @@ def _gradients(images, texts, logit_scale, sums, cotangent, *, loss):
     factor = cotangent * jnp.exp(logit_scale) / (2 * global_size(positives))
     image_gradients = factor * (by_image["gradient"] + positive_gradients[:, None] * texts)
     text_gradients = factor * (by_text["gradient"] + positive_gradients[:, None] * images)
-    # Every logit is linear in its image, so the logits' gradients times the logits are the images' times the images.
+    # d loss / d logit_scale = sum of d loss / d logit * logit. Each logit is linear in its image embedding, so this is
+    # the sum of d loss / d image * image.
     return image_gradients, text_gradients, all_sum((images * image_gradients).sum())
 
 
 def _exponential_sums(logits: jax.Array, axis: int) -> Block:
-    """The sum of ``exp(logits - largest)``, and the largest logit, by which later sums are rescaled."""
+    """The sum of ``exp(logits - largest)`` along the axis, and the largest logit, to rescale the sum later."""
     largest = logits.max(axis=axis)
     return {"largest": largest, "sum": jnp.exp(logits - jnp.expand_dims(largest, axis)).sum(axis=axis)}
 

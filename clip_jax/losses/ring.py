@@ -1,8 +1,8 @@
-"""Compares all images with all texts, one block of similarities at a time, while the texts travel around the devices.
+"""Compares all images with all texts, one block of similarities at a time, while the texts pass through all devices.
 
-Each device holds its own N / devices images and texts. At each step a device compares its images with the texts that it
-holds at that step, and then sends these texts to the next device, together with what was computed for them. After as
-many steps as there are devices, every text is back where it started.
+Each device starts with its own N / devices images and texts. At each step, a device compares its images with the texts
+that it holds, and sends these texts to the next device, together with the results for them. After as many steps as
+there are devices, every text is back on its first device.
 """
 
 from collections.abc import Callable
@@ -16,31 +16,31 @@ from clip_jax.sharding import BATCH_AXES
 
 MOST_NEGATIVE = float(jnp.finfo(jnp.float32).min)  # acts as minus infinity, but MOST_NEGATIVE - MOST_NEGATIVE is 0
 
-# Arrays by name, for a block of images or texts: float32 [block, ...], "pair" int32 [block] with -1 for padding. With
-# one more leading axis, for all blocks of a device.
+# Arrays by name for a block of images or texts: float32 [block, ...], and "pair", int32 [block], -1 for padding. All
+# blocks of a device have one more leading axis.
 Block = dict[str, jax.Array]
-# An image block and a text block to what their comparison adds to each image and to each text.
+# Takes an image block and a text block. Returns the results for each image and for each text.
 Compare = Callable[[Block, Block], tuple[Block, Block]]
 Merge = Callable[[Block, Block], Block]
 
 
 def ring(compare: Compare, merge: Merge, images: Block, texts: Block, block_size: int) -> tuple[Block, Block]:
-    """Merges the results of ``compare`` for all blocks of images with all blocks of texts, of all devices.
+    """Compares every block of images with every block of texts, on all devices, and merges the results.
 
     Args:
-      compare: gets blocks of ``images`` and ``texts`` with the pairs' indices in the global batch added as "pair".
+      compare: takes blocks of ``images`` and ``texts``, with the pairs' indices in the global batch added as "pair".
       merge: combines two results for the same images or texts. Results start at ``MOST_NEGATIVE`` for "largest" and at
         0 for all others.
       images: arrays ``[N / devices, ...]`` by name; "embedding" is one of them.
-      texts: the same.
-      block_size: at most so many images are compared with so many texts at a time.
+      texts: the same for texts.
+      block_size: the most images, and the most texts, in a block.
 
     Returns:
       The merged results for the device's own images and for its own texts, arrays ``[N / devices, ...]`` by name.
     """
     local, devices = len(images["embedding"]), jax.lax.axis_size(BATCH_AXES)
     number = -(-local // block_size)
-    size = -(-local // number)  # equal blocks: the smallest size that does not need more of them
+    size = -(-local // number)  # the smallest size with the same number of blocks
 
     def in_blocks(x: jax.Array, filler: int = 0) -> jax.Array:
         widths = [(0, number * size - local)] + [(0, 0)] * (x.ndim - 1)
@@ -58,7 +58,7 @@ def ring(compare: Compare, merge: Merge, images: Block, texts: Block, block_size
 
     def step(carry, _):
         texts, by_image, by_text = carry
-        next_texts = send(texts)  # does not wait for this step's products
+        next_texts = send(texts)  # can overlap with this step's products
         by_image, by_text = _all_blocks(compare, merge, images, texts, by_image, by_text)
         return (next_texts, by_image, send(by_text)), None
 
@@ -90,12 +90,12 @@ def _all_blocks(
 
 
 def merge_sums(one: Block, other: Block) -> Block:
-    """The sums of two results; of "largest" the larger."""
+    """The sums of two results, and the maximum of "largest"."""
     return {name: (jnp.maximum if name == "largest" else jnp.add)(one[name], other[name]) for name in one}
 
 
 def pair_masks(image: Block, text: Block) -> tuple[jax.Array, jax.Array]:
-    """Masks ``[images, texts]`` of the positive and of the negative pairs; padding is in neither."""
+    """Bool masks ``[images, texts]`` of the positive and of the negative pairs; padding is in neither."""
     rows, columns = image["pair"][:, None], text["pair"]
     real, same = (rows >= 0) & (columns >= 0), rows == columns
     return real & same, real & ~same
@@ -104,7 +104,7 @@ def pair_masks(image: Block, text: Block) -> tuple[jax.Array, jax.Array]:
 def embedding_gradients(
     logit_gradients: jax.Array, image: Block, text: Block, products: Products
 ) -> tuple[Block, Block]:
-    """The gradients by a block's image and text embeddings, from those by its similarities ``[images, texts]``."""
+    """The gradients of a block's image and text embeddings, from those of its similarities ``[images, texts]``."""
     return (
         {"gradient": products.logit_gradients(logit_gradients, text["embedding"])},
         {"gradient": products.logit_gradients(logit_gradients.T, image["embedding"])},
@@ -112,7 +112,7 @@ def embedding_gradients(
 
 
 def ring_accuracies(positives: jax.Array, by_image: Block, by_text: Block) -> dict[str, jax.Array]:
-    """Both accuracies, from each pair's own logit and the "largest" of its negatives; a tie counts as wrong."""
+    """Both accuracies, from each pair's own logit and its largest negative logits; a tie counts as wrong."""
     return {
         "image_to_text_accuracy": all_mean(positives > by_image["largest"]),
         "text_to_image_accuracy": all_mean(positives > by_text["largest"]),

@@ -1,4 +1,4 @@
-"""What the losses share inside ``shard_map``, where each device holds its own N / devices images and texts."""
+"""Helpers for losses inside ``shard_map``, where each device has its own N / devices images and texts."""
 
 import jax
 import jax.numpy as jnp
@@ -26,5 +26,5 @@ def all_mean(local: jax.Array) -> jax.Array:
 
 
 def pair_indices(local: int) -> jax.Array:
-    """Int32 ``[local]``: the indices in the global batch of the device's pairs."""
+    """The indices of the device's pairs in the global batch, int32 ``[local]``."""
     return jax.lax.axis_index(BATCH_AXES) * local + jnp.arange(local)

@@ -1,4 +1,4 @@
-"""SigLIP's loss: every pair of an image and a text is judged by itself (arXiv 2303.15343, section 3.2)."""
+"""SigLIP's loss: classifies each pair of an image and a text independently (arXiv 2303.15343, section 3.2)."""
 
 import dataclasses
 import functools
@@ -34,10 +34,11 @@ def sigmoid_loss(image_embeddings, text_embeddings, logit_scale, logit_bias):
 class Sigmoid(Loss):
     """:func:`sigmoid_loss` over the global batch, computed one block of the similarities at a time.
 
-    At most ``[block_size, block_size]`` logits are held; any size fits any batch. The temperature is not limited.
+    A device holds at most ``[block_size, block_size]`` logits; ``block_size`` need not divide the batch. The
+    temperature is not limited.
     """
 
-    block_size: int = may_change(0)  # 0: by the kind of device
+    block_size: int = may_change(0)  # 0: the default for the kind of device
 
     parameters = (("logit_scale", math.log(10)), ("logit_bias", -10.0))
     form = "sigmoid"
@@ -55,8 +56,8 @@ class Sigmoid(Loss):
         return _loss(image_embeddings, text_embeddings, parameters["logit_scale"], parameters["logit_bias"], self)
 
 
-# No gradient needs a complete sum, so the texts travel around the devices once for the loss and its gradients together.
-# Where only the loss is used, the compiler removes the gradients' products.
+# No gradient needs a complete sum, so the texts pass through the devices once for both the loss and its gradients. If
+# only the loss is used, the compiler removes the gradients' products.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -83,7 +84,7 @@ _loss.defvjp(_forward, _backward)
 
 
 def _loss_and_gradients(images, texts, logit_scale, logit_bias, *, loss):
-    """The loss, the metrics, and the gradients by the device's images, by its texts, by logit_scale and logit_bias."""
+    """The loss, the metrics, and the gradients of the device's images and texts, logit_scale and logit_bias."""
 
     def compare(image: Block, text: Block) -> tuple[Block, Block]:
         logits = jnp.exp(logit_scale) * loss.products.embeddings(image["embedding"], text["embedding"].T) + logit_bias
@@ -107,7 +108,7 @@ def _loss_and_gradients(images, texts, logit_scale, logit_bias, *, loss):
     gradients = (
         image_gradients,
         text_gradients,
-        all_sum((images * image_gradients).sum()),  # as in the blockwise form
+        all_sum((images * image_gradients).sum()),  # as in losses/blockwise.py
         all_mean(by_image["slope"] + positive_gradients),
     )
     losses = by_image["loss"] + jax.nn.softplus(-positives)

@@ -32,14 +32,14 @@ GATHERED_LOGITS_BYTES = 64 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Softmax(Loss):
-    """:func:`softmax_loss` over the global batch. Each device computes its rows of the N x N similarities, once.
+    """:func:`softmax_loss` over the global batch. Each device computes its own rows of the N x N similarities.
 
-    The forms have different memory and time, and the same result except for rounding: "gather" holds a device's rows of
-    the similarities, "blockwise" one block of them (:mod:`clip_jax.losses.blockwise`). "auto" is :func:`choose_form`.
+    ``form`` changes memory and time, and the result only by rounding: with "gather" a device holds its rows of the
+    similarities, with "blockwise" one block of them (:mod:`clip_jax.losses.blockwise`). "auto" is :func:`choose_form`.
     """
 
     form: str = may_change("auto")
-    block_size: int = may_change(0)  # of the blockwise form; 0: by the kind of device
+    block_size: int = may_change(0)  # of the blockwise form; 0: the default for the kind of device
 
     parameters = (("logit_scale", math.log(1 / 0.07)),)
 
@@ -59,7 +59,7 @@ class Softmax(Loss):
         inputs = image_embeddings, text_embeddings, parameters["logit_scale"]
         if self.form == "blockwise":
             return blockwise_softmax_loss(*inputs, self)
-        # check_vma verifies that what is returned as replicated is, and makes the gradients of replicated inputs sums.
+        # check_vma verifies that replicated outputs are equal on all devices, and sums gradients of replicated inputs.
         sharded = jax.shard_map(
             functools.partial(_gathered_loss, products=self.products),
             mesh=self.mesh,
@@ -81,9 +81,9 @@ class Softmax(Loss):
 def choose_form(global_batch_size: int, num_devices: int) -> str:
     """Returns "gather" while a device's ``[N / devices, N]`` float32 logits take at most 64 MiB, otherwise "blockwise".
 
-    That is up to 65,536 pairs on 256 devices, and 4,096 on one. Temporaries and time of the loss and its gradients,
-    embeddings of 768 numbers, on 256 v5e chips, as estimated by the TPU's compiler. The time is that of the arithmetic;
-    the blockwise form also waits for its texts, which travel around the devices twice.
+    That is up to 65,536 pairs on 256 devices, and 4,096 on one. The table has temporaries and time of the loss and its
+    gradients for embeddings of 768 numbers on 256 v5e chips, as estimated by the TPU's compiler. The time is that of
+    the arithmetic. The blockwise form also waits for its texts, which pass through the devices twice.
 
     ========= ================ ================= ==========================
     N         logits of a chip gather            blockwise
