@@ -1,4 +1,4 @@
-"""Plans training on a TPU slice without a TPU: compiles the training step for it and reports what the step costs.
+"""Plans training on a TPU slice without a TPU: compiles the training step for the slice and reports its cost.
 
     python -m clip_jax.plan --config=configs/vit_l14.py --topology=v5p-512 [--config.mesh.fsdp=4 ...]
 

@@ -27,7 +27,7 @@ class Need(NamedTuple):
 
 
 def need_of(report: dict) -> Need:
-    """The memory that a step needs; what the towers keep for the backward pass, if the compiler reported no size."""
+    """The memory that a step needs; if the compiler reported none, what the towers keep for the backward pass."""
     out, state = report["out_of_memory"], sum(report["memory"].values())
     available = round(out["available_bytes"] or report["hbm_bytes"])
     needed = out["needed_bytes"] or report["kept_bytes"][report["remat"]]
@@ -111,7 +111,7 @@ def _smaller_batch(report: dict, need: Need) -> list[Saving]:
 
 
 def _more_chips(report: dict, need: Need) -> list[Saving]:
-    """The smallest larger slice that fits by this estimate, or the largest one, of those that divide the batch."""
+    """A larger slice whose devices divide the batch: the smallest that fits by this estimate, or else the largest."""
     topology = parse_topology(report["topology"])
     slices = [
         one

@@ -203,7 +203,7 @@ def trip_count(module: Module, caller: Computation, loop: Instruction) -> int | 
         return _constant(caller, start.operands[index])
 
     if compare is not None and compare.opcode == "fusion":
-        # The comparison is alone in a fusion, whose operands its parameters refer to.
+        # The comparison is alone in a fusion: look up the fusion's operands instead of its parameters.
         inner = module.computations.get(compare.attribute("calls"), {})
         outer = compare.operands
         compare = next((one for one in inner.values() if one.is_root), None)

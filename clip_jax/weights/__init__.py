@@ -1,4 +1,4 @@
-"""Weights in and out: OpenAI's, open_clip's, Hugging Face's, and our own runs; the same numbers in each."""
+"""Reads and writes weights in OpenAI's, open_clip's and Hugging Face's formats, and as runs; values do not change."""
 
 import dataclasses
 import hashlib
@@ -32,9 +32,9 @@ FORMATS = ("clip_jax", "open_clip", "huggingface", "openai")
 
 
 class Weights(NamedTuple):
-    """A model as numpy arrays: ``variables`` hold ``params`` and ``batch_stats``, in the dtypes of the file.
+    """A model as numpy arrays: ``variables`` has ``params`` and ``batch_stats``, in the dtypes of the file.
 
-    ``format`` is where they came from, in words; ``note`` says what the file left open, or is empty.
+    ``format`` names the format they came from. ``note`` states what was assumed or not read, or is empty.
     """
 
     preset: CLIPPreset
@@ -44,7 +44,7 @@ class Weights(NamedTuple):
 
 
 def preset_name(preset: CLIPPreset) -> str:
-    """Its name in :data:`clip_jax.models.presets.PRESETS`, " with gelu" added where it has that, or "custom"."""
+    """Its name in :data:`clip_jax.models.presets.PRESETS`, with " with gelu" added if it has that, or "custom"."""
     published = CLIPPreset(preset.embed_dim, preset.vision.as_published(), preset.text.as_published())
     name = next((name for name, known in PRESETS.items() if known == published), "custom")
     plain = {tower.activation for tower in (preset.vision, preset.text)} <= {"gelu", None}
@@ -52,7 +52,7 @@ def preset_name(preset: CLIPPreset) -> str:
 
 
 def digest_of(variables: dict) -> str:
-    """Tells one set of weights from another; ``variables`` are arrays by name."""
+    """A digest that distinguishes one set of weights from another; ``variables`` are arrays by name."""
     result = hashlib.sha256()
     for leaf in jax.tree.leaves(variables):
         result.update(np.ascontiguousarray(leaf).data)
@@ -65,15 +65,15 @@ def read_weights(
     assumed_activation: str = "quick_gelu",
     assumed_preprocessing: Preprocessing | None = None,
 ) -> Weights:
-    """Reads a model from a file or folder of any known kind, recognised by what is in it.
+    """Reads a model from a file or folder of any known format, recognized by its content.
 
-    A file without a config in its folder does not tell its activation; it is then ``activation``, or
-    ``assumed_activation`` if that is None; OpenAI's is "quick_gelu". Nor does it tell its preprocessing, which is then
+    A file without a config in its folder does not state its activation. It is then ``activation``, or
+    ``assumed_activation`` if that is None; OpenAI's is "quick_gelu". Nor does it state its preprocessing. That is then
     ``assumed_preprocessing``, or OpenAI's if that is None. ``note`` states what was assumed.
 
     Raises:
-      FileNotFoundError: there is nothing, or nothing of ours in a folder.
-      WeightsError: it is there, but damaged, unsafe, or not one of the models that are built here; or it tells another
+      FileNotFoundError: the path does not exist, or the folder has no model.
+      WeightsError: it is damaged, unsafe, or not a model that is implemented here; or its config states another
         activation than ``activation``.
     """
     source = pathlib.Path(path).expanduser()
@@ -99,7 +99,7 @@ def read_weights(
 
 def _check_activation(preset: CLIPPreset, given: str | None) -> None:
     for name, tower in (("image", preset.vision), ("text", preset.text)):
-        told = tower.activation  # None of a tower that has no choice, as of a ResNet
+        told = tower.activation  # None for a tower without a choice, such as a ResNet
         if given is not None and told not in (given, None):
             raise WeightsError(
                 f"activation={given!r} contradicts the model's config, by which its {name} tower has {told!r}; leave "
@@ -108,7 +108,7 @@ def _check_activation(preset: CLIPPreset, given: str | None) -> None:
 
 
 def _read_folder(folder: pathlib.Path) -> Weights:
-    config_file = folder / huggingface.CONFIG_FILE  # of a run as well
+    config_file = folder / huggingface.CONFIG_FILE  # a run has one, too
     config = read_json(config_file) if config_file.is_file() else {}
     if (folder / "checkpoints").is_dir() and "model" in config:
         return _read_run(folder, config)
@@ -129,7 +129,7 @@ def _read_folder(folder: pathlib.Path) -> Weights:
 
 
 def _weight_file(folder: pathlib.Path, names: Sequence[str]) -> pathlib.Path | None:
-    """The first of these files, or its index of shards; else the only other one of weights, such as a variant."""
+    """The first of these files, or its index of shards; otherwise the only other weights file, such as a variant."""
     usual = (folder / candidate for name in names for candidate in (name, f"{name}.index.json"))
     if (file := next((file for file in usual if file.is_file()), None)) is not None:
         return file
@@ -145,7 +145,7 @@ def _weight_file(folder: pathlib.Path, names: Sequence[str]) -> pathlib.Path | N
 
 
 def _read_run(folder: pathlib.Path, config: dict) -> Weights:
-    # Imported late: orbax takes a second, and only runs need it.
+    # Imported here because orbax takes a second to import, and only runs need it.
     from etils import epath
 
     from clip_jax.run_folder import restore_variables
@@ -167,7 +167,7 @@ def _read_file(file: pathlib.Path, activation: str | None, assumed_activation: s
     openai_names = open_clip.TABLE if "logit_bias" in tensors else openai.TABLE  # OpenAI's models have none
     table = huggingface.TABLE if named_by_huggingface else openai_names
     preset = preset_from_shapes(tensors, table, activation or assumed_activation)
-    published = "input_resolution" in tensors  # OpenAI's archives alone have it
+    published = "input_resolution" in tensors  # only OpenAI's archives have it
     note = ""
     if activation is None and not published:
         note = (
@@ -187,7 +187,7 @@ def _read_configured(file: pathlib.Path, config_name: str) -> Weights:
 
 
 def _with_config(file: pathlib.Path, config_name: str, tensors: Tensors) -> Weights:
-    """The model of these tensors of a file, by the config in its folder."""
+    """The model of a file's tensors and of the config in its folder."""
     config = read_json(file.parent / config_name)
     notes: list[str] = []
     read = {
@@ -209,7 +209,7 @@ def _with_config(file: pathlib.Path, config_name: str, tensors: Tensors) -> Weig
 
 
 def _not_read(file: pathlib.Path, read: Collection[str]) -> str:
-    """Names what else in a model's folder looks as if it belonged to the model; empty if there is nothing."""
+    """Names the other files in a model's folder that seem to belong to the model; empty if there are none."""
     shards = set(read_json(file)["weight_map"].values()) if is_index(file) else set()
     others = [
         other.name
@@ -220,14 +220,14 @@ def _not_read(file: pathlib.Path, read: Collection[str]) -> str:
 
 
 def write_weights(weights: Weights, destination: str | os.PathLike, format: str) -> None:  # noqa: A002
-    """Writes a model, whole or not at all, so that the program it is for loads it without a flag.
+    """Writes a model so that the format's program loads it without a flag. After an error, there is no ``destination``.
 
-    ``format`` is one of :data:`FORMATS`. "open_clip" writes a folder, or a single file where ``destination`` ends in
+    ``format`` is one of :data:`FORMATS`. "open_clip" writes a folder, or a single file if ``destination`` ends in
     ``.safetensors``; "huggingface" and "clip_jax" a folder; "openai" a ``.pt``. Tensors keep their dtypes.
 
     Raises:
-      FileExistsError: there is something already.
-      WeightsError: that program has no such model, or the name does not fit the format.
+      FileExistsError: ``destination`` exists.
+      WeightsError: the format has no such model, or ``destination`` has the wrong ending for the format.
     """
     target = pathlib.Path(destination).expanduser()
     single_file = format == "openai" or (format == "open_clip" and target.suffix == ".safetensors")

@@ -1,4 +1,4 @@
-"""Hugging Face's ``CLIPModel``: its names and layouts, its config, and the files beside the weights."""
+"""Reads and writes Hugging Face's ``CLIPModel``: tensor names and layouts, config, and the files of the tokenizer."""
 
 import json
 import pathlib
@@ -59,7 +59,7 @@ TABLE = Table(
             *row("vision.class_embedding", "vision_model.embeddings.class_embedding"),
             *row("vision.patch_embedding.kernel", "vision_model.embeddings.patch_embedding.weight", PATCHES),
             *row("vision.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
-            *norm("vision.ln_pre", "vision_model.pre_layrnorm"),  # spelt so
+            *norm("vision.ln_pre", "vision_model.pre_layrnorm"),  # their spelling
             *_blocks("vision.transformer.blocks", "vision_model.encoder.layers.{layer}"),
             *norm("vision.ln_post", "vision_model.post_layernorm"),
             *row("vision.projection.kernel", "visual_projection.weight", TRANSPOSED),
@@ -73,7 +73,7 @@ TABLE = Table(
         ),
     },
     logit_scale=row("logit_scale", "logit_scale", SCALAR),
-    ignored=re.compile(r"\.position_ids$"),  # 0, 1, 2, ...: files of before 2023 have them
+    ignored=re.compile(r"\.position_ids$"),  # 0, 1, 2, ..., in files from before 2023
 )
 
 _SIZES = (
@@ -84,7 +84,7 @@ _SIZES = (
     "max_position_embeddings",
     "vocab_size",
 )
-# CLIPConfig's defaults, where a config may leave out what is the default.
+# CLIPConfig's defaults: a config may leave out keys that have their default.
 _TEXT_DEFAULTS = {
     "hidden_size": 512,
     "intermediate_size": 2048,
@@ -112,13 +112,13 @@ def read_config(config: dict) -> CLIPPreset:
     """The preset that ``config.json`` describes.
 
     Raises:
-      WeightsError: it is another kind of model, or a CLIP with what isn't built here.
+      WeightsError: it is not a CLIP, or a CLIP that is not implemented here.
     """
     if config.get("model_type") != "clip":
         raise WeightsError(f"{CONFIG_FILE} is that of a {config.get('model_type')!r} model, not of a 'clip'")
 
     def tower(name: str, defaults: dict) -> dict:
-        # Where older files have both, "..._config_dict" is what transformers goes by, with its defaults.
+        # If an older file has both, transformers uses "..._config_dict" and its defaults.
         older = config.get(f"{name}_config_dict")
         given = {**defaults, **mapping(f"{CONFIG_FILE}: {name}_config", config.get(f"{name}_config"))}
         return given if older is None else {**given, **defaults, **mapping(f"{CONFIG_FILE}: {name}_config_dict", older)}
@@ -136,7 +136,7 @@ def read_config(config: dict) -> CLIPPreset:
             )
     vocab_size = text["vocab_size"]
     end_of_text = END_OF_TEXT if type(vocab_size) is not int or vocab_size > END_OF_TEXT else vocab_size - 1
-    # In older files 2 stands for the highest id of a text, and transformers looks for it so.
+    # In older files, 2 means the highest id of a text, and transformers reads it so.
     if (given := text.get("eos_token_id", end_of_text)) not in (2, end_of_text):
         raise WeightsError(f"{CONFIG_FILE}: text_config.eos_token_id={given} is not {end_of_text}, as CLIP's is")
     for name, part in (("text", text), ("vision", vision)):
@@ -176,10 +176,10 @@ def read_config(config: dict) -> CLIPPreset:
 
 
 def read_preprocessing(folder: pathlib.Path, image_size: int) -> Preprocessing | None:
-    """What the files of :data:`PREPROCESSOR_FILES` state; None without any.
+    """The preprocessing that the files of :data:`PREPROCESSOR_FILES` state; None if there is no such file.
 
     Raises:
-      WeightsError: images would have to be prepared in a way that is not built here, or two files differ.
+      WeightsError: the preprocessing is not implemented here, or two files differ.
     """
     found = {
         name: preprocessing
@@ -208,7 +208,7 @@ def config_of(preset: CLIPPreset, dtype: str = "float32") -> dict:
             "projection_dim": preset.embed_dim,
         }
 
-    # The tokenizer's, unless a vocabulary smaller than its own shows that another one is meant.
+    # The tokenizer's id, unless a smaller vocabulary shows that the model has another tokenizer.
     end_of_text = END_OF_TEXT if text.vocab_size > END_OF_TEXT else text.vocab_size - 1
     return {
         "architectures": ["CLIPModel"],
@@ -237,10 +237,10 @@ def config_of(preset: CLIPPreset, dtype: str = "float32") -> dict:
 
 
 def write_folder(folder: pathlib.Path, variables: dict, preset: CLIPPreset) -> None:
-    """Writes all that ``CLIPModel`` and ``CLIPProcessor`` load into an existing folder.
+    """Writes all files that ``CLIPModel`` and ``CLIPProcessor`` load into an existing folder.
 
     Raises:
-      WeightsError: the model is a ResNet, which Hugging Face's CLIP has not, or images are prepared as it cannot.
+      WeightsError: Hugging Face's CLIP does not have the model's towers, such as a ResNet, or its preprocessing.
     """
     tensors = to_tensors(variables, TABLE, preset)
     dtypes = {tensor.dtype.name for tensor in tensors.values()}

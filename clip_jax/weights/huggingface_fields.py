@@ -1,7 +1,7 @@
-"""Every field of Hugging Face's CLIP configs, and what becomes of it here.
+"""Every field of Hugging Face's CLIP configs, and how it is treated here.
 
-A field is used, has no effect on embeddings, or must have the value that is built here. A field that is in no table is
-refused by its name, unless it is empty: it may change the numbers.
+A field is used, has no effect on embeddings, or must have the value that is implemented here. A field that is in no
+table may change the embeddings. It is refused by name, unless it is empty.
 
 Source: ``CLIPConfig``, ``CLIPTextConfig``, ``CLIPVisionConfig``, ``CLIPImageProcessor`` and ``CLIPTokenizer`` of
 transformers 4 and 5, and the configs that OpenAI's published folders have.
@@ -12,8 +12,8 @@ from collections.abc import Collection, Mapping
 from clip_jax.models.preprocessing import IMAGE_MEAN, IMAGE_STD, MAX_RESIZE, SMALLEST_STD, Preprocessing
 from clip_jax.weights.mapping import WeightsError
 
-# Files of before 2023 repeat these in each tower. They steer generation, training, logging and output, not CLIP's
-# towers. Dropout is one of them: it is off outside of training, and trainings here have none.
+# Files from before 2023 repeat these in each tower. They control generation, training, logging and output, not CLIP's
+# towers. Dropout is one of them: it is off outside of training, and training here has none.
 # fmt: off
 _NO_EFFECT = frozenset(
     [
@@ -41,7 +41,7 @@ _TOWER_USED = frozenset(
     ]
 )
 # fmt: on
-# Of a tower, projection_dim counts only where the tower is used alone: CLIPModel goes by its own.
+# A tower's projection_dim has an effect only if the tower is used alone: CLIPModel uses its own.
 _TOWER = _TOWER_USED | _NO_EFFECT | {"projection_dim"}
 
 MODEL_FIELDS = _NO_EFFECT | {
@@ -55,7 +55,7 @@ MODEL_FIELDS = _NO_EFFECT | {
 TEXT_FIELDS = _TOWER | {"max_position_embeddings", "vocab_size", "eos_token_id"}
 VISION_FIELDS = _TOWER | {"image_size", "patch_size", "num_channels"}
 
-# Of the image processor: names of classes, and how arrays are passed around.
+# Fields of the image processor: names of classes, and how arrays are passed.
 # fmt: off
 _PROCESSOR_NO_EFFECT = frozenset(
     [
@@ -66,10 +66,10 @@ _PROCESSOR_NO_EFFECT = frozenset(
 # fmt: on
 
 PROCESSOR_SWITCHES = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
-# Others have other defaults: SigLIP's and ViT's resize to a square with a mean of 0.5.
+# Other types have other defaults: SigLIP's and ViT's resize to a square, with a mean of 0.5.
 PROCESSOR_TYPES = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
 PROCESSOR_TYPE_FIELDS = ("image_processor_type", "feature_extractor_type")
-# Each with the switch without which it has no effect.
+# Each field and the switch that turns it on.
 PROCESSOR_NUMBERS = {
     "size": "do_resize",
     "resample": "do_resize",
@@ -89,7 +89,7 @@ RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5
 
 
 def refuse_unknown(where: str, part: Mapping, known: Collection[str]) -> None:
-    """Raises WeightsError if a field that is in no table has a value; empty ones (None, False, {}) ask for nothing."""
+    """Raises WeightsError if a field that is in no table has a value other than None, False, {} and []."""
     unknown = [
         f"{key}={value!r}"
         for key, value in part.items()
@@ -102,10 +102,10 @@ def refuse_unknown(where: str, part: Mapping, known: Collection[str]) -> None:
 
 
 def mapping(where: str, value: object) -> Mapping:
-    """The value if it is a mapping; None is an empty one.
+    """The value if it is a mapping; an empty mapping for None.
 
     Raises:
-      WeightsError: it is something else.
+      WeightsError: it is neither.
     """
     if value is not None and not isinstance(value, Mapping):
         raise WeightsError(f"{where}={value!r} is not a mapping of fields")
@@ -113,10 +113,10 @@ def mapping(where: str, value: object) -> Mapping:
 
 
 def side_of(name: str, value: object) -> int:
-    """The side of a square given as a number or as height and width.
+    """The side in pixels of a square that is given as a number or as height and width.
 
     Raises:
-      WeightsError: it is not square, or not a size.
+      WeightsError: it is not square, or not a size in pixels.
     """
     sides = value if isinstance(value, list | tuple) else [value]
     if isinstance(value, Mapping) and set(value) == {"height", "width"}:
@@ -129,10 +129,10 @@ def side_of(name: str, value: object) -> int:
 
 
 def triple(name: str, value: object, positive: bool = False) -> tuple[float, float, float]:
-    """One number for each channel, of three numbers or of one that holds for all.
+    """One number for each channel, from three numbers or from one for all channels.
 
     Raises:
-      WeightsError: it is neither, or not finite, or not positive where it must be.
+      WeightsError: it is neither, or not finite, or not positive although it must be.
     """
     numbers = list(value) if isinstance(value, list | tuple) else [value] * 3
     if len(numbers) != 3 or not all(_is_number(one) and (one >= SMALLEST_STD or not positive) for one in numbers):
@@ -145,17 +145,17 @@ def _is_number(value: object) -> bool:
 
 
 def read_preprocessing(file: str, content: Mapping, image_size: int) -> Preprocessing | None:
-    """What an image processor's config states, alone or inside of a ``processor_config.json``; None if it has none.
+    """The preprocessing in an image processor's config or in a ``processor_config.json``; None if it has none.
 
-    What is left out is as in ``CLIPImageProcessor``.
+    Missing fields have the defaults of ``CLIPImageProcessor``.
 
     Raises:
-      WeightsError: images would have to be prepared in a way that is not built here: the fields are named.
+      WeightsError: the preprocessing is not implemented here; the message names the fields.
     """
     if content.get("image_processor") is not None:
         content = mapping(f"{file}: image_processor", content["image_processor"])
     elif not content.keys() & (PROCESSOR_FIELDS - {"processor_class"}) and file == "processor_config.json":
-        return None  # of a model that has its image processor in preprocessor_config.json
+        return None  # the image processor is in preprocessor_config.json
     empty = [name for name in content.keys() & PROCESSOR_NUMBERS if content[name] is None]
     processor = {key: value for key, value in content.items() if value is not None}
     switches = {name: processor.get(name, True) for name in PROCESSOR_SWITCHES}
@@ -183,7 +183,7 @@ def read_preprocessing(file: str, content: Mapping, image_size: int) -> Preproce
     std = triple(f"{file}: image_std", processor.get("image_std", IMAGE_STD), positive=True)
     if not switches["do_normalize"]:
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    # Mean and deviation of pixels in [0, 1] that give what theirs give of pixels times another factor.
+    # Their mean and deviation are for pixels times a factor; ours are for pixels in [0, 1].
     scale = 255 * (factor if switches["do_rescale"] else 1)
     if abs(scale - 1) > 1e-6:
         mean, std = (tuple(value / scale for value in values) for values in (mean, std))
@@ -205,9 +205,9 @@ def read_preprocessing(file: str, content: Mapping, image_size: int) -> Preproce
 
 
 def _resizing(file: str, size: object, default_to_square: object) -> tuple[str, int]:
-    """The resize mode and size, as ``convert_to_size_dict`` of transformers takes them.
+    """The resize mode and size, read as ``convert_to_size_dict`` of transformers does.
 
-    A number is the length of the short side, as in files of before 2022, or with ``default_to_square`` of both.
+    A number is the length of the short side, as in files from before 2022, or with ``default_to_square`` of both.
     """
     if default_to_square not in (True, False):
         raise WeightsError(f"{file}: default_to_square={default_to_square!r} is not true or false")
@@ -225,7 +225,7 @@ def preprocessing_config(preprocessing: Preprocessing, image_size: int) -> dict:
     """The ``preprocessor_config.json`` of a ``CLIPImageProcessor``.
 
     Raises:
-      WeightsError: it cannot pad as the model's images are.
+      WeightsError: ``CLIPImageProcessor`` cannot pad images as this model needs it.
     """
     if preprocessing.resize_mode == "longest":
         raise WeightsError(

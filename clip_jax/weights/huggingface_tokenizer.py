@@ -1,7 +1,7 @@
-"""The tokenizer's files of a Hugging Face folder, which must be those of CLIP's own tokenizer.
+"""Checks that the tokenizer's files in a Hugging Face folder are those of CLIP's own tokenizer.
 
 Another vocabulary, or other special tokens, would give other ids for the same text. The files are compared with the
-vocabulary in :mod:`clip_jax.data.tokenizer`; none of them is needed.
+vocabulary in :mod:`clip_jax.data.tokenizer`. Any of them may be missing.
 
 Source: ``CLIPTokenizer`` and ``CLIPTokenizerFast`` of transformers 4 and 5.
 """
@@ -23,7 +23,7 @@ FILES = (
     "added_tokens.json",
 )
 _MARKERS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
-# Of tokenizer.json: what the steps of CLIP's tokenizer consist of, and the settings of its byte pairs.
+# In tokenizer.json: the parts of each step of CLIP's tokenizer, and the settings of its byte pair encoding.
 _STEPS = {
     "normalizer": {"NFC", "Replace", "Lowercase"},
     "pre_tokenizer": {"Split", "ByteLevel"},
@@ -55,15 +55,15 @@ _FIELDS = _NO_EFFECT | {*_SPECIAL_FIELDS, *_MORE_SPECIAL, *_SIDES, "tokenizer_cl
 
 
 def check_tokenizer(folder: pathlib.Path, vocab_size: int, context_length: int) -> list[str]:
-    """Compares the files that are there with CLIP's tokenizer, for a text tower of these sizes.
+    """Compares the files that are present with CLIP's tokenizer, for a text tower of these sizes.
 
-    A tower whose vocabulary is smaller than CLIP's takes tokens alone, so that no tokenizer matters to it.
+    A tower with a smaller vocabulary than CLIP's takes only tokens, so its tokenizer is not checked.
 
     Returns:
-      Notes, a sentence each.
+      Notes, one sentence each.
 
     Raises:
-      WeightsError: they would give other tokens; the file and what differs are named.
+      WeightsError: the files would give other tokens; the message names the file and the difference.
     """
     if vocab_size < VOCAB_SIZE:
         return []
@@ -81,7 +81,7 @@ def check_tokenizer(folder: pathlib.Path, vocab_size: int, context_length: int) 
         notes += _check_markers("special_tokens_map.json", read_json(file))
     if (file := folder / "tokenizer_config.json").is_file():
         notes += _check_config(read_json(file), context_length)
-    return notes[:1]  # both files state the same
+    return notes[:1]  # both files give the same note
 
 
 def _check_vocabulary(where: str, found: Mapping, symbols: Mapping[str, int]) -> None:
@@ -131,7 +131,7 @@ def _check_fast(content: Mapping, symbols: Mapping[str, int], merges: list[str],
 
 
 def _kinds(step: object) -> set[str]:
-    """The kinds of a step of the tokenizers library, and of those that it consists of."""
+    """The types of a step of the tokenizers library and of the steps in it."""
     step = mapping("tokenizer.json: a step", step)
     parts = step.get("normalizers") or step.get("pretokenizers") or ()
     return {str(step["type"]), *(kind for part in parts for kind in _kinds(part))} - {"Sequence"} if step else set()
@@ -144,11 +144,11 @@ def _check_added(where: str, added: Mapping) -> None:
 
 
 def _check_markers(where: str, content: Mapping) -> list[str]:
-    """A special token is found in texts before they are split, so that any but the two markers changes tokens."""
+    """Refuses other special tokens than the two markers: they are split off first, and would change a text's tokens."""
     notes = []
     for name in _SPECIAL_FIELDS:
         token = _content(content.get(name))
-        if name == "pad_token" and token == "!":  # of several published folders
+        if name == "pad_token" and token == "!":  # in several published folders
             notes.append(f"{where}: with pad_token='!' transformers gives '!' in a text another token than CLIP does")
         elif token is not None and token not in ([_MARKERS[name]] if name in _MARKERS else list(SPECIAL_TOKENS)):
             wanted = _MARKERS.get(name, "one of its two markers")

@@ -1,8 +1,8 @@
-"""How other programs name and lay out CLIP's tensors, as tables that serve both directions.
+"""Converts between our parameters and the tensors of other programs, in both directions, with tables of names.
 
-A table is a tuple of rows: one of our leaves, the name or names that it has elsewhere, and how the layout differs.
-Braces in a name hold a number that the tower counts (``Tower.numbers``): ``{layer}`` of a transformer and ``{block}``
-of a ResNet's stage count what we keep stacked along a leading axis; ``{stage}`` repeats a row for each stage.
+A row of a table has one of our leaves, the name or names that it has elsewhere, and how the layout differs. Braces in a
+name hold a number that the tower counts (``Tower.numbers``). We stack ``{layer}`` of a transformer and ``{block}`` of a
+ResNet's stage along a leading axis. ``{stage}`` repeats a row for each stage.
 """
 
 import functools
@@ -27,11 +27,11 @@ Tensors = Mapping[str, np.ndarray]
 
 
 class WeightsError(ValueError):
-    """Weights that cannot be read or written; the message is one line: which file, what is wrong, the mend."""
+    """Weights that cannot be read or written; the message is one line: which file, what is wrong, the fix."""
 
 
 class Layout(NamedTuple):
-    """The axes of one tensor, from theirs to ours and back."""
+    """Converts the axes of one tensor from theirs to ours and back."""
 
     to_ours: Callable[[np.ndarray], np.ndarray]
     to_theirs: Callable[[np.ndarray], np.ndarray]
@@ -51,7 +51,7 @@ COUNT = Layout(lambda x: x.astype(np.int32), lambda x: x.astype(np.int64))
 
 
 class Row(NamedTuple):
-    """``ours`` is the dotted path of a leaf; several of ``theirs`` are joined along their first axis."""
+    """``ours`` is the dotted path of a leaf. If ``theirs`` are several, they are joined along their first axis."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -59,12 +59,12 @@ class Row(NamedTuple):
 
 
 def row(ours: str, theirs: str, layout: Layout = SAME) -> tuple[Row]:
-    """A parameter that has a row of its own."""
+    """The row of a single parameter, as a tuple."""
     return (Row(f"params.{ours}", (theirs,), layout),)
 
 
 def linear(ours: str, *theirs: str) -> tuple[Row, ...]:
-    """A linear layer with bias, or several side by side in ours."""
+    """A linear layer with bias, or several that are concatenated in ours."""
     weights, biases = (tuple(f"{name}.{part}" for name in theirs) for part in ("weight", "bias"))
     return Row(f"params.{ours}.kernel", weights, TRANSPOSED), Row(f"params.{ours}.bias", biases)
 
@@ -83,9 +83,10 @@ def batch_norm(ours: str, theirs: str) -> tuple[Row, ...]:
 
 
 class Table(NamedTuple):
-    """The rows of each tower that the format knows, by the tower's name.
+    """The rows of each tower that the format supports, by the tower's name.
 
-    ``optional`` are parameters of losses that few models have and few formats know.
+    ``optional`` are parameters of losses that few models have and few formats support. ``ignored`` matches the names of
+    tensors that are not parameters.
     """
 
     format: str
@@ -96,7 +97,7 @@ class Table(NamedTuple):
 
 
 class _Leaf(NamedTuple):
-    """A leaf for one preset: ``names`` has an entry for each layer, or one where nothing is stacked."""
+    """A leaf for one preset: ``names`` has an entry for each stacked layer, or one entry if nothing is stacked."""
 
     path: tuple[str, ...]
     names: list[tuple[str, ...]]
@@ -105,7 +106,7 @@ class _Leaf(NamedTuple):
 
 
 def _leaves(table: Table, preset: CLIPPreset, optional: tuple[Row, ...]) -> Iterator[_Leaf]:
-    """The leaves of the preset's towers, and of those ``optional`` rows of the table that a model has."""
+    """The leaves of the preset's towers, of ``logit_scale``, and of the ``optional`` rows that the model has."""
     check_towers(table, preset)
     for rows, groups in (
         *((table.towers[tower.name], tower.numbers()) for tower in (preset.vision, preset.text)),
@@ -129,7 +130,7 @@ def _is_counted(name: str, value: int | range, theirs: Sequence[str]) -> bool:
 
 
 def check_towers(table: Table, preset: CLIPPreset) -> None:
-    """Raises WeightsError where the format has no such tower."""
+    """Raises WeightsError if the format does not have the preset's towers."""
     for tower in (preset.vision, preset.text):
         if tower.name not in table.towers:
             raise WeightsError(
@@ -149,23 +150,23 @@ def _shapes(preset: CLIPPreset) -> dict[tuple[str, ...], tuple[int, ...]]:
 
 
 def list_names(names: list[str]) -> str:
-    """The first few of them, and how many more there are."""
+    """The first few names, and how many more there are."""
     rest = len(names) - SHOWN_NAMES
     return ", ".join(names[:SHOWN_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def to_variables(tensors: Tensors, table: Table, preset: CLIPPreset) -> dict:
-    """Their tensors as our ``params`` and ``batch_stats``, in the dtypes that they came in.
+    """Their tensors as our ``params`` and ``batch_stats``, in the same dtypes.
 
     Raises:
-      WeightsError: tensors are missing, left over or of another shape than the preset's; all are named together.
+      WeightsError: tensors are missing, left over or of another shape than the preset's; one message lists all kinds.
     """
     variables, problems, seen = {"params": {}, "batch_stats": {}}, [], set()
     optional = tuple(row for row in table.optional if any(name in tensors for name in row.theirs))
     leaves = list(_leaves(table, preset, optional))
     shapes = _shapes(preset) | {tuple(row.ours.split(".")): () for row in optional}
     missing = [name for leaf in leaves for names in leaf.names for name in names if name not in tensors]
-    # PyTorch older than 0.4.1 had no such counter, and nothing is computed from it.
+    # PyTorch before 0.4.1 had no such counter, and nothing is computed from it.
     absent_counters = {name for name in missing if name.endswith(".num_batches_tracked")}
     missing = [name for name in missing if name not in absent_counters]
     wrong = []
@@ -210,10 +211,10 @@ def to_variables(tensors: Tensors, table: Table, preset: CLIPPreset) -> dict:
 
 
 def to_tensors(variables: dict, table: Table, preset: CLIPPreset) -> dict[str, np.ndarray]:
-    """The inverse of :func:`to_variables`: contiguous tensors by their names, in the dtypes of ours.
+    """The inverse of :func:`to_variables`: contiguous tensors by their names, in the same dtypes.
 
     Raises:
-      WeightsError: the format has no such model.
+      WeightsError: the format does not have the model's towers or the parameters of its loss.
     """
     tensors = {}
     paths = {f"params.{name}": name for name, _ in loss_parameters_of(variables["params"])}
@@ -236,7 +237,7 @@ def to_tensors(variables: dict, table: Table, preset: CLIPPreset) -> dict[str, n
 
 
 class _TensorShapes:
-    """The shapes of one tower's parameters in a file, as :class:`clip_jax.models.towers.base.Shapes` states them."""
+    """The shapes of one tower's parameters in a file; implements :class:`clip_jax.models.towers.base.Shapes`."""
 
     def __init__(self, tensors: Tensors, table: Table, tower: type[Tower]):
         self._tensors, self._table = tensors, table
@@ -244,7 +245,7 @@ class _TensorShapes:
         self._rows = {row.ours.removeprefix(prefix): row for row in table.towers[tower.name]}
 
     def share_found(self) -> float:
-        """The share of the tower's parameters that the file has, of their first layer."""
+        """The share of the tower's parameters that the file has, looking at first layers only."""
         return sum(self._first(path) in self._tensors for path in self._rows) / len(self._rows)
 
     def _first(self, path: str) -> str:
@@ -265,10 +266,10 @@ class _TensorShapes:
 
 
 def preset_from_shapes(tensors: Tensors, table: Table, activation: str) -> CLIPPreset:
-    """The preset that has these shapes; what no shape tells is how wide heads are, and the activation.
+    """The preset that has these shapes. The shapes do not determine the activation or the width of heads.
 
     Raises:
-      WeightsError: these are not the tensors of a CLIP.
+      WeightsError: the tensors are not those of a CLIP.
     """
 
     def likeliest(towers: Mapping[str, type[Tower]]) -> tuple[type[Tower], _TensorShapes]:

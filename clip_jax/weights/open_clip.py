@@ -1,7 +1,7 @@
-"""open_clip's files: OpenAI's names, and a config beside them that tells the activation and the heads.
+"""Reads and writes open_clip's files: OpenAI's tensor names, and a config that states the activation and the heads.
 
-A folder of ``open_clip_config.json`` and ``open_clip_model.safetensors`` is what
-``open_clip.create_model("local-dir:FOLDER")`` loads; a single file is for ``create_model(NAME, pretrained=FILE)``.
+``open_clip.create_model("local-dir:FOLDER")`` loads a folder of ``open_clip_config.json`` and
+``open_clip_model.safetensors``. ``create_model(NAME, pretrained=FILE)`` loads a single file.
 """
 
 import dataclasses
@@ -22,17 +22,17 @@ from clip_jax.weights.huggingface_fields import mapping, side_of, triple
 from clip_jax.weights.mapping import SCALAR, WeightsError, check_towers, row, to_tensors
 
 CONFIG_FILE = "open_clip_config.json"
-# In the order in which open_clip itself looks for them.
+# In the order in which open_clip looks for them.
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 TABLE = openai.TABLE._replace(format="open_clip", optional=row("logit_bias", "logit_bias", SCALAR))
 
-# What a config may say without changing the model that we have: used here, or without effect on inference.
+# Keys that are used here or have no effect on inference.
 _VISION_KEYS = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio", "patch_dropout"}
 _TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
 _MODEL_KEYS = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "init_logit_scale", "init_logit_bias"}
-# Named explicitly, some say what is so anyway.
+# Keys that a config may have with their default value only.
 _DEFAULTS = {"pool_type": ("tok", "argmax"), "pos_embed_type": ("learnable",), "proj_type": ("linear",)}
-# Of open_clip's PreprocessCfg. In "random" only training draws; evaluation is bicubic (its transform.py).
+# From open_clip's PreprocessCfg. "random" is random in training only; evaluation is bicubic (its transform.py).
 _INTERPOLATIONS = {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"}
 
 
@@ -40,7 +40,7 @@ def read_config(config: dict) -> CLIPPreset:
     """The preset that an ``open_clip_config.json`` describes.
 
     Raises:
-      WeightsError: it describes a model that isn't built here; the keys are named.
+      WeightsError: it describes a model that is not implemented here; the message names the keys.
     """
     model = config.get("model_cfg", config)
     vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
@@ -54,7 +54,7 @@ def read_config(config: dict) -> CLIPPreset:
     if unknown:
         raise WeightsError(f"{CONFIG_FILE} describes a model that is not built here: {', '.join(unknown)}")
     activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
-    # What is left out has open_clip's defaults (CLIPVisionCfg and CLIPTextCfg in its model.py).
+    # Missing keys have open_clip's defaults (CLIPVisionCfg and CLIPTextCfg in its model.py).
     width, head_width = vision.get("width", 768), vision.get("head_width", HEAD_WIDTH)
     layers, image_size = vision.get("layers", 12), side_of("vision_cfg.image_size", vision.get("image_size", 224))
     try:
@@ -90,7 +90,7 @@ def read_config(config: dict) -> CLIPPreset:
 
 
 def _read_preprocessing(config: Mapping, image_size: int) -> Preprocessing:
-    """What ``preprocess_cfg`` states. What is left out, or empty, is OpenAI's, as in open_clip."""
+    """The preprocessing in ``preprocess_cfg``. Missing and empty keys have OpenAI's values, as in open_clip."""
     given = {key: value for key, value in config.items() if value is not None}
     where = f"{CONFIG_FILE}: preprocess_cfg"
     fields = {
@@ -132,7 +132,7 @@ def _preprocessing_config(preprocessing: Preprocessing) -> dict:
 
 
 def _mlp_ratio(tower: VisionTransformerPreset | TextTransformerPreset) -> dict:
-    # open_clip cuts the product off where we round it: half a unit more gives the same width in both.
+    # open_clip truncates width * ratio and we round it. An extra 0.5 gives the same width in both.
     ratio = tower.mlp_ratio
     return {"mlp_ratio": ratio if ratio == int(ratio) else (round(tower.width * ratio) + 0.5) / tower.width}
 
@@ -145,14 +145,14 @@ def _resnet_config(tower: ResNetPreset) -> dict:
     return {"layers": list(tower.stage_sizes), "patch_size": None}
 
 
-# What ``vision_cfg`` states of each tower of the table, beside the sizes that all have.
+# The keys of ``vision_cfg`` for each tower of the table, in addition to the sizes that all towers have.
 _VISION_CONFIGS = {"vision_transformer": _vision_transformer_config, "resnet": _resnet_config}
 
 
 def constructor_arguments(params: dict) -> dict[str, float]:
-    """What open_clip's constructors need to be given for a model with these ``params``, next to its architecture.
+    """The arguments that open_clip's constructors need for a model with these ``params``, apart from its architecture.
 
-    Without an ``init_logit_bias`` open_clip's model has no ``logit_bias``; its value comes from the weights.
+    Without ``init_logit_bias``, open_clip's model has no ``logit_bias``. Its value comes from the weights.
     """
     return {"init_logit_bias": -10.0} if "logit_bias" in params else {}
 
@@ -163,8 +163,7 @@ def config_of(preset: CLIPPreset, arguments: dict[str, float] | None = None) -> 
     ``arguments`` are those of :func:`constructor_arguments`.
 
     Raises:
-      WeightsError: open_clip's config cannot say what it is: it has no such tower, its towers have different
-        activations, or its images are prepared as open_clip does not.
+      WeightsError: open_clip has no such tower or preprocessing, or the towers have different activations.
     """
     check_towers(TABLE, preset)
     vision, text = preset.vision, preset.text
@@ -205,6 +204,6 @@ def write_folder(folder: pathlib.Path, variables: dict, preset: CLIPPreset) -> N
 
 
 def write_file(path: pathlib.Path, variables: dict, preset: CLIPPreset) -> None:
-    """Writes a single ``.safetensors``; its metadata hold the config, which only we read back."""
+    """Writes a single ``.safetensors`` file. Its metadata has the config, which only this project reads."""
     metadata = {"format": "pt", CONFIG_FILE: json.dumps(_config_for(variables, preset))}
     save_file(to_tensors(variables, TABLE, preset), path, metadata=metadata)

@@ -1,6 +1,6 @@
-"""OpenAI's names and layouts, which open_clip has kept, and the ``.pt`` files that ``clip.load`` reads.
+"""OpenAI's tensor names and layouts, which open_clip also uses, and the ``.pt`` files that ``clip.load`` reads.
 
-Names as in ``clip/model.py`` of github.com/openai/CLIP.
+Source: ``clip/model.py`` of github.com/openai/CLIP.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ TABLE = Table(
             *norm("vision.ln_post", "visual.ln_post"),
         ),
         "resnet": (
-            *_bottleneck("vision", "visual"),  # the stem has a block's names
+            *_bottleneck("vision", "visual"),  # the stem has the names of a block
             *_bottleneck("vision.stage{stage}_first", "visual.layer{stage}.0"),
             *row(
                 "vision.stage{stage}_first.downsample_conv.kernel",
@@ -88,7 +88,7 @@ TABLE = Table(
         ),
     },
     logit_scale=row("logit_scale", "logit_scale", SCALAR),
-    # Three sizes that OpenAI's archives carry, and a mask that follows from the context length.
+    # Three sizes in OpenAI's archives, and a mask that follows from the context length.
     ignored=re.compile(r"^(input_resolution|context_length|vocab_size)$|(^|\.)attn_mask$"),
 )
 
@@ -97,8 +97,8 @@ def write(path: pathlib.Path, variables: dict, preset: CLIPPreset) -> None:
     """Writes a ``.pt`` that ``clip.load`` reads.
 
     Raises:
-      WeightsError: ``clip`` has no such model: it knows QuickGELU, heads 64 wide, MLPs four times as wide and its own
-        preprocessing only.
+      WeightsError: ``clip`` has no such model: it has only QuickGELU, heads 64 wide, MLPs four times as wide as the
+        tower, and its own preprocessing.
     """
     check_towers(TABLE, preset)
     default = dataclasses.asdict(Preprocessing())

@@ -1,4 +1,4 @@
-"""A trained model at another image size: its image tower's positions are resized, and nothing else changes."""
+"""Changes the image size of a trained model: resizes its image tower's positions, and changes nothing else."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from clip_jax.weights.mapping import WeightsError
 
 
 def at_image_size(variables: dict, preset: CLIPPreset, wanted: CLIPPreset) -> dict:
-    """The variables of ``preset`` for ``wanted``, which may differ in its image size and in its training fields.
+    """The variables of ``preset`` for ``wanted``, which may differ in its image size and its training fields.
 
-    With another image size, images must be resized before the crop to a size that is in proportion to it.
+    The size that images are resized to before the crop must change in proportion to the image size.
 
     Raises:
-      WeightsError: it differs in more; the fields are named, and of the preprocessing the settings that it needs.
+      WeightsError: they differ in more; the message names the fields, and for the preprocessing the flags to set.
     """
     free = ("vision.image_size", *(f"vision.{name}" for name in wanted.vision.training_fields))
     resized = preset.preprocessing.at_image_size(preset.vision.image_size, wanted.vision.image_size)
@@ -43,7 +43,7 @@ def at_image_size(variables: dict, preset: CLIPPreset, wanted: CLIPPreset) -> di
 
 
 def _with_positions(variables: dict, path: Sequence[str], side: int) -> dict:
-    """A copy in which the leaf of this path is resized to ``side`` by ``side`` positions."""
+    """A copy in which the leaf at this path is resized to ``side`` by ``side`` positions."""
     key, *rest = path
     if rest:
         return variables | {key: _with_positions(variables[key], rest, side)}

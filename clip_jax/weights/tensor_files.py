@@ -1,4 +1,4 @@
-"""Tensors by name, from the files in which weights are kept: safetensors, PyTorch's, and shards of either."""
+"""Reads tensors by name from files of weights: safetensors, PyTorch's, and shards of either."""
 
 import json
 import pathlib
@@ -15,10 +15,10 @@ from clip_jax.weights.torch_file import read_torch_file
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 INDEX_NAME = re.compile(r"(.+)\.index(?:\.\w+)?\.json")  # the second part is a variant, such as fp16
 SHARD_NAME = re.compile(r".+-\d{5}-of-\d{5}\.\w+")
-# Of DistributedDataParallel and torch.compile, which wrap a whole model, or a tower of it.
+# Prefixes of DistributedDataParallel and torch.compile, which wrap a whole model or one of its towers.
 WRAPPER = re.compile(r"(^|\.)(?:(?:module|_orig_mod)\.)+")
-HOLDERS = ("model.", "clip.")  # attributes of modules that hold the model
-BESIDE_TOWERS = {"logit_scale", "logit_bias"}  # which a module that holds towers may hold itself
+HOLDERS = ("model.", "clip.")  # attributes in which other modules keep the model
+BESIDE_TOWERS = {"logit_scale", "logit_bias"}  # such a module may have these itself
 SAFETENSORS_DTYPES = {
     "F64": np.dtype("f8"),
     "F32": np.dtype("f4"),
@@ -36,10 +36,10 @@ SAFETENSORS_DTYPES = {
 def read_tensors(file: pathlib.Path) -> tuple[Tensors, dict[str, str]]:
     """Returns the tensors of a file or of the shards that an index lists, and the metadata of a safetensors file.
 
-    Names are without the prefixes of wrappers.
+    The names do not have the prefixes of wrappers.
 
     Raises:
-      WeightsError, TorchFileError: a file is damaged, is not what its name says, or holds tensors of another kind.
+      WeightsError, TorchFileError: a file is damaged, has the wrong ending, or has tensors of an unsupported dtype.
     """
     if is_index(file):
         return without_wrappers(_read_shards(file)), {}
@@ -53,7 +53,7 @@ def is_index(file: pathlib.Path) -> bool:
 
 
 def without_wrappers(tensors: Tensors) -> dict[str, np.ndarray]:
-    """Removes the prefixes of wrappers wherever they are, and those of holders that all names share.
+    """Removes the prefixes of wrappers from all names, and the prefixes of holders if all names share them.
 
     Raises:
       WeightsError: two tensors would get the same name.
@@ -77,7 +77,7 @@ def _read_one(file: pathlib.Path) -> tuple[Tensors, dict[str, str]]:
     try:
         with safetensors.safe_open(file, framework="numpy") as opened:
             metadata = opened.metadata() or {}
-            dtypes = {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
+            dtypes = {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 (not a mapping)
         if other := sorted(dtypes - SAFETENSORS_DTYPES.keys()):
             raise WeightsError(
                 f"it holds tensors of {', '.join(other)}, which are not read here; save the model in float32, float16 "
@@ -120,10 +120,10 @@ def _read_shards(index: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def read_json(file: pathlib.Path) -> dict:
-    """Reads a JSON file that holds an object.
+    """Reads a JSON file that contains an object.
 
     Raises:
-      WeightsError: it is not JSON, or not an object.
+      WeightsError: it is not JSON, or does not contain an object.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
-"""Files of PyTorch's zip format, read without PyTorch and without running what is in them.
+"""Reads files of PyTorch's zip format without PyTorch and without running the code in them, and writes such files.
 
 Such a file is a zip: ``<archive>/data.pkl`` is a pickle that describes tensors, ``<archive>/data/<key>`` are the bytes
-of their storages. A pickle is a program, and Python's own reader lets it call functions. The one here knows the few
-opcodes that PyTorch writes, imports nothing, and calls nothing: all that it can build are the descriptions below.
+of their storages. A pickle is a program, and Python's own reader lets it call functions. The reader here supports the
+few opcodes that PyTorch writes, imports nothing, and calls nothing. It can only build plain types and the types below.
 """
 
 import math
@@ -52,12 +52,12 @@ NOT_A_ZIP = tuple(
         (rb"", "not a file of torch.save or torch.jit.save; check that it is the one you mean"),
     )
 )
-MOST_SHARING = 8  # tensors that share a storage are read as often as they occur
+MOST_SHARING = 8  # times the file's size: each tensor counts in full, also if several share a storage
 MOST_ATTRIBUTES, LONGEST_NAME = 100_000, 1_000  # a forged TorchScript archive can nest its modules without end
 
 
 class TorchFileError(ValueError):
-    """A file that is refused or damaged; the message is one line that says which, why, and what to do about it."""
+    """A file that is refused or damaged; the message is one line: which file, what is wrong, the fix."""
 
 
 class _Storage(NamedTuple):
@@ -67,7 +67,7 @@ class _Storage(NamedTuple):
 
 
 class _Tensor(NamedTuple):
-    """A view of a storage, counted in elements, as the pickle has it: nothing is checked yet."""
+    """A view of a storage, counted in elements, as in the pickle. Nothing is checked yet."""
 
     storage: _Storage
     offset: int
@@ -80,14 +80,14 @@ class _Module(dict):
 
 
 def read_torch_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The tensors of a state dict, of a training checkpoint that holds one, or of a TorchScript archive, by name.
+    """The tensors of a state dict, of a training checkpoint that contains one, or of a TorchScript archive, by name.
 
-    Names are those of ``state_dict()``. Dtypes and shapes are those stored. The arrays may be read-only, and those that
-    share a storage in the file share memory.
+    Names are those of ``state_dict()``. Dtypes and shapes are those in the file. The arrays may be read-only. Tensors
+    that share a storage in the file share memory.
 
     Raises:
       FileNotFoundError: there is no such file.
-      TorchFileError: it is something else, damaged, or asks for more than tensors.
+      TorchFileError: it is another kind of file, is damaged, or calls functions that do not build tensors.
     """
     path = pathlib.Path(path)
     if path.is_dir():
@@ -112,7 +112,7 @@ def _read(file: BinaryIO) -> dict[str, np.ndarray]:
         raise TorchFileError(next(meaning for beginning, meaning in NOT_A_ZIP if beginning.match(head)))
     size = file.seek(0, os.SEEK_END)
     with zipfile.ZipFile(file) as archive:
-        # Members that lie over each other could make a small file fill any memory.
+        # With overlapping members, a small file could fill any memory.
         if sum(member.compress_size for member in archive.infolist()) > size:
             raise TorchFileError("damaged: its parts are larger than the whole; copy or download it again")
         folders = [name.removesuffix("data.pkl") for name in archive.namelist() if re.fullmatch("[^/]+/data.pkl", name)]
@@ -124,7 +124,7 @@ def _read(file: BinaryIO) -> dict[str, np.ndarray]:
         tensors = _choose(_unpickle(_member(archive, f"{folder}data.pkl")))
         storages = {key: _member(archive, f"{folder}data/{key}") for key in {t.storage.key for t in tensors.values()}}
     arrays = {name: _array(name, tensor, storages[tensor.storage.key], size) for name, tensor in tensors.items()}
-    # A stride of 0 repeats an element; these are views, but copies of them could fill any memory.
+    # A stride of 0 repeats an element. The arrays are views, but copies of them could fill any memory.
     if sum(array.nbytes for array in arrays.values()) > MOST_SHARING * size:
         raise TorchFileError("refused: its tensors are many times as large as the file; save them anew")
     return arrays
@@ -138,12 +138,12 @@ def _member(archive: zipfile.ZipFile, name: str) -> bytes:
 
 
 def _shown(text: str) -> str:
-    """The beginning of a text from a file, without what would break a line or command a terminal."""
+    """The beginning of a text from a file, with escapes for line breaks and control characters."""
     return ascii(text[:100])[1:-1]
 
 
 def _unpickle(program: bytes) -> Any:
-    """What a pickle describes, in plain types and those above; dicts keep only those entries that have names."""
+    """What a pickle describes, in plain types and those above. Dicts keep only the entries with a string as key."""
     stack, outer_stacks, memo = [], [], {}
     for opcode, value, _ in pickletools.genops(program):
         if opcode.name in ITEMS_TAKEN:
@@ -221,7 +221,7 @@ def _make(name: object, arguments: tuple) -> Any:
 
 
 def _choose(root: object) -> dict[str, _Tensor]:
-    """The tensors of the model, by name, among all that was saved with it."""
+    """The model's tensors by name, out of everything that was saved with it."""
     if isinstance(root, _Module):
         tensors = _tensors_of(root)
     else:
@@ -254,7 +254,7 @@ def _array(name: str, tensor: _Tensor, storage: bytes, most_bytes: int) -> np.nd
     if kind not in STORAGE_DTYPES:
         raise TorchFileError(f"{_shown(name)} is a {_shown(kind)}, which is not read; save it in another dtype")
     dtype = STORAGE_DTYPES[kind]
-    whole = len(shape) == len(strides) <= 64  # before any arithmetic, which takes long for forged numbers
+    whole = len(shape) == len(strides) <= 64  # before any arithmetic, which is slow for forged numbers
     whole = whole and all(type(number) is int and 0 <= number < 2**63 for number in (length, offset, *shape, *strides))
     if whole and 0 not in shape:
         last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
@@ -268,10 +268,10 @@ def _array(name: str, tensor: _Tensor, storage: bytes, most_bytes: int) -> np.nd
 
 
 def write_torch_file(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes what ``torch.load`` reads as an OrderedDict of contiguous tensors on the CPU; whole or not at all.
+    """Writes a file that ``torch.load`` reads as an OrderedDict of contiguous CPU tensors; after an error, no file.
 
     Raises:
-      TypeError: a dtype is not among STORAGE_DTYPES.
+      TypeError: a dtype is not in STORAGE_DTYPES.
     """
     program = b"\x80\x02ccollections\nOrderedDict\n)R"
     for key, (name, tensor) in enumerate(tensors.items()):
@@ -286,7 +286,7 @@ def write_torch_file(path: str | os.PathLike, tensors: Mapping[str, np.ndarray])
 
 
 def _pickled_entry(name: str, key: str, tensor: np.ndarray) -> bytes:
-    """The opcodes that put a tensor under its name into the dict on top of the stack."""
+    """The opcodes that add a tensor under its name to the dict on top of the stack."""
     kind = next((kind for kind, dtype in STORAGE_DTYPES.items() if dtype == tensor.dtype), None)
     if kind is None:
         raise TypeError(f"{name} is {tensor.dtype}, which is not written; convert it to a dtype like float32 first")
