@@ -268,22 +268,28 @@ def convolution_flops(computation: Computation, instruction: Instruction) -> int
     positions = 1
     for axis in range(len(left_labels) - 2):
         low = int(window_field("pad", axis, "0_0").split("_")[0])  # what lies beyond the end is left out anyway
-        positions *= _valid_positions(
+        sizes = (
             left[left_labels.index(str(axis))],
             right[right_labels.index(str(axis))],
             output[output_labels.index(str(axis))],
-            int(window_field("stride", axis, "1")),
-            low,
-            int(window_field("lhs_dilate", axis, "1")),
-            int(window_field("rhs_dilate", axis, "1")),
         )
+        dilations = (int(window_field("lhs_dilate", axis, "1")), int(window_field("rhs_dilate", axis, "1")))
+        positions *= _valid_positions(sizes, int(window_field("stride", axis, "1")), low, dilations)
     batch, features = output[output_labels.index("b")], output[output_labels.index("f")]
     return 2 * positions * batch * features * right[right_labels.index("i")]
 
 
 @functools.cache
-def _valid_positions(size, kernel, output, stride, pad, size_dilation, kernel_dilation) -> int:
-    """Pairs of a kernel's and an output's place, along one axis, that meet an element of the input."""
+def _valid_positions(sizes: tuple[int, int, int], stride: int, pad: int, dilations: tuple[int, int]) -> int:
+    """Pairs of a kernel's and an output's position, along one axis, that meet an element of the input.
+
+    Args:
+      sizes: of the input, the kernel and the output along this axis.
+      stride: of the output.
+      pad: positions before the input.
+      dilations: of the input and of the kernel.
+    """
+    (size, kernel, output), (size_dilation, kernel_dilation) = sizes, dilations
     extent = (size - 1) * size_dilation + 1
     count = 0
     for k in range(kernel):

@@ -17,7 +17,7 @@ from clip_jax.losses import loss_type
 from clip_jax.models.clip import CLIP, example_inputs
 from clip_jax.models.execution import choose_execution
 from clip_jax.models.presets import model_preset
-from clip_jax.sharding import choose_fsdp, make_mesh, state_sharding
+from clip_jax.sharding import batch_sharding, choose_fsdp, make_mesh, state_sharding
 
 
 class TrainState(NamedTuple):
@@ -112,6 +112,18 @@ def abstract_variables(model: CLIP, mesh: Mesh) -> dict:
 def abstract_state(model: CLIP, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, with nothing computed: what restoring and compiling need."""
     return _abstract(lambda key: _init_state(model, optimizer, key), mesh)
+
+
+def abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of a batch of one source, as the step takes it."""
+    size, length = config.model.vision.image_size, config.model.text.context_length
+    shapes = {"image": ((size, size, 3), np.uint8), "tokens": ((length,), np.int32)}
+    if config.model.patch_dropout:
+        shapes["seed"] = ((), np.uint32)
+    return {
+        name: jax.ShapeDtypeStruct((config.global_batch_size, *shape), dtype, sharding=batch_sharding(mesh))
+        for name, (shape, dtype) in shapes.items()
+    }
 
 
 def create_state(model: CLIP, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
