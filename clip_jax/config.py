@@ -58,7 +58,7 @@ def default_config(preset: str | CLIPPreset) -> ml_collections.ConfigDict:
     Raises:
       ValueError: the preset is unknown.
     """
-    name, preset = ("custom", preset) if isinstance(preset, CLIPPreset) else (preset, get_preset(preset))
+    name, preset = (preset, get_preset(preset)) if isinstance(preset, str) else ("custom", preset)
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.init_from = ""  # a run or weights to start from instead of from scratch; another image size is resized to
