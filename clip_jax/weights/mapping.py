@@ -94,6 +94,10 @@ class Table(NamedTuple):
     ignored: re.Pattern = re.compile(r"(?!)")
     optional: tuple[Row, ...] = ()
 
+    def has(self, preset: CLIPPreset) -> bool:
+        """Whether the format knows both towers of this model."""
+        return {preset.vision.name, preset.text.name} <= self.towers.keys()
+
 
 class _Leaf(NamedTuple):
     """A leaf for one preset: ``names`` has an entry for each layer, or one where nothing is stacked."""
@@ -106,7 +110,6 @@ class _Leaf(NamedTuple):
 
 def _leaves(table: Table, preset: CLIPPreset, optional: tuple[Row, ...]) -> Iterator[_Leaf]:
     """The leaves of the preset's towers, and of those ``optional`` rows of the table that a model has."""
-    check_towers(table, preset)
     for rows, groups in (
         *((table.towers[tower.name], tower.numbers()) for tower in (preset.vision, preset.text)),
         (table.logit_scale, ({},)),
@@ -126,16 +129,6 @@ def _leaves(table: Table, preset: CLIPPreset, optional: tuple[Row, ...]) -> Iter
 
 def _is_counted(name: str, value: int | range, theirs: Sequence[str]) -> bool:
     return isinstance(value, range) and any(f"{{{name}}}" in their for their in theirs)
-
-
-def check_towers(table: Table, preset: CLIPPreset) -> None:
-    """Raises WeightsError where the format has no such tower."""
-    for tower in (preset.vision, preset.text):
-        if tower.name not in table.towers:
-            raise WeightsError(
-                f"{table.format} has no {tower.title} as its {tower.section} tower; write this model --to=clip_jax, or "
-                "to another program that has it"
-            )
 
 
 @functools.cache

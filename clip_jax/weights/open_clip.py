@@ -19,7 +19,7 @@ from clip_jax.models.towers.transformer_tower import HEAD_WIDTH
 from clip_jax.models.towers.vision_transformer import VisionTransformerPreset
 from clip_jax.weights import openai
 from clip_jax.weights.huggingface_fields import mapping, side_of, triple
-from clip_jax.weights.mapping import SCALAR, WeightsError, check_towers, row, to_tensors
+from clip_jax.weights.mapping import SCALAR, WeightsError, row, to_tensors
 
 CONFIG_FILE = "open_clip_config.json"
 # In the order in which open_clip itself looks for them.
@@ -163,10 +163,9 @@ def config_of(preset: CLIPPreset, arguments: dict[str, float] | None = None) -> 
     ``arguments`` are those of :func:`constructor_arguments`.
 
     Raises:
-      WeightsError: open_clip's config cannot say what it is: it has no such tower, its towers have different
-        activations, or its images are prepared as open_clip does not.
+      WeightsError: open_clip's config cannot say what it is: its towers have different activations, or its images are
+        prepared as open_clip does not.
     """
-    check_towers(TABLE, preset)
     vision, text = preset.vision, preset.text
     if vision.activation not in (None, text.activation):
         raise WeightsError("open_clip has one activation for both towers, and this model has two")
