@@ -23,7 +23,6 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
 
 from clip_jax.config import default_config
@@ -35,7 +34,7 @@ from clip_jax.planning.model_flops import step_flops
 from clip_jax.planning.program import FREE, Walk
 from clip_jax.sharding import batch_sharding, make_mesh, replicated
 from clip_jax.training.optimizer import make_optimizer
-from clip_jax.training.state import abstract_state, make_model
+from clip_jax.training.state import abstract_batch, abstract_state, make_model
 from clip_jax.training.step import make_train_step
 
 GIB = 2**30
@@ -175,13 +174,8 @@ def compile_step(
     config.global_batch_size, config.model.remat = batch_size, remat
     config.model.update(settings)
     model, optimizer = make_model(config, mesh), make_optimizer(config.optimizer, 1_000)
-    split, size = batch_sharding(mesh), config.model.vision.image_size
-    batch = {
-        "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), np.uint8, sharding=split),
-        "tokens": jax.ShapeDtypeStruct((batch_size, config.model.text.context_length), np.int32, sharding=split),
-    }
     step = make_train_step(config, model, optimizer, mesh)
-    compiled = compile_for_gpu(step, abstract_state(model, optimizer, mesh), batch)
+    compiled = compile_for_gpu(step, abstract_state(model, optimizer, mesh), abstract_batch(config, mesh))
     return compiled, sum(step_flops(model.preset, batch_size).values())
 
 

@@ -20,14 +20,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import ml_collections
-import numpy as np
 
 from clip_jax.config import default_config, load_config_file
 from clip_jax.planning.compiled import slice_devices
 from clip_jax.planning.topologies import parse_topology
-from clip_jax.sharding import batch_sharding, make_mesh
+from clip_jax.sharding import make_mesh
 from clip_jax.training.optimizer import make_optimizer
-from clip_jax.training.state import abstract_state, make_model
+from clip_jax.training.state import abstract_batch, abstract_state, make_model
 from clip_jax.training.step import make_train_step
 
 MESHES = ((1, 1), (2, 4))
@@ -61,15 +60,7 @@ def lowered(config: ml_collections.ConfigDict, devices: list[jax.Device], fsdp: 
     config.global_batch_size = PAIRS_PER_DEVICE * len(devices)
     mesh = make_mesh(fsdp, devices)
     model, optimizer = make_model(config, mesh), make_optimizer(config.optimizer, 1_000)
-    state = abstract_state(model, optimizer, mesh)
-    size, length = config.model.vision.image_size, config.model.text.context_length
-    shapes = {"image": ((size, size, 3), np.uint8), "tokens": ((length,), np.int32)}
-    if config.model.patch_dropout:
-        shapes["seed"] = ((), np.uint32)
-    batch = {
-        name: jax.ShapeDtypeStruct((config.global_batch_size, *shape), dtype, sharding=batch_sharding(mesh))
-        for name, (shape, dtype) in shapes.items()
-    }
+    state, batch = abstract_state(model, optimizer, mesh), abstract_batch(config, mesh)
     return make_train_step(config, model, optimizer, mesh).lower(state, batch).as_text()
 
 

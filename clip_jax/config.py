@@ -1,7 +1,7 @@
-"""The whole config tree with its defaults, and every check of it that needs no device.
+"""The config of a run: its defaults, config files, overrides, and all checks that need no device.
 
-A file under ``configs/`` returns :func:`default_config` for a preset with its differences. The tree is locked: a
-key that isn't here is a mistake.
+A file in ``configs/`` returns :func:`default_config` of a preset with some values changed. The config is locked: an
+unknown key is an error.
 """
 
 import dataclasses
@@ -36,23 +36,23 @@ from clip_jax.training.optimizer import OptimizerSettings
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
-    """Defaults of the keys that belong to no section; of the paper's training (tables 18 to 20)."""
+    """Defaults of the keys outside sections: those of the paper's training (tables 18 to 20)."""
 
     seed: int = 0
-    # A run or weights to start from instead of from scratch; another image size is resized to. A run with a checkpoint
-    # of its own does not read it.
+    # A run or weights to start from; the positional embedding is resized for another image size. It is ignored if the
+    # run already has a checkpoint.
     init_from: str = may_change("")
     global_batch_size: int = 32_768  # pairs in a step, over all devices
-    accumulation_steps: int = may_change(1)  # parts of a batch with activations in memory; the gradient is the same
-    epochs: float = 32.0  # over the source
-    steps: int = 0  # if not 0, the training ends here whatever epochs says; the schedule spans it
+    accumulation_steps: int = may_change(1)  # parts of a batch, of which one has activations in memory
+    epochs: float = 32.0  # passes over the source
+    steps: int = 0  # length of the training and its schedule; 0: by epochs
     log_every: int = may_change(10)  # steps
     eval_every: int = may_change(0)  # steps; 0: only at the end
     checkpoint_every: int = may_change(1_000)  # steps; the last step is always saved
     checkpoints_to_keep: int = may_change(3)
 
     def problems(self) -> list[str]:
-        """One line for each value that cannot be used."""
+        """Returns one line for each invalid value."""
         return [
             *must_be(self.steps > 0 or self.epochs > 0, "config.steps or config.epochs must be positive"),
             *must_be(0 <= self.steps < 2**31, f"config.steps={self.steps} must be in [0, 2**31)"),
@@ -69,13 +69,13 @@ class RunSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ProgressiveResolutionSettings:
-    """Defaults of ``config.progressive_resolution``: the model's own image size from the start."""
+    """Defaults of ``config.progressive_resolution``: all steps have the model's image size."""
 
-    image_size: int = 0  # px, of the first steps' images
-    steps: int = 0  # how many steps those are
+    image_size: int = 0  # pixels, of the images of the first steps
+    steps: int = 0  # number of first steps
 
     def problems(self, vision: ImageTower) -> list[str]:
-        """One line for each value that cannot be used with this image tower."""
+        """Returns one line for each value that is invalid for this image tower."""
         name, unit = "config.progressive_resolution", vision.side_unit
         return [
             *must_be(self.steps >= 0, f"{name}.steps must not be negative"),
@@ -106,10 +106,10 @@ MAY_CHANGE = {
 
 
 def default_config(preset: str | CLIPPreset) -> ml_collections.ConfigDict:
-    """The paper's training of this preset (tables 18 to 20), with no data named and no evaluation.
+    """Returns the paper's training of this preset (tables 18 to 20), without data and evaluation.
 
     Args:
-      preset: its name in :data:`clip_jax.models.presets.PRESETS`, or a preset of your own, whose name becomes "custom".
+      preset: its name in :data:`clip_jax.models.presets.PRESETS`, or your own preset, with the name "custom".
 
     Raises:
       ValueError: the preset is unknown.
@@ -126,10 +126,10 @@ def default_config(preset: str | CLIPPreset) -> ml_collections.ConfigDict:
 
 
 def load_config_file(path: str) -> ml_collections.ConfigDict:
-    """Runs a config file's ``get_config``; ``configs/NAME.py`` or NAME may also be a packaged config.
+    """Returns the result of a config file's ``get_config``. ``configs/NAME.py`` or NAME may be a packaged config.
 
     Raises:
-      FileNotFoundError: neither is there; the message lists the packaged ones.
+      FileNotFoundError: there is no such file; the message lists the packaged ones.
       ValueError: the file cannot be run, or does not return a config.
     """
     packaged = pathlib.Path(__file__).parent / "configs"  # in an installed wheel
@@ -146,7 +146,7 @@ def load_config_file(path: str) -> ml_collections.ConfigDict:
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
-    except Exception as error:  # whatever the file's own code provokes
+    except Exception as error:  # the file's code may raise any type
         raise ValueError(f"config file {file}: {type(error).__name__}: {one_line(error)}") from None
     if not isinstance(config, ml_collections.ConfigDict):
         raise ValueError(f"config file {file}: get_config() must return what clip_jax.config.default_config() returns")
@@ -162,15 +162,15 @@ def _leaves(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tup
 
 
 def flatten(config: ml_collections.ConfigDict) -> dict[str, object]:
-    """``{"data.source": ..., ...}``: every leaf by its dotted name."""
+    """Returns all leaves by dotted name: ``{"data.source": ..., ...}``."""
     return dict(_leaves(config))
 
 
 def override(config: ml_collections.ConfigDict, name: str, text: str) -> None:
-    """Sets the leaf of this dotted name from what was typed, read as the type that the leaf has.
+    """Sets the leaf of this dotted name from text, converted to the type of the leaf.
 
     Raises:
-      ValueError: no such leaf (the message names the nearest), or the text is not of its type.
+      ValueError: there is no such leaf (the message names a similar one), or the text is not of its type.
     """
     leaves = flatten(config)
     if name not in leaves:
@@ -193,7 +193,7 @@ def override(config: ml_collections.ConfigDict, name: str, text: str) -> None:
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Checks all that can be known without data and devices, and reports all mistakes together.
+    """Checks everything that needs no data and no devices, and reports all mistakes together.
 
     Raises:
       ValueError: one line for each mistake: which key, what is wrong, how to fix it.
@@ -222,7 +222,7 @@ def _is_finite(value: object) -> bool:
 
 
 def _model_problems(config: ml_collections.ConfigDict) -> list[str]:
-    """What is wrong with the model, with its vocabulary for our tokenizer, and with its images' first sizes."""
+    """Returns mistakes in the model, in its vocabulary for the tokenizer, and in ``config.progressive_resolution``."""
     problems = model_problems(config.model)
     in_vision = any(problem.startswith("config.model.vision") for problem in problems)
     vocab_size = config.model.text.get("vocab_size", VOCAB_SIZE)  # a section that lacks it is reported above
@@ -241,17 +241,17 @@ def to_json(config: ml_collections.ConfigDict) -> str:
 
 
 def check_same_run(config: ml_collections.ConfigDict, saved: dict, where: str) -> None:
-    """Refuses to go on in the folder of another run.
+    """Checks that ``saved`` is the config of the same run.
 
     Raises:
-      ValueError: some keys that make a run differ; they are listed with both values.
+      ValueError: keys differ that a resumed run may not change; the message lists them with both values.
     """
     if "converted_from" in saved:
         raise ValueError(
             f"{where} holds weights converted from {saved['converted_from']}, not a run; start from them with "
             f"--config.init_from={where} and another --workdir"
         )
-    now = flatten(ml_collections.ConfigDict(json.loads(to_json(config))))  # JSON knows no tuples
+    now = flatten(ml_collections.ConfigDict(json.loads(to_json(config))))  # JSON has no tuples
     before = flatten(ml_collections.ConfigDict(saved))
     # Keys missing from an older config take their defaults. Keys that no longer exist are ignored.
     try:

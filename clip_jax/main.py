@@ -2,8 +2,8 @@
 
     python -m clip_jax.main --config=configs/quickstart.py --workdir=runs/quickstart [--config.steps=100 ...]
 
-Exit codes: 0 finished, 1 failed, 2 a mistake in what was asked for (one line each), 3 interrupted and saved. A host
-that leaves since another one of its pod is gone has failed, too; the same command on all hosts goes on with the run.
+Exit codes: 0 finished, 1 failed, 2 a mistake in flags, config or data (one line each), 3 interrupted and saved. A host
+that ends because another host of its pod is gone also returns 1. The same command on all hosts resumes the run.
 """
 
 import logging
@@ -46,7 +46,7 @@ def parse_arguments(argv: list[str], program: str = PROGRAM) -> tuple["ml_collec
     parser.add_config("configs/quickstart.py")
     parser.add_argument(
         "--workdir",
-        type=os.path.expanduser,  # a shell leaves the ~ of --workdir=~/run alone
+        type=os.path.expanduser,  # a shell does not expand the ~ of --workdir=~/run
         help="the folder of the run; runs/NAME_OF_CONFIG if not given",
     )
     parser.add_distributed()
@@ -70,9 +70,9 @@ def main(argv: list[str], program: str) -> int:
         together = code in (DONE, INTERRUPTED)
     except KeyboardInterrupt:
         code = report_interrupt("what the last checkpoint holds is safe")
-    except Exception as error:  # also a ValueError: in training it is a fault of the program
+    except Exception as error:  # also a ValueError: in training it is an error in this program
         if watch:
-            watch.await_verdict(error)
+            watch.exit_if_host_gone(error)
         traceback.print_exc()
         code = FAILED
     return watch.leave(code, together) if watch else code
@@ -81,7 +81,7 @@ def main(argv: list[str], program: str) -> int:
 def _train(config: "ml_collections.ConfigDict", workdir: str, arguments: list[str]) -> int:
     import jax
 
-    # The log comes from the first host only, warnings come from all.
+    # Only the first host logs information; all hosts log warnings.
     set_up_logging("stdout", logging.INFO if jax.process_index() == 0 else logging.WARNING)
     from clip_jax.training.loop import train
     from clip_jax.training.preparation import prepare

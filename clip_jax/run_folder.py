@@ -1,4 +1,4 @@
-"""Reads and writes the folder of a run without training: ``config.json``, the parameters, what the data was.
+"""Reads and writes the folder of a run without training: ``config.json``, parameters, the data's fingerprint.
 
 A checkpoint that cannot be read is skipped, with a warning, for the one before it.
 """
@@ -20,22 +20,22 @@ logger = logging.getLogger("clip_jax")
 
 
 class CheckpointError(FailedError):
-    """A run has checkpoints, and none of them can be read; or one cannot be written."""
+    """No checkpoint of a run can be read, or one cannot be written."""
 
 
 def absolute(folder: str | os.PathLike) -> epath.Path:
-    """The folder by its full path, ``~`` and symbolic links resolved; an address in a bucket is returned unchanged.
+    """Returns the absolute path, with ``~`` and symbolic links resolved. A bucket's address is returned unchanged.
 
-    orbax returns no metadata for a relative path, without an error.
+    For a relative path orbax returns no metadata, and reports no error.
     """
     if "://" in os.fspath(folder):
         return epath.Path(folder)
-    # Not epath's resolve(): it takes the ".." of link/.. for the folder that holds the link.
+    # Not epath's resolve(): it resolves link/.. to the folder that contains the link.
     return epath.Path(pathlib.Path(folder).expanduser().resolve())
 
 
 def saved_fingerprint(workdir: epath.Path) -> str | None:
-    """The fingerprint of the data that the newest readable checkpoint was trained on, or None without one."""
+    """Returns the fingerprint of the data from the newest readable checkpoint, or None if there is none."""
     workdir = absolute(workdir)
     if not (workdir / "checkpoints").exists():
         return None
@@ -43,23 +43,23 @@ def saved_fingerprint(workdir: epath.Path) -> str | None:
         for step in sorted(manager.all_steps(), reverse=True):
             try:
                 restored = manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))
-            except Exception:  # damaged: restoring will say so
+            except Exception:  # damaged: restoring reports it
                 continue
             return restored.data["data_fingerprint"]
     return None
 
 
 def _read_only(workdir: epath.Path) -> ocp.CheckpointManager:
-    # Not read_only=True: orbax warns of that option itself and of each default that it overrides.
+    # Not read_only=True: orbax logs warnings for it.
     return ocp.CheckpointManager(workdir / "checkpoints", options=ocp.CheckpointManagerOptions(create=False))
 
 
 def restore_variables(workdir: epath.Path) -> dict:
-    """``params`` and ``batch_stats`` as numpy arrays, of the newest checkpoint that can be read, for using the model.
+    """Returns ``params`` and ``batch_stats`` of the newest checkpoint that can be read, as numpy arrays.
 
     Raises:
       FileNotFoundError: the run has no checkpoint.
-      CheckpointError: it has some, but none can be read.
+      CheckpointError: there are checkpoints, but none can be read.
     """
     workdir = absolute(workdir)
     if not (workdir / "checkpoints").exists():
@@ -78,7 +78,7 @@ def restore_variables(workdir: epath.Path) -> dict:
 
 def _restore_as_numpy(state: epath.Path) -> dict:
     handler = ocp.PyTreeCheckpointHandler()
-    saved = handler.metadata(state).tree  # a checkpointer's metadata() also looks for a step's file, and warns
+    saved = handler.metadata(state).tree  # not the Checkpointer's: it looks for a step's file, and warns
     wanted = {name: saved.get(name) or {} for name in ("params", "batch_stats")}
     arguments = ocp.args.PyTreeRestore(
         item=wanted,
@@ -89,23 +89,23 @@ def _restore_as_numpy(state: epath.Path) -> dict:
 
 
 def save_variables(workdir: epath.Path, variables: dict) -> None:
-    """Writes ``params`` and ``batch_stats`` alone, as step 0, where :func:`restore_variables` finds them."""
+    """Writes ``params`` and ``batch_stats`` as the checkpoint of step 0, for :func:`restore_variables`."""
     with ocp.CheckpointManager(absolute(workdir) / "checkpoints") as manager:
         manager.save(0, args=ocp.args.Composite(state=ocp.args.StandardSave(variables)))
 
 
 def write_config(workdir: epath.Path, text: str) -> None:
-    """Writes ``config.json`` from the first process, whole or not at all."""
+    """Writes ``config.json`` from the first process, atomically."""
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         write_whole(workdir / "config.json", text)
 
 
 def read_config(workdir: epath.Path) -> dict | None:
-    """The config of the run in this folder, or None if there is no run.
+    """Returns the config of the run in this folder, or None if there is no run.
 
     Raises:
-      ValueError: there is a ``config.json``, but it isn't one of ours.
+      ValueError: ``config.json`` is not a JSON object.
     """
     file = workdir / "config.json"
     if not file.exists():

@@ -1,4 +1,4 @@
-"""Where arrays live: the device mesh, and one table from the model's logical axes to the mesh's."""
+"""How arrays are split over devices: the mesh, and a table from the model's logical axes to the mesh's axes."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from clip_jax.settings import may_change, must_not_be_negative
 
 BATCH_AXES = ("data", "fsdp")
-STATE_SHARE = 1 / 4  # of a device's memory, for what does not grow with the batch
+STATE_SHARE = 1 / 4  # of a device's memory, for arrays that do not grow with the batch
 
-# Every parameter names its axes (``nn.with_logical_partitioning``); those not listed here are kept whole.
+# Every parameter names its axes (``nn.with_logical_partitioning``). An axis that is not listed here is not split.
 LOGICAL_AXIS_RULES = (
     ("embed", "fsdp"),
     ("vocab", None),
@@ -38,19 +38,19 @@ class MeshSettings:
     fsdp: int = may_change(0)  # devices that share one copy of the parameters; 0: by the model and a device's memory
 
     def problems(self) -> list[str]:
-        """One line for each value that cannot be used."""
+        """Returns one line for each invalid value."""
         return must_not_be_negative(self, ("fsdp",), "config.mesh")
 
 
 def make_mesh(fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """All devices as ``("data", "fsdp")``: parameters are split over fsdp, the batch over both.
+    """Returns a mesh of all devices with axes ``("data", "fsdp")``.
 
-    Devices of several slices, which a data centre's network joins, are so arranged that only ``data`` crosses it: what
-    travels for every layer stays within a slice.
+    Parameters are split over fsdp, the batch over both axes. With several slices, which a data center's network
+    connects, only ``data`` spans slices: parameters, which are sent for every layer, stay within a slice.
 
     Args:
       fsdp: how many devices share one copy of the parameters.
-      devices: instead of those that this process sees, for compiling for others.
+      devices: devices to compile for; None: all devices of this run.
 
     Raises:
       ValueError: fsdp does not divide the number of devices, or of a slice's devices.
@@ -64,7 +64,7 @@ def make_mesh(fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
         raise ValueError(f"config.mesh.fsdp={fsdp} does not divide the {in_slice} devices of a slice")
     auto = (AxisType.Auto,) * 2
     shape = (in_slice // fsdp, fsdp)
-    # Splitting physical axes: jax.make_mesh, which doesn't, knows no fsdp of 2, 4 or 8 on 16 x 16 chips of v6e.
+    # Not jax.make_mesh: it does not split physical axes, and so has no fsdp of 2, 4 or 8 on 16 x 16 chips of v6e.
     if num_slices == 1:
         array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
@@ -73,16 +73,18 @@ def make_mesh(fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def choose_fsdp(state_bytes: float, memory_bytes: float | None, devices: Sequence[jax.Device]) -> int:
-    """The fewest devices that, sharing one copy, each hold at most a quarter of their memory of it.
+    """Returns the fewest devices to share one copy of the state, so that each share is a quarter of memory at most.
 
-    Fewer copies cost no memory of their own, but parameters travel for every layer. Activations decide about the other
-    three quarters; ``python -m clip_jax.plan --search=mesh`` tries what this rule can only guess.
+    More devices per copy need less memory, but send parameters for every layer. The rest of the memory is for
+    activations, of which this rule knows nothing; ``python -m clip_jax.plan --search=mesh`` compiles and compares.
 
     Args:
-      state_bytes: of parameters, gradients and optimizer state.
-      memory_bytes: of a device; None if it isn't known, as on CPU, where nothing is split.
-      devices: those of the mesh; the number returned, a power of two as the parameters' sizes are divisible by,
-        divides those of a slice.
+      state_bytes: bytes of parameters, gradients and optimizer state.
+      memory_bytes: bytes of a device; None if unknown, as on CPU: the result is then 1.
+      devices: of the mesh.
+
+    Returns:
+      A power of two, as it divides the sizes of parameters, that also divides the number of devices in a slice.
     """
     if not memory_bytes:
         return 1
@@ -94,7 +96,7 @@ def choose_fsdp(state_bytes: float, memory_bytes: float | None, devices: Sequenc
 
 
 def check_batch_divides(global_batch_size: int, mesh: Mesh, accumulation_steps: int = 1) -> None:
-    """Raises ValueError, with the nearest sizes that fit, if the batch cannot be shared out evenly."""
+    """Raises ValueError, with the nearest valid sizes, if the batch cannot be divided evenly."""
     unit = mesh.size * accumulation_steps
     if global_batch_size % unit:
         below = global_batch_size // unit * unit
@@ -107,7 +109,7 @@ def check_batch_divides(global_batch_size: int, mesh: Mesh, accumulation_steps: 
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """First axis over all devices."""
+    """Returns the sharding of an array whose first axis is split over all devices."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
@@ -116,9 +118,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def state_sharding(abstract_state, mesh: Mesh):
-    """Shardings for a state of logically partitioned boxes, as ``jax.eval_shape`` gives it.
+    """Returns shardings for the logically partitioned boxes of a state, as ``jax.eval_shape`` returns it.
 
-    An axis that the mesh cannot divide evenly is kept whole.
+    An axis that the mesh does not divide evenly is not split.
     """
     specs = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract_state), mesh, LOGICAL_AXIS_RULES)
 
@@ -133,6 +135,6 @@ def state_sharding(abstract_state, mesh: Mesh):
 
 
 def to_global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This host's ``[B / hosts, ...]`` arrays as part of global ``[B, ...]`` arrays split over all devices."""
+    """Returns global arrays ``[B, ...]`` over all devices, from this host's ``[B / hosts, ...]``."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}

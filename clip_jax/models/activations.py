@@ -1,4 +1,4 @@
-"""The names of the activation functions of a transformer's MLP; importing them does not import JAX."""
+"""Names of the activation functions of a transformer's MLP. This module does not import JAX."""
 
-# OpenAI's, and PyTorch's default, which most of open_clip's own models have.
+# The first is OpenAI's. The second is PyTorch's default, in most of open_clip's own models.
 ACTIVATIONS = ("quick_gelu", "gelu")

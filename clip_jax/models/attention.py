@@ -1,4 +1,4 @@
-"""Softmax attention, its gradient written out or fused in cuDNN, and the projections into heads and out of them."""
+"""Softmax attention with a hand-written gradient or by cuDNN, and its projections: queries, keys, values, output."""
 
 import functools
 from collections.abc import Iterable, Sequence
@@ -11,17 +11,17 @@ from jax.ad_checkpoint import checkpoint_name
 
 from clip_jax.models.layers import Linear, matrix_product, shard_batch
 
-Parts = tuple[jax.Array, ...]  # of sequences that attend to one another as if they were one
+Segments = tuple[jax.Array, ...]  # arrays that are attended to as if they were concatenated along the sequence
 
 
 class QueryKeyValue(Linear):
-    """The projections ``[W, 3 * W]`` of a block, split into heads as :func:`attention` or the fused one takes them."""
+    """The projection ``[W, 3 * W]`` to queries, keys and values, split into heads."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, num_heads: int, which: Sequence[int] = (0, 1, 2)) -> Parts:
-        """``[B, L, W]`` to those of query (0), key (1) and value (2) that are asked for, ``[B, heads, D, L]`` each.
+    def __call__(self, x: jax.Array, num_heads: int, which: Sequence[int] = (0, 1, 2)) -> Segments:
+        """Returns the requested ones of query (0), key (1) and value (2) of ``[B, L, W]``.
 
-        For fused attention they are ``[B, L, heads, D]``.
+        Each is ``[B, heads, D, L]``, or ``[B, L, heads, D]`` for fused attention.
         """
         kernel, bias = self.parameters(x.shape[-1])
         split = into_heads_by_position if self.execution.fused_attention else into_heads
@@ -30,11 +30,11 @@ class QueryKeyValue(Linear):
 
 
 class AttentionOutput(Linear):
-    """A linear layer over all heads' features, from what either form of attention returns to ``[B, L, features]``."""
+    """The linear layer over the features of all heads."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """From ``[B, heads, D, L]``, or from ``[B, L, heads, D]`` for fused attention."""
+        """``[B, heads, D, L]``, or ``[B, L, heads, D]`` for fused attention, to ``[B, L, features]``."""
         if self.execution.fused_attention:
             x = x.reshape(*x.shape[:2], -1)  # [B, L, heads * D]
             kernel, bias = self.parameters(x.shape[-1])
@@ -46,14 +46,14 @@ class AttentionOutput(Linear):
         return checkpoint_name(shard_batch(y, self.execution), "attention_output")
 
 
-# On CPU products are of plain matrices, as in ``layers.matrix_product`` and chosen where it is, for the same reason.
+# On CPU the two functions below multiply plain matrices, for the reason given in ``layers.matrix_product``.
 
 
-def into_heads(x: jax.Array, kernel: jax.Array, bias: jax.Array, num_heads: int, which: Sequence[int]) -> Parts:
-    """``[B, L, W]`` times ``[W, 3 * W]`` plus ``[3 * W]``: those thirds that are asked for, ``[B, heads, D, L]``."""
+def into_heads(x: jax.Array, kernel: jax.Array, bias: jax.Array, num_heads: int, which: Sequence[int]) -> Segments:
+    """Returns requested thirds of ``[B, L, W]`` times ``[W, 3 * W]`` plus ``[3 * W]``: ``[B, heads, D, L]`` each."""
 
     def merged(x, kernel, bias):
-        # One product whatever is asked for: a third of the kernel would have to be copied out of it.
+        # Always one product: to use a third of the kernel, it would first have to be copied.
         y = matrix_product(x, kernel) + bias
         thirds = jnp.split(y, 3, axis=2)
         return tuple(thirds[i].reshape(*x.shape[:2], num_heads, -1).transpose(0, 2, 3, 1) for i in which)
@@ -66,7 +66,7 @@ def into_heads(x: jax.Array, kernel: jax.Array, bias: jax.Array, num_heads: int,
 
 
 def out_of_heads(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """``[B, heads, D, L]`` times ``[heads, D, W]``, as ``[B, L, W]``."""
+    """Returns ``[B, heads, D, L]`` times ``[heads, D, W]``: ``[B, L, W]``."""
 
     def merged(x, kernel):
         batch, _, _, length = x.shape
@@ -79,9 +79,9 @@ def out_of_heads(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def into_heads_by_position(x: jax.Array, kernel: jax.Array, bias: jax.Array, num_heads: int, which: Sequence[int]):
-    """The same as :func:`into_heads`, ``[B, L, heads, D]`` each.
+    """Returns the same as :func:`into_heads`, but ``[B, L, heads, D]`` each.
 
-    On a GPU a product each, so that none has to be copied out of a common result, nor the gradients into one.
+    Each third is a product of its own, which saves a GPU copies out of a shared result and of gradients into one.
     """
     kernels, biases = jnp.split(kernel, 3, axis=1), jnp.split(bias, 3)
     thirds = (matrix_product(x, kernels[i]) + biases[i] for i in which)
@@ -89,39 +89,43 @@ def into_heads_by_position(x: jax.Array, kernel: jax.Array, bias: jax.Array, num
 
 
 @jax.custom_vjp
-def attention(queries: Parts, keys: Parts, values: Parts, visible: jax.Array | None = None) -> Parts:
-    """Softmax attention of all queries to all keys, as if the parts of each stood in one sequence.
+def attention(queries: Segments, keys: Segments, values: Segments, mask: jax.Array | None = None) -> Segments:
+    """Softmax attention of all queries to all keys, as if the segments of each were one sequence.
 
-    Written for a TPU, which pads the last two axes of every array to multiples of 8 and 128: 256 patches and a class
-    token in one sequence make a product of scores as large as one of 384, so each pair of parts has a product of its
-    own and the softmax over them shares one maximum and one denominator. Scores have keys before queries: what the
-    softmax sums lies across vector registers, not within one. The gradient is written out. It keeps what came out
-    and the logarithm of each query's denominator, from which the scores' exponentials alone have to be computed again
-    (as in arXiv 2205.14135, section 3.1 and algorithm 4).
+    A TPU pads the last two axes of an array to multiples of 8 and 128. One sequence of a class token and 256 patches
+    would cost as much as one of 384. Therefore each pair of segments has its own product of scores, and the softmax
+    over all of them shares one maximum and one denominator. Scores have keys before queries, so that the softmax sums
+    across vector registers, not within one.
+
+    The gradient is written by hand. It saves the result and the logarithm of each query's denominator, and computes
+    the exponentials of the scores again.
 
     Args:
       queries: ``[B, heads, D, Q]`` each.
       keys: ``[B, heads, D, K]`` each.
-      values: of the same shapes.
-      visible: bool, to be broadcast to ``[B, heads, K, Q]``: which keys a query sees; of a single part each. All of
-        them if None.
+      values: of the same shapes as the keys.
+      mask: bool, broadcast to ``[B, heads, K, Q]``: True where a query attends to a key. Only with one segment of
+        queries and one of keys. None: each query attends to all keys.
 
     Returns:
-      ``[B, heads, D, Q]`` for each part of the queries, in its dtype. Scores are rounded to it, exponentials float32.
+      ``[B, heads, D, Q]`` for each segment of the queries, in its dtype. Scores are rounded to that dtype;
+      exponentials are float32.
+
+    Source: arXiv 2205.14135, section 3.1 and algorithm 4.
     """
-    return _attention_forward(queries, keys, values, visible)[0]
+    return _attention_forward(queries, keys, values, mask)[0]
 
 
 def _scaled(query: jax.Array) -> jax.Array:
     return query * query.shape[2] ** -0.5
 
 
-def _scores(query: jax.Array, key: jax.Array, visible: jax.Array | None) -> jax.Array:
+def _scores(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> jax.Array:
     scores = jnp.einsum("bhdk,bhdq->bhkq", key, query)
-    # Said explicitly: where XLA is free to leave the rounding out, forward and backward pass would see other scores.
+    # XLA may leave out an implicit rounding; the forward and the backward pass would then have different scores.
     dtype = jnp.finfo(scores.dtype)
     scores = jax.lax.reduce_precision(scores, dtype.nexp, dtype.nmant).astype(jnp.float32)
-    return scores if visible is None else jnp.where(visible, scores, -jnp.inf)
+    return scores if mask is None else jnp.where(mask, scores, -jnp.inf)
 
 
 def _sum(arrays: Iterable[jax.Array]) -> jax.Array:
@@ -129,14 +133,14 @@ def _sum(arrays: Iterable[jax.Array]) -> jax.Array:
 
 
 def _mix(exponentials: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The values ``[B, heads, D, K]`` by exponentials ``[B, heads, K, Q]``, and the sums of these, in float32."""
+    """Returns values ``[B, heads, D, K]`` times exponentials ``[B, heads, K, Q]``, and the sums over K, in float32."""
 
     def summed(exponentials, value):
         mixed = jnp.einsum("bhkq,bhdk->bhdq", exponentials.astype(value.dtype), value)
         return mixed.astype(jnp.float32), exponentials.sum(axis=2, keepdims=True)
 
     def with_ones(exponentials, value):
-        # One feature more, of ones, makes the sums in the same product instead of in another pass.
+        # An additional feature of ones gives the sums in the same product, without another pass.
         value = jnp.concatenate([value, jnp.ones_like(value[:, :, :1])], axis=2)
         mixed = jnp.einsum(
             "bhkq,bhdk->bhdq", exponentials.astype(value.dtype), value, preferred_element_type=jnp.float32
@@ -147,54 +151,57 @@ def _mix(exponentials: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Arra
         return exponentials * value.astype(jnp.float32), exponentials
     if exponentials.shape[3] == 1:
         return summed(exponentials, value)
-    # Chosen where the program is lowered, as in ``layers.matrix_product``.
+    # Chosen at lowering, as in ``layers.matrix_product``.
     return jax.lax.platform_dependent(exponentials, value, cpu=summed, default=with_ones)
 
 
-def _attention_forward(queries, keys, values, visible):
+def _attention_forward(queries, keys, values, mask):
     results, log_sums = [], []
     for query in map(_scaled, queries):
-        scores = [_scores(query, key, visible) for key in keys]
-        highest = functools.reduce(jnp.maximum, (part.max(axis=2, keepdims=True) for part in scores))
-        exponentials = [jnp.exp(part - highest) for part in scores]
-        mixed, total = jax.tree.map(lambda *parts: _sum(parts), *map(_mix, exponentials, values))
+        scores = [_scores(query, key, mask) for key in keys]
+        highest = functools.reduce(jnp.maximum, (segment.max(axis=2, keepdims=True) for segment in scores))
+        exponentials = [jnp.exp(segment - highest) for segment in scores]
+        mixed, total = jax.tree.map(lambda *terms: _sum(terms), *map(_mix, exponentials, values))
         results.append(checkpoint_name((mixed / total).astype(query.dtype), "attended"))
         log_sums.append(checkpoint_name(highest + jnp.log(total), "softmax_log_sum"))
-    return tuple(results), (queries, keys, values, visible, tuple(results), tuple(log_sums))
+    return tuple(results), (queries, keys, values, mask, tuple(results), tuple(log_sums))
 
 
 def _attention_backward(saved, gradients):
-    queries, keys, values, visible, results, log_sums = saved
-    by_query = []
-    by_key, by_value = ([[] for _ in keys] for _ in range(2))
+    queries, keys, values, mask, results, log_sums = saved
+    dq = []
+    dk, dv = ([[] for _ in keys] for _ in range(2))
     for query, result, log_sum, gradient in zip(map(_scaled, queries), results, log_sums, gradients, strict=True):
-        # What a probability's gradient loses through the denominator: D of the paper's algorithm 4.
-        along = (gradient.astype(jnp.float32) * result.astype(jnp.float32)).sum(axis=2, keepdims=True)
-        through_keys = []
-        for part, (key, value) in enumerate(zip(keys, values, strict=True)):
-            probabilities = jnp.exp(_scores(query, key, visible) - log_sum)
-            by_probability = jnp.einsum("bhdk,bhdq->bhkq", value, gradient).astype(jnp.float32)
-            by_score = (probabilities * (by_probability - along)).astype(query.dtype)
-            by_value[part].append(jnp.einsum("bhkq,bhdq->bhdk", probabilities.astype(query.dtype), gradient))
-            by_key[part].append(jnp.einsum("bhkq,bhdq->bhdk", by_score, query))
-            through_keys.append(jnp.einsum("bhkq,bhdk->bhdq", by_score, key))
-        by_query.append(_scaled(_sum(through_keys)))
-    return tuple(by_query), tuple(map(_sum, by_key)), tuple(map(_sum, by_value)), None
+        # The gradient through the softmax's denominator: D in algorithm 4 of the paper.
+        delta = (gradient.astype(jnp.float32) * result.astype(jnp.float32)).sum(axis=2, keepdims=True)
+        dq_terms = []
+        for segment, (key, value) in enumerate(zip(keys, values, strict=True)):
+            probabilities = jnp.exp(_scores(query, key, mask) - log_sum)
+            dp = jnp.einsum("bhdk,bhdq->bhkq", value, gradient).astype(jnp.float32)
+            ds = (probabilities * (dp - delta)).astype(query.dtype)
+            dv[segment].append(jnp.einsum("bhkq,bhdq->bhdk", probabilities.astype(query.dtype), gradient))
+            dk[segment].append(jnp.einsum("bhkq,bhdq->bhdk", ds, query))
+            dq_terms.append(jnp.einsum("bhkq,bhdk->bhdq", ds, key))
+        dq.append(_scaled(_sum(dq_terms)))
+    return tuple(dq), tuple(map(_sum, dk)), tuple(map(_sum, dv)), None
 
 
 attention.defvjp(_attention_forward, _attention_backward)
 
 
 FUSED_IMPLEMENTATION = "cudnn"  # of ``jax.nn.dot_product_attention``
-FUSED_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's primitive, whose results its gradient needs
+FUSED_FORWARD = "dot_product_attention_fwd_wrapper"  # the JAX primitive whose results the gradient needs
 
 
 class AttentionMask(NamedTuple):
-    """Which keys a query sees in :func:`fused_attention`.
+    """Which keys a query attends to in :func:`fused_attention`. The default is all of them.
 
-    With ``causal`` those up to its own position; with ``num_keys`` int32 ``[B]`` the first so many of its sequence.
-    ``padded_from`` is where keys begin that no query sees, if there are any. ``num_queries`` int32 ``[B]`` may say how
-    many queries there are: on several devices JAX would not split the numbers that it makes itself.
+    Attributes:
+      causal: only keys up to the query's own position.
+      num_keys: int32 ``[B]``: only the first ``num_keys`` keys of a sequence.
+      num_queries: int32 ``[B]``: how many queries a sequence has. If it is None, JAX creates this array itself, and
+        does not split it over several devices.
+      padded_from: the position of the first padded key; None if no key is padded.
     """
 
     causal: bool = False
@@ -204,18 +211,18 @@ class AttentionMask(NamedTuple):
 
 
 def fused_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask) -> jax.Array:
-    """The same function as :func:`attention`, by cuDNN on a GPU: no scores come to memory, in either direction.
+    """Computes the same as :func:`attention` by cuDNN on a GPU, which stores no scores in memory in either pass.
 
     Args:
-      query: bfloat16 ``[B, Q, heads, D]``; Q is even or 1, D a multiple of 8 up to 128.
-      key: ``[B, K, heads, D]``; K is even, which JAX asks for where there is a gradient.
-      value: the same.
-      mask: which keys a query sees.
+      query: bfloat16 ``[B, Q, heads, D]``; Q is even or 1, D is a multiple of 8 up to 128.
+      key: bfloat16 ``[B, K, heads, D]``; K is even, which JAX requires for gradients.
+      value: the same as the key.
+      mask: which keys a query attends to.
 
     Returns:
       ``[B, Q, heads, D]``, in the query's dtype.
     """
-    # One query has no scores worth fusing.
+    # Fusing the scores of a single query gains nothing.
     implementation = FUSED_IMPLEMENTATION if query.shape[1] > 1 else "xla"
     if mask.padded_from is not None:
         key, value = (without_gradient_from(x, mask.padded_from) for x in (key, value))
@@ -232,9 +239,9 @@ def fused_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: At
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def without_gradient_from(x: jax.Array, position: int) -> jax.Array:
-    """``[B, K, heads, D]`` as it is, its gradient zero from a position on.
+    """Returns ``[B, K, heads, D]`` unchanged; the gradient is zero from ``position`` on.
 
-    cuDNN may leave the gradients of keys beyond a sequence's length as it found their memory (openxla/xla#44867).
+    cuDNN may leave the gradients of keys beyond a sequence's length uninitialized (openxla/xla#44867).
     """
     return x
 

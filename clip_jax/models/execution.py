@@ -1,4 +1,4 @@
-"""How the towers and the loss compute on a kind of device: chosen once, here, and handed on as one field.
+"""Chooses how the towers and the loss are computed on each kind of device. Modules get the result as one field.
 
 ============================ ======= ======= ======== =================================================================
 choice                       CPU     TPU     GPU      why
@@ -7,16 +7,16 @@ class_token_apart            no      yes     no       a TPU pads 257 positions t
 fused_attention              no      no      yes      a step of ViT-L/14 in at least 225 ms, without it 276
 all layers in one scan step  no      no      yes      at least 215 ms, in 58 GiB instead of 94 if nothing is recomputed
 row_major                    no      no      yes      at least 190 ms
-a product for each           no      no      yes      of queries, keys and values: at least 184 ms
+separate products            no      no      yes      for queries, keys and values: at least 184 ms
 loss_block_size              1,024   1,024   8,192    32,768 pairs in at least 16.4 ms; by 4,096 20.2, by 1,024 27.6
-similarity_precision         float32 float32 TF32     a GPU's matrix units know no float32: docs/design.md
+similarity_precision         float32 float32 TF32     a GPU's matrix units have no float32: docs/design.md
 embedding_gradient_precision float32 float32 bfloat16 32,768 pairs in at least 16.4 ms, by TF32 20.0
 ============================ ======= ======= ======== =================================================================
 
-What GPUs get was chosen by the program that their compiler makes for one H200, of a step of 256 pairs with remat lite
-(``python -m benchmarks.gpu_program --forms``, docs/performance.md). The least time of its kernels is a bound; nothing
-has been timed yet. On a TPU blocks of 512 of the loss take a fifth longer by its compiler's estimate, and blocks of
-2,048 as long. The product for each is in ``attention.into_heads_by_position``.
+The choices for GPUs come from the compiler's program for one H200, for a step of 256 pairs with remat lite
+(``python -m benchmarks.gpu_program --forms``, docs/performance.md). The times are lower bounds computed from its
+kernels; nothing has been timed yet. On a TPU, by the compiler's estimate, loss blocks of 512 take a fifth longer than
+1,024, and blocks of 2,048 take as long. The separate products are in ``attention.into_heads_by_position``.
 """
 
 import dataclasses
@@ -30,32 +30,31 @@ from clip_jax.sharding import batch_sharding
 
 Precision = jax.lax.Precision | jax.lax.DotAlgorithmPreset
 REMAT_POLICIES = ("none", "lite", "attention", "full")
-FUSED_HEAD_WIDTHS = range(8, 129, 8)  # of cuDNN's attention, on every GPU that has it
+FUSED_HEAD_WIDTHS = range(8, 129, 8)  # of cuDNN's attention, on every GPU that supports it
 FUSED_COMPUTE_CAPABILITY = 8.0  # Ampere
 ALL_LAYERS = 1_000  # in one step of the scan: more than any tower has
 
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How a model is computed; none of it changes what is computed, but for rounding. The defaults suit any device.
+    """How a model is computed. It changes results only by rounding. The defaults work on any device.
 
     Attributes:
       dtype: of activations and products. Parameters are float32.
-      remat: how much of a layer the backward pass computes again, of all scanned layers but the last: "none"; "lite",
-        only what is cheap; "attention", all but what attention gave; or "full". A ResNet has "none" and "full".
-      scan_layers: if False, each layer of a transformer has parameters of its own (``transformer.unstack_layers``): a
-        scan copies a layer's parameters out of the stack at each step, which costs more than it saves where nothing is
-        trained.
-      scan_unroll: layers in one step of the scan over layers. 1 compiles fastest; all of them let XLA work across
-        layers, which pays for small models on CPU.
+      remat: how much of a layer the backward pass computes again, for all scanned layers but the last: "none"; "lite",
+        only cheap operations; "attention", all but the results of attention; or "full". A ResNet has "none" and "full".
+      scan_layers: if False, each layer of a transformer has its own parameters (``transformer.unstack_layers``). A scan
+        copies a layer's parameters out of the stack at each step, which is slower for inference.
+      scan_unroll: layers in one step of the scan over layers. 1 compiles fastest; all layers in one step let XLA
+        optimize across layers, which is faster for small models on CPU.
       fused_attention: attention by cuDNN, for GPUs, in bfloat16.
-      class_token_apart: a Vision Transformer's class token is carried beside its patches, for TPUs.
-      row_major: ``layers.shard_batch`` also states how activations lie in memory, for GPUs.
-      batch_sharding: how the first axis of every activation is split over devices; None leaves it open.
-      loss_block_size: the blockwise loss holds ``[loss_block_size, loss_block_size]`` logits at a time.
+      class_token_apart: a Vision Transformer's class token is a separate segment from its patches, for TPUs.
+      row_major: ``layers.shard_batch`` also fixes the memory layout of activations, for GPUs.
+      batch_sharding: how the first axis of every activation is split over devices; None lets the compiler choose.
+      loss_block_size: the blockwise loss computes ``[loss_block_size, loss_block_size]`` logits at a time.
       similarity_precision: of the loss's products of float32 embeddings.
-      embedding_gradient_precision: of the loss's products of logits' gradients with embeddings, where the towers go on
-        with the result in bfloat16.
+      embedding_gradient_precision: of the loss's products of logits' gradients with embeddings, if the towers use the
+        result in bfloat16.
     """
 
     dtype: jnp.dtype = jnp.float32
@@ -81,12 +80,12 @@ _GPU = Execution(
     similarity_precision=jax.lax.DotAlgorithmPreset.TF32_TF32_F32,
     embedding_gradient_precision=jax.lax.DotAlgorithmPreset.BF16_BF16_F32,
 )
-# Older than Ampere, or not NVIDIA's: without cuDNN's attention and TF32.
+# GPUs older than Ampere or not by NVIDIA have no TF32, and no attention by cuDNN.
 _OTHER_GPU = Execution(scan_unroll=ALL_LAYERS, row_major=True, loss_block_size=8_192)
 
 
 def execution_on(device: jax.Device) -> Execution:
-    """Returns the table's choices for a device, of this machine or of a topology that is compiled for."""
+    """Returns the table's choices for a device of this machine or of a topology to compile for."""
     if device.platform == "gpu":
         capability = str(getattr(device, "compute_capability", ""))  # "9.0" of an H200, "gfx942" of an MI300X
         is_recent = re.fullmatch(r"\d+\.\d+", capability) and float(capability) >= FUSED_COMPUTE_CAPABILITY
@@ -102,16 +101,15 @@ def choose_execution(
     scan_unroll: int = 0,
     fused_attention: bool = True,
 ) -> Execution:
-    """Returns how a model is computed on a mesh: the device's choices, within what the config and the model allow.
+    """Returns how a model is computed on a mesh: the device's choices, limited by the config and the model.
 
     Args:
       mesh: the devices, of one kind; activations are split over them.
-      head_widths: of the attention layers that may be fused. cuDNN takes only :data:`FUSED_HEAD_WIDTHS`.
-      dtype: one of :data:`DTYPES`. cuDNN's attention has no float32.
+      head_widths: of the attention layers that may be fused. cuDNN supports only :data:`FUSED_HEAD_WIDTHS`.
+      dtype: "float32" or "bfloat16". cuDNN's attention has no float32.
       remat: one of :data:`REMAT_POLICIES`.
-      scan_unroll: layers in one step of the scan. 0: one; on a GPU all of them, unless most of what they give is
-        recomputed.
-      fused_attention: False forbids it.
+      scan_unroll: layers in one step of the scan. 0: one, but on a GPU all of them with remat "none" or "lite".
+      fused_attention: whether it is allowed.
     """
     choices = execution_on(mesh.devices.flat[0])
     can_fuse = jnp.dtype(dtype) == jnp.bfloat16 and all(width in FUSED_HEAD_WIDTHS for width in head_widths)

@@ -1,4 +1,4 @@
-"""What both towers are built of: linear layers, norms, and the products of matrices under them."""
+"""Layers that both towers use: linear layers, LayerNorm, and matrix products."""
 
 from collections.abc import Callable
 
@@ -14,11 +14,11 @@ Initializer = Callable[..., jax.Array]
 
 
 def shard_batch(x: jax.Array, execution: Execution) -> jax.Array:
-    """Keeps the first axis split over the devices; without a ``batch_sharding`` does nothing.
+    """Keeps the first axis split over the devices; does nothing without a ``batch_sharding``.
 
-    Said of every activation: parameters are split as well, and left to itself the compiler prefers to move the
-    activations of the whole batch to where a parameter's part is, instead of gathering that parameter. For GPUs it also
-    says that the features of a position lie together in memory.
+    It is applied to every activation. Parameters are split as well; without the constraint the compiler would send the
+    activations of the whole batch to each share of a parameter, instead of gathering the parameter. With
+    ``execution.row_major`` it also keeps the features of a position contiguous in memory.
     """
     sharding = execution.batch_sharding
     if sharding is None:
@@ -26,22 +26,22 @@ def shard_batch(x: jax.Array, execution: Execution) -> jax.Array:
     x = jax.lax.with_sharding_constraint(x, sharding)
     if not execution.row_major:
         return x
-    # On each device's part: of several devices' the compiler would gather the whole.
+    # On each device's share: for a split array the compiler would gather all of it.
     return jax.shard_map(row_major, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=sharding.spec)(x)
 
 
 def row_major(x: jax.Array) -> jax.Array:
-    """Keeps the compiler from laying ``x`` out, or its gradient, with the batch last.
+    """Constrains ``x`` and its gradient to a row-major memory layout.
 
-    A product takes its operands in any layout, and XLA hands the one that it chose on to all that they are made of. For
-    GPUs it put the batch last in the last layer, hence in a whole tower, and transposed before the other products
-    (``python -m benchmarks.gpu_program --forms``).
+    A product accepts any layout of its operands, and XLA propagates the layout that it chooses to everything they are
+    computed from. On GPUs it chose the batch as the minor axis in the last layer, and therefore in the whole tower, and
+    transposed before the other products (``python -m benchmarks.gpu_program --forms``).
     """
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 def torch_linear_init(fan_in: int) -> Initializer:
-    """PyTorch's default for the weights and the bias of a linear layer: uniform in ±1/sqrt(fan_in)."""
+    """Returns PyTorch's default for the kernel and the bias of a linear layer: uniform in ±1/sqrt(fan_in)."""
     bound = fan_in**-0.5
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -50,8 +50,8 @@ def torch_linear_init(fan_in: int) -> Initializer:
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     """LayerNorm over the last axis, epsilon 1e-5: float32 ``[..., W]`` to the same.
 
-    The gradient is written out: it keeps the input and two numbers a row, and is faster than what automatic
-    differentiation makes of it on CPU (``benchmarks/cpu_gradients.py``).
+    The gradient is written by hand. It saves the input and two numbers per row, and is faster on CPU than automatic
+    differentiation (``benchmarks/cpu_gradients.py``).
     """
     return _layer_norm_forward(x, scale, bias)[0]
 
@@ -89,9 +89,9 @@ class LayerNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """x @ kernel + bias over the last axis, with the logical ``axes`` of the kernel ``[in, out]``.
+    """x @ kernel + bias over the last axis; ``axes`` are the logical axes of the kernel ``[in, out]``.
 
-    Without bias if ``bias_init`` is None.
+    There is no bias if ``bias_init`` is None.
     """
 
     features: int
@@ -101,7 +101,7 @@ class Linear(nn.Module):
     execution: Execution = Execution()
 
     def parameters(self, in_features: int) -> tuple[jax.Array, jax.Array | float]:
-        """The kernel and the bias, or 0 without one, in the execution's dtype."""
+        """Returns the kernel and the bias in the execution's dtype; the bias is 0 if there is none."""
         dtype = self.execution.dtype
         kernel_init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         kernel = self.param("kernel", kernel_init, (in_features, self.features)).astype(dtype)
@@ -117,11 +117,11 @@ class Linear(nn.Module):
 
 
 def matrix_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """``[..., in]`` times ``[in, out]``.
+    """Returns ``[..., in]`` times ``[in, out]``.
 
-    On CPU the leading axes are merged: XLA's CPU kernels are slow at a gradient that contracts two axes
-    (``benchmarks/cpu_gradients.py``). On a TPU merging would copy wherever the length isn't a multiple of 8. Chosen
-    where the program is lowered: a module may be built on one kind of device and lowered for another.
+    On CPU the leading axes are merged: XLA's CPU kernels are slow for a gradient that contracts two axes
+    (``benchmarks/cpu_gradients.py``). On a TPU merging would copy if the length isn't a multiple of 8. The choice is
+    made at lowering: a module may be built on one kind of device and lowered for another.
     """
 
     def merged(x, kernel):

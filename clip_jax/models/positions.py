@@ -1,4 +1,4 @@
-"""Learned positions of an image's places, for another number of places than they were learned for."""
+"""Resizes a learned positional embedding to another image size."""
 
 import math
 
@@ -7,9 +7,11 @@ import jax.numpy as jnp
 
 
 def resize_positions(positions: jax.Array, side: int) -> jax.Array:
-    """Positions ``[1 + n * n, W]`` to ``[1 + side * side, W]``, in their dtype; the first, which has no place, is kept.
+    """Resizes ``[1 + n * n, W]`` to ``[1 + side * side, W]``, in the same dtype. The first row is unchanged.
 
-    Bicubic with antialiasing and without aligned corners, as open_clip's ``resize_pos_embed`` does (its ``model.py``).
+    Bicubic with antialiasing and without aligned corners.
+
+    Source: ``resize_pos_embed`` in open_clip's ``model.py``.
     """
     first, grid = positions[:1], positions[1:]
     before, width = math.isqrt(len(grid)), positions.shape[1]

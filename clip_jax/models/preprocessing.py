@@ -1,25 +1,25 @@
-"""How an image of any size becomes the square that the image tower sees, as data; the code is ``data/images.py``."""
+"""The settings of image preprocessing, for the image tower's square input. The code is in ``data/images.py``."""
 
 import dataclasses
 import math
 
-# Mean and standard deviation of CLIP's training images, RGB in [0, 1], as published with its weights.
+# Mean and standard deviation of CLIP's training images, RGB in [0, 1], as published by OpenAI.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-SMALLEST_STD = 1e-6  # a deviation near 0 is a mistake, and would make pixels infinite in float32
-MAX_RESIZE = 8  # times the image size: a larger size before the crop is a mistake that takes all memory
+SMALLEST_STD = 1e-6  # a smaller one is a mistake, and would make pixels infinite in float32
+MAX_RESIZE = 8  # times the image size; a larger size before the crop is a mistake that uses up memory
 RESIZE_MODES = ("shortest", "longest", "squash")
 INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "hamming", "box", "nearest")  # Pillow's
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """How an image of any size becomes the square that the image tower sees. The default is OpenAI's.
+    """How an image of any size is made into the image tower's square input. The default is OpenAI's.
 
-    The image is resized to ``resize_size`` pixels (0: the tower's image size), with Pillow's ``interpolation``. By
-    ``resize_mode`` that is the length of its short side ("shortest"), its long side ("longest") or both, whatever
-    its aspect ratio ("squash"). Then its center is cropped, or padded with the gray level ``fill_color`` (0 to 255),
-    to the tower's image size. ``mean`` and ``std``, of RGB in [0, 1], are subtracted and divided by.
+    The image is resized with Pillow's ``interpolation``: its short side ("shortest"), its long side ("longest") or both
+    sides ("squash"), by ``resize_mode``, become ``resize_size`` pixels (0: the tower's image size). Then the center is
+    cropped, or padded with the gray level ``fill_color`` (0 to 255), to the tower's image size. Finally, for RGB in
+    [0, 1], ``mean`` is subtracted and the result is divided by ``std``.
 
     Source: open_clip's ``PreprocessCfg`` and the image processors of Hugging Face's CLIP.
     """
@@ -32,7 +32,7 @@ class Preprocessing:
     fill_color: int = 0
 
     def at_image_size(self, image_size: int, wanted: int) -> "Preprocessing":
-        """The same for images of ``wanted`` pixels, where this one is for ``image_size``: the same part is cropped."""
+        """Returns the same for ``wanted`` instead of ``image_size`` pixels: it crops the same share of an image."""
         return dataclasses.replace(self, resize_size=round(self.resize_size * wanted / image_size))
 
     def problems(self, prefix: str, image_size: int) -> list[str]:

@@ -1,7 +1,7 @@
-"""The published models, and small ones, as data: a preset is a description, never code.
+"""Descriptions of the published models and of small ones.
 
 Sizes are those of the paper (arXiv 2103.00020, tables 19 and 20) and of the weights that OpenAI published.
-Heads are 64 wide throughout, as in all of the paper's transformers, unless a preset from elsewhere differs.
+Heads are 64 wide, as in all of the paper's transformers.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from clip_jax.settings import DTYPES, may_change, must_be, must_be_one_of, must_
 
 @dataclasses.dataclass(frozen=True)
 class CLIPPreset:
-    """Two towers, the width ``embed_dim`` of the space that they share, and how images are prepared."""
+    """Describes a model: two towers, the width ``embed_dim`` of their shared space, and image preprocessing."""
 
     embed_dim: int
     vision: ImageTower
@@ -30,22 +30,22 @@ class CLIPPreset:
 
     @property
     def fused_head_widths(self) -> tuple[float, ...]:
-        """Of the attention layers of both towers that cuDNN may compute."""
+        """Head widths of the attention layers that cuDNN may compute, in both towers."""
         return self.vision.fused_head_widths + self.text.fused_head_widths
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
-    """Defaults of the keys of ``config.model`` that are no field of the preset."""
+    """Defaults of the keys of ``config.model`` that are not fields of the preset."""
 
     remat: str = may_change("none")  # or "lite", "attention", "full": how much of a layer the backward pass recomputes
-    patch_dropout: float = 0.0  # share of an image's patches that training leaves out, other ones at each step
+    patch_dropout: float = 0.0  # share of an image's patches that training leaves out, drawn anew at each step
     dtype: str = "bfloat16"  # of the computation; parameters are float32
-    scan_unroll: int = may_change(0)  # layers in one step of the scan over layers; 0: by the kind of device
-    fused_attention: bool = may_change(True)  # by cuDNN where possible: on a GPU, in bfloat16; the same function
+    scan_unroll: int = may_change(0)  # layers in one step of the scan over layers; 0: by device
+    fused_attention: bool = may_change(True)  # by cuDNN if possible: on a GPU, in bfloat16
 
     def problems(self) -> list[str]:
-        """One line for each value that no model can use."""
+        """Returns one line for each invalid value."""
         prefix = "config.model"
         return [
             *must_be_one_of(self, "dtype", DTYPES, prefix),
@@ -70,7 +70,7 @@ PRESETS: dict[str, CLIPPreset] = {
     "ViT-B/16": CLIPPreset(512, VisionTransformerPreset(224, 16, 768, 12, 12), _TEXT_512),
     "ViT-L/14": CLIPPreset(768, VisionTransformerPreset(224, 14, 1024, 24, 16), _TEXT_768),
     "ViT-L/14@336": CLIPPreset(768, VisionTransformerPreset(336, 14, 1024, 24, 16), _TEXT_768),
-    # Not in the paper: for one accelerator, and for a CPU in minutes.
+    # Not in the paper: one to train on a single accelerator, and one for a CPU.
     "ViT-S/16": CLIPPreset(384, VisionTransformerPreset(224, 16, 384, 12, 6), TextTransformerPreset(384, 12, 6)),
     "ViT-tiny": CLIPPreset(
         128, VisionTransformerPreset(32, 16, 128, 2, 2), TextTransformerPreset(64, 1, 1, context_length=24)
@@ -79,12 +79,12 @@ PRESETS: dict[str, CLIPPreset] = {
 
 
 def preset_from_dict(model: dict[str, Any]) -> CLIPPreset:
-    """Reads back what ``dataclasses.asdict`` made of a preset, through JSON or not; other keys are passed over.
+    """Returns the preset for the result of ``dataclasses.asdict``, also through JSON. Other keys are ignored.
 
-    Without ``preprocessing``, as in runs of before there was a choice, it is OpenAI's.
+    If ``preprocessing`` is missing, as in older configs, it is OpenAI's.
 
     Raises:
-      ValueError: the fields of ``vision`` or ``text`` are those of no tower.
+      ValueError: no tower has the fields of ``vision`` or ``text``.
     """
     vision = tower_from_dict(model["vision"], IMAGE_TOWERS, "config.model.vision")
     text = tower_from_dict(model["text"], TEXT_TOWERS, "config.model.text")
@@ -92,12 +92,12 @@ def preset_from_dict(model: dict[str, Any]) -> CLIPPreset:
     for name in preprocessing.keys() & {"mean", "std"}:
         preprocessing[name] = tuple(preprocessing[name])
     if preprocessing.get("resize_size") == vision.image_size:
-        preprocessing["resize_size"] = 0  # the same, by its usual name
+        preprocessing["resize_size"] = 0  # equal, and the default
     return CLIPPreset(model["embed_dim"], vision, text, Preprocessing(**preprocessing))
 
 
 def model_preset(config: ml_collections.ConfigDict) -> CLIPPreset:
-    """The model that ``config.model`` describes: its preset with whatever was overridden."""
+    """Returns the model of ``config.model``: its preset with all overrides."""
     return preset_from_dict(config.model.to_dict())
 
 
@@ -105,7 +105,7 @@ def get_preset(name: str) -> CLIPPreset:
     """Returns the preset of this name.
 
     Raises:
-      ValueError: there is none; the message lists those that there are.
+      ValueError: it is unknown; the message lists all presets.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown model preset {name!r}; the presets are {', '.join(PRESETS)}")
@@ -113,7 +113,7 @@ def get_preset(name: str) -> CLIPPreset:
 
 
 def problems(model: ml_collections.ConfigDict) -> list[str]:
-    """Returns what is wrong in the section ``config.model``, a line for each."""
+    """Returns one line for each mistake in the section ``config.model``."""
     problems = read_section(ModelSettings, model).problems()
     sizes = {"embed_dim": model.embed_dim}
     sizes |= {f"{section}.{name}": value for section in ("vision", "text") for name, value in model[section].items()}

@@ -1,7 +1,7 @@
-"""The transformer that both towers are made of: pre-norm residual attention blocks, as in GPT-2 and CLIP.
+"""The transformer of both towers: pre-norm residual attention blocks, as in GPT-2 and CLIP.
 
-Exact to OpenAI's: QuickGELU, LayerNorm with epsilon 1e-5 in float32, fused query-key-value projection. Layers are
-scanned, so that compile time does not grow with depth; their parameters carry a leading ``layers`` axis.
+It is exactly OpenAI's: QuickGELU, LayerNorm with epsilon 1e-5 in float32, fused query-key-value projection. Layers are
+scanned, so that compile time does not grow with depth; their parameters have a leading ``layers`` axis.
 """
 
 import dataclasses
@@ -17,28 +17,28 @@ from clip_jax.models.attention import (
     FUSED_FORWARD,
     AttentionMask,
     AttentionOutput,
-    Parts,
     QueryKeyValue,
+    Segments,
     attention,
     fused_attention,
 )
 from clip_jax.models.execution import Execution
 from clip_jax.models.layers import Initializer, LayerNorm, Linear, shard_batch, torch_linear_init
 
-# What the backward pass finds saved: nothing but a layer's input; what attention gave and the norms' few numbers; or
-# also the products that cost most to compute again.
-_FROM_ATTENTION = ("attended", "softmax_log_sum", "attention_output", "norm_statistics")
+# Activations of a layer that are saved for the backward pass, by ``Execution.remat``. "full" saves only the input;
+# "attention" adds attention's results and the norms' statistics; "lite" adds the most expensive products.
+_ATTENTION_NAMES = ("attended", "softmax_log_sum", "attention_output", "norm_statistics")
 _SAVED = {
     "full": None,
-    "attention": jax.checkpoint_policies.save_only_these_names(*_FROM_ATTENTION),
-    "lite": jax.checkpoint_policies.save_only_these_names(*_FROM_ATTENTION, "qkv", "fc1"),
+    "attention": jax.checkpoint_policies.save_only_these_names(*_ATTENTION_NAMES),
+    "lite": jax.checkpoint_policies.save_only_these_names(*_ATTENTION_NAMES, "qkv", "fc1"),
 }
 
 
 def remat_policy(execution: Execution) -> Callable[..., bool] | None:
-    """What of a layer is saved.
+    """Returns which activations of a layer are saved for the backward pass; None: only its input.
 
-    Of fused attention what its primitive returns: there are no names inside, and it would be computed twice.
+    Fused attention has no named activations, so the results of its primitive are saved. It would run twice otherwise.
     """
     policy = _SAVED[execution.remat]
     if policy is None or not execution.fused_attention:
@@ -49,12 +49,12 @@ def remat_policy(execution: Execution) -> Callable[..., bool] | None:
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
-    """x * sigmoid(1.702 x), the approximation of GELU that every published CLIP was trained with."""
+    """Returns x * sigmoid(1.702 x), the approximation of GELU in every CLIP that OpenAI published."""
     return x * nn.sigmoid(1.702 * x)
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """x * Phi(x) (arXiv 1606.08415), exact: PyTorch's default, which most of open_clip's own models have."""
+    """Returns x * Phi(x) (arXiv 1606.08415), exact: PyTorch's default, in most of open_clip's own models."""
     return nn.gelu(x, approximate=False)
 
 
@@ -63,7 +63,7 @@ _ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 @dataclasses.dataclass(frozen=True)
 class BlockInitializers:
-    """How a block's four kernels start. Biases do as in PyTorch: zero for attention, uniform for the MLP."""
+    """Initializers of a block's four kernels. Biases are as in PyTorch: zero for attention, uniform for the MLP."""
 
     qkv: Initializer
     attention_output: Initializer
@@ -72,7 +72,7 @@ class BlockInitializers:
 
 
 def vision_initializers(width: int, mlp_width: int) -> BlockInitializers:
-    """What OpenAI left at PyTorch's defaults: Xavier uniform for fused qkv, ±1/sqrt(fan_in) for the rest."""
+    """Returns PyTorch's defaults, which OpenAI kept: Xavier uniform for fused qkv, ±1/sqrt(fan_in) for the rest."""
     qkv_bound = (6 / (width + 3 * width)) ** 0.5
     return BlockInitializers(
         qkv=lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -qkv_bound, qkv_bound),
@@ -83,7 +83,7 @@ def vision_initializers(width: int, mlp_width: int) -> BlockInitializers:
 
 
 def text_initializers(width: int, num_layers: int) -> BlockInitializers:
-    """OpenAI's normal initialisation of the text blocks, residual branches scaled down by depth as in GPT-2."""
+    """Returns OpenAI's normal initialization of text blocks, residual branches scaled down by depth as in GPT-2."""
     residual = width**-0.5 * (2 * num_layers) ** -0.5
     return BlockInitializers(
         qkv=nn.initializers.normal(width**-0.5),
@@ -94,11 +94,11 @@ def text_initializers(width: int, num_layers: int) -> BlockInitializers:
 
 
 class ResidualAttentionBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), for each part ``[B, L, W]``.
+    """x + attention(norm(x)), then x + mlp(norm(x)), for each segment ``[B, L, W]``.
 
-    Several parts are the same function as one sequence of them; see :func:`attention`, also for ``visible``. With
-    ``fused_attention`` there is one part of even length, and ``visible`` is what :func:`fused_attention` takes. With
-    ``reading`` ``[B, 1, W]``, one position of each sequence, that position alone is computed: it attends to all.
+    Several segments give the same result as one sequence of them. With ``fused_attention`` there is one segment, of
+    even length. ``mask`` is that of :func:`attention` or :func:`fused_attention`. With ``query_position``
+    ``[B, 1, W]``, the block computes only this position of each sequence, which attends to the whole sequence.
     """
 
     num_heads: int
@@ -109,9 +109,9 @@ class ResidualAttentionBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, parts: Parts, visible: jax.Array | AttentionMask | None = None, reading: jax.Array | None = None
-    ) -> Parts:
-        width, init, zeros = parts[0].shape[-1], self.initializers, nn.initializers.zeros
+        self, segments: Segments, mask: jax.Array | AttentionMask | None = None, query_position: jax.Array | None = None
+    ) -> Segments:
+        width, init, zeros = segments[0].shape[-1], self.initializers, nn.initializers.zeros
         execution = self.execution
         ln_1, ln_2 = LayerNorm(execution, name="ln_1"), LayerNorm(execution, name="ln_2")
         qkv = QueryKeyValue(3 * width, ("embed", "qkv"), init.qkv, zeros, execution, name="qkv")
@@ -124,23 +124,23 @@ class ResidualAttentionBlock(nn.Module):
         fc2 = Linear(width, ("mlp", "embed"), init.fc2, fc2_bias, execution, name="fc2")
         activation = _ACTIVATIONS[self.activation]
 
-        normed = [ln_1(x) for x in parts]
-        if reading is None:
+        normed = [ln_1(x) for x in segments]
+        if query_position is None:
             queries, keys, values = zip(*(qkv(x, self.num_heads) for x in normed), strict=True)
         else:
-            parts, queries = (reading,), qkv(ln_1(reading), self.num_heads, (0,))
+            segments, queries = (query_position,), qkv(ln_1(query_position), self.num_heads, (0,))
             keys, values = zip(*(qkv(x, self.num_heads, (1, 2)) for x in normed), strict=True)
         if execution.fused_attention:
-            attended = (fused_attention(*queries, *keys, *values, visible),)
+            attended = (fused_attention(*queries, *keys, *values, mask),)
         else:
-            attended = attention(queries, keys, values, visible)
-        parts = tuple(x + attention_output(y) for x, y in zip(parts, attended, strict=True))
-        parts = tuple(x + fc2(activation(checkpoint_name(fc1(ln_2(x)), "fc1"))) for x in parts)
-        return tuple(shard_batch(x, execution) for x in parts)
+            attended = attention(queries, keys, values, mask)
+        segments = tuple(x + attention_output(y) for x, y in zip(segments, attended, strict=True))
+        segments = tuple(x + fc2(activation(checkpoint_name(fc1(ln_2(x)), "fc1"))) for x in segments)
+        return tuple(shard_batch(x, execution) for x in segments)
 
 
 def unstack_layers(variables: dict) -> dict:
-    """The variables of scanned layers as those of layers that stand by themselves (``scan_layers=False``).
+    """Converts variables of scanned layers to those of separate layers (``scan_layers=False``).
 
     Every ``blocks`` with leaves ``[num_layers, ...]`` becomes ``block_0``, ``block_1`` and so on.
     """
@@ -156,9 +156,9 @@ def unstack_layers(variables: dict) -> dict:
 
 
 class Transformer(nn.Module):
-    """``num_layers`` blocks, of which a tower reads one position: each part ``[B, L, W]`` to ``[B, W]``.
+    """``num_layers`` blocks, and the features at one position: segments ``[B, L, W]`` to ``[B, W]``.
 
-    The last block computes no other position than that. Layers are scanned, unless ``execution.scan_layers`` is False.
+    The last block computes only that position. Layers are scanned, unless ``execution.scan_layers`` is False.
     """
 
     num_layers: int
@@ -170,22 +170,22 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, parts: Parts, read: Callable[[Parts], jax.Array], causal_end: jax.Array | None = None
+        self, segments: Segments, read: Callable[[Segments], jax.Array], causal_end: jax.Array | None = None
     ) -> jax.Array:
         """Applies all blocks.
 
         Args:
-          parts: sequences that attend to one another; one alone with ``causal_end``.
-          read: takes the position that is read out of parts, ``[B, 1, W]``.
-          causal_end: int32 ``[B]``, which position that is, where each sees only itself and those before it.
+          segments: ``[B, L, W]`` each, which attend to one another; only one with ``causal_end``.
+          read: returns the position to compute, ``[B, 1, W]``, of the segments.
+          causal_end: int32 ``[B]``, the index of that position in causal attention; None: attention is not causal.
         """
-        visible = visible_to_read = None
+        mask = query_mask = None
         if self.execution.fused_attention:
-            parts, visible, visible_to_read = pad_to_even_length(*parts, causal_end, self.execution)
+            segments, mask, query_mask = pad_to_even_length(*segments, causal_end, self.execution)
         elif causal_end is not None:
-            position = jnp.arange(parts[0].shape[1])
-            visible = position[:, None] <= position  # [K, Q]
-            visible_to_read = (position <= causal_end[:, None])[:, None, :, None]  # [B, 1, K, 1]
+            position = jnp.arange(segments[0].shape[1])
+            mask = position[:, None] <= position  # [K, Q]
+            query_mask = (position <= causal_end[:, None])[:, None, :, None]  # [B, 1, K, 1]
         fields = {
             "num_heads": self.num_heads,
             "mlp_width": self.mlp_width,
@@ -195,42 +195,43 @@ class Transformer(nn.Module):
         }
         if not self.execution.scan_layers:
             for layer in range(self.num_layers - 1):
-                parts = ResidualAttentionBlock(**fields, name=f"block_{layer}")(parts, visible)
+                segments = ResidualAttentionBlock(**fields, name=f"block_{layer}")(segments, mask)
             last = ResidualAttentionBlock(**fields, name=f"block_{self.num_layers - 1}")
-            return last(parts, visible_to_read, read(parts))[0][:, 0]
+            return last(segments, query_mask, read(segments))[0][:, 0]
         if self.is_initializing():
             layers = nn.scan(
-                lambda block, parts, _: (block(parts, visible), None),
+                lambda block, segments, _: (block(segments, mask), None),
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 length=self.num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            parts, _ = layers(ResidualAttentionBlock(**fields, name="blocks"), parts, None)
-            return read(parts)[:, 0]
+            segments, _ = layers(ResidualAttentionBlock(**fields, name="blocks"), segments, None)
+            return read(segments)[:, 0]
 
         block, stacked = ResidualAttentionBlock(**fields, parent=None), self.variables["params"]["blocks"]
 
-        def layer(parts: Parts, parameters: dict) -> tuple[Parts, None]:
-            return block.apply({"params": parameters}, parts, visible), None
+        def layer(segments: Segments, parameters: dict) -> tuple[Segments, None]:
+            return block.apply({"params": parameters}, segments, mask), None
 
         unroll = max(1, min(self.execution.scan_unroll, self.num_layers - 1))
         if self.execution.remat != "none":
-            # The compiler cannot see that a scan's step is computed twice; of several layers in one it could, and would
-            # keep what is to be computed again.
+            # With several layers in a step of the scan, the compiler could merge the recomputation with the forward
+            # pass, and would keep the activations. It cannot do so across steps.
             policy = remat_policy(self.execution)
             layer = jax.checkpoint(layer, prevent_cse=unroll > 1, policy=policy)
-        before, last = (jax.tree.map(operator.itemgetter(part), stacked) for part in (slice(-1), -1))
-        parts, _ = jax.lax.scan(layer, parts, before, unroll=unroll)
-        return block.apply({"params": last}, parts, visible_to_read, read(parts))[0][:, 0]
+        before, last = (jax.tree.map(operator.itemgetter(index), stacked) for index in (slice(-1), -1))
+        segments, _ = jax.lax.scan(layer, segments, before, unroll=unroll)
+        return block.apply({"params": last}, segments, query_mask, read(segments))[0][:, 0]
 
 
 def pad_to_even_length(
     x: jax.Array, causal_end: jax.Array | None, execution: Execution
-) -> tuple[Parts, AttentionMask, AttentionMask]:
-    """One part ``[B, L, W]``, with one more position if L is odd, and masks for all positions and for the one read.
+) -> tuple[Segments, AttentionMask, AttentionMask]:
+    """Pads one segment ``[B, L, W]`` to an even length, and returns it with two masks.
 
-    No position of ``x`` sees the one that is added.
+    The first mask is for all queries, the second for the one position that the last block computes. No position of
+    ``x`` attends to the padding.
     """
     batch, length, _ = x.shape
     if length % 2:
@@ -239,7 +240,7 @@ def pad_to_even_length(
         return (x,), AttentionMask(causal=True), AttentionMask(num_keys=causal_end + 1)
     if not length % 2:
         return (x,), AttentionMask(), AttentionMask()
-    # Split as the batch is: cuDNN takes each device's part of both.
+    # Split like the batch: cuDNN takes each device's part of both.
     num_keys, num_queries = (shard_batch(jnp.full((batch,), n, jnp.int32), execution) for n in (length, length + 1))
     mask = AttentionMask(num_keys=num_keys, num_queries=num_queries, padded_from=length)
     return (x,), mask, AttentionMask(num_keys=num_keys)

@@ -126,34 +126,24 @@ def kept_bytes(config, mesh, state, batch: dict) -> dict[str, int]:
     """
     import jax
 
-    from clip_jax.models.clip import normalize_images
     from clip_jax.models.execution import REMAT_POLICIES
     from clip_jax.training.state import make_model
+    from clip_jax.training.step import embed
 
     def kept(remat: str) -> int:
         candidate = config.copy_and_resolve_references()
         candidate.model.remat = remat
         model = make_model(candidate, mesh)
 
-        def backward(params, batch_stats, images, tokens):
-            def embed(params):
-                variables = {"params": params, "batch_stats": batch_stats}
-                (*embeddings, _), _ = model.apply(
-                    variables,
-                    normalize_images(images, model.preset.preprocessing),
-                    tokens,
-                    train=True,
-                    mutable=["batch_stats"],
-                )
-                return embeddings
-
-            return jax.vjp(embed, params)[1]
+        def backward(params, batch_stats, batch):
+            return jax.vjp(lambda params: embed(model, params, batch_stats, batch)[0], params)[1]
 
         part = config.global_batch_size // config.accumulation_steps
-        shapes = [
-            jax.ShapeDtypeStruct((part, *batch[name].shape[1:]), batch[name].dtype) for name in ("image", "tokens")
-        ]
-        saved = jax.eval_shape(backward, state.params, state.batch_stats, *shapes)
+        shapes = {
+            name: jax.ShapeDtypeStruct((part, *batch[name].shape[1:]), batch[name].dtype)
+            for name in ("image", "tokens")
+        }
+        saved = jax.eval_shape(backward, state.params, state.batch_stats, shapes)
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(saved)) // mesh.size
 
     return {remat: kept(remat) for remat in REMAT_POLICIES}
@@ -168,12 +158,11 @@ def compile_step(config_dict: dict, topology: Topology) -> dict:
     import jax
     import jaxlib
     import ml_collections
-    import numpy as np
 
     from clip_jax.losses import make_loss
-    from clip_jax.sharding import batch_sharding, check_batch_divides
+    from clip_jax.sharding import check_batch_divides
     from clip_jax.training.optimizer import make_optimizer
-    from clip_jax.training.state import abstract_state, configured_mesh, make_model
+    from clip_jax.training.state import abstract_batch, abstract_state, configured_mesh, make_model
     from clip_jax.training.step import make_train_step
 
     config = ml_collections.ConfigDict(config_dict)
@@ -183,15 +172,7 @@ def compile_step(config_dict: dict, topology: Topology) -> dict:
     steps = config.steps or 100_000  # changes only constants of the learning rate's schedule
     optimizer = make_optimizer(config.optimizer, steps)
     state = abstract_state(model, optimizer, mesh)
-    size, length = config.model.vision.image_size, config.model.text.context_length
-    sharding = batch_sharding(mesh)
-    shapes = {"image": ((size, size, 3), np.uint8), "tokens": ((length,), np.int32)}
-    if config.model.patch_dropout:
-        shapes["seed"] = ((), np.uint32)
-    batch = {
-        name: jax.ShapeDtypeStruct((config.global_batch_size, *shape), dtype, sharding=sharding)
-        for name, (shape, dtype) in shapes.items()
-    }
+    batch = abstract_batch(config, mesh)
     loss = make_loss(config.loss, mesh, config.global_batch_size, config.model.dtype)
     facts = {
         "loss": {"form": loss.form, "memory_option": loss.memory_option},
@@ -209,31 +190,40 @@ def compile_step(config_dict: dict, topology: Topology) -> dict:
             "libtpu": importlib.metadata.version("libtpu"),
         },
     }
-    step = make_train_step(config, model, optimizer, mesh)
+    compiled = _run_compiler(make_train_step(config, model, optimizer, mesh).lower(state, batch))
+    if not compiled["fits"]:
+        compiled["kept_bytes"] = kept_bytes(config, mesh, state, batch)
+    return facts | compiled
+
+
+def _run_compiler(lowered) -> dict:
+    """Compiles a lowered step, and returns its memory and program, or what does not fit."""
+    import jax
+
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as dump:
         # Read the compiler's own dump: jaxlib may be too old to read all of libtpu's instructions, and after a failure
         # there is no executable.
         options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
         try:
-            executable = step.lower(state, batch).compile(compiler_options=options)
+            executable = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             usage = _dumped(dump, "after_optimizations-memory-usage-report")
             program = _dumped(dump, "after_optimizations")
-            return facts | {
+            return {
                 "fits": False,
                 "compile_seconds": time.perf_counter() - started,
                 "out_of_memory": parse_out_of_memory(str(error)),
                 "largest": largest_buffers(usage, program) if usage else [],
-                "kept_bytes": kept_bytes(config, mesh, state, batch),
             }
-        facts["compile_seconds"] = time.perf_counter() - started
+        seconds = time.perf_counter() - started
         program = read_program(_dumped(dump, "after_codegen") or executable.as_text()).to_dict()
     memory = executable.memory_analysis()
-    return facts | {
+    return {
         "fits": True,
+        "compile_seconds": seconds,
         "memory": {
             "arguments": memory.argument_size_in_bytes,
             "results": memory.output_size_in_bytes,

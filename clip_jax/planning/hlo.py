@@ -272,22 +272,28 @@ def convolution_flops(computation: Computation, instruction: Instruction) -> int
     positions = 1
     for axis in range(len(left_labels) - 2):
         low = int(window_field("pad", axis, "0_0").split("_")[0])  # padding at the end is never counted
-        positions *= _valid_positions(
+        sizes = (
             left[left_labels.index(str(axis))],
             right[right_labels.index(str(axis))],
             output[output_labels.index(str(axis))],
-            int(window_field("stride", axis, "1")),
-            low,
-            int(window_field("lhs_dilate", axis, "1")),
-            int(window_field("rhs_dilate", axis, "1")),
         )
+        dilations = (int(window_field("lhs_dilate", axis, "1")), int(window_field("rhs_dilate", axis, "1")))
+        positions *= _valid_positions(sizes, int(window_field("stride", axis, "1")), low, dilations)
     batch, features = output[output_labels.index("b")], output[output_labels.index("f")]
     return 2 * positions * batch * features * right[right_labels.index("i")]
 
 
 @functools.cache
-def _valid_positions(size, kernel, output, stride, pad, size_dilation, kernel_dilation) -> int:
-    """Along one axis, how many pairs of a kernel index and an output index use an element of the input."""
+def _valid_positions(sizes: tuple[int, int, int], stride: int, pad: int, dilations: tuple[int, int]) -> int:
+    """Along one axis, how many pairs of a kernel index and an output index use an element of the input.
+
+    Args:
+      sizes: of the input, the kernel and the output along this axis.
+      stride: stride of the kernel.
+      pad: number of elements of padding before the input.
+      dilations: of the input and of the kernel.
+    """
+    (size, kernel, output), (size_dilation, kernel_dilation) = sizes, dilations
     extent = (size - 1) * size_dilation + 1
     count = 0
     for k in range(kernel):

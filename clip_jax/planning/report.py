@@ -63,14 +63,28 @@ def make_report(
             "loss_form": facts["loss"]["form"],
             "loss_memory_option": facts["loss"]["memory_option"],
         }
+    report |= _figures_of_step(config, topology, facts)
+    steps = config.steps or math.ceil(config.epochs * pairs / config.global_batch_size)
+    days = steps * report["seconds"]["step"] / 86_400
+    report |= {
+        "pairs": None if config.steps else pairs,
+        "steps": steps,
+        "smaller_steps": config.progressive_resolution.steps,
+        "days": days,
+    }
+    if chip_hour_price is not None:
+        report["cost"] = days * 24 * topology.chips * chip_hour_price
+    return report
+
+
+def _figures_of_step(config: ml_collections.ConfigDict, topology: Topology, facts: dict) -> dict:
+    """The report's figures of one step that fits."""
     program = facts["program"]
     needed = step_flops(model_preset(config), config.global_batch_size, config.model.patch_dropout)
     flops = {name: total / topology.devices for name, total in needed.items()}
     model_flops = sum(flops.values())
     seconds = _seconds(topology, program)
-    steps = config.steps or math.ceil(config.epochs * pairs / config.global_batch_size)
-    days = steps * seconds["step"] / 86_400
-    report |= {
+    return {
         "memory": memory_by_what(facts),
         "model_flops": {**flops, "all": model_flops},
         "compiled_flops": program["matmul_flops"],
@@ -88,14 +102,7 @@ def make_report(
         "is_scheduled": program["is_scheduled"],
         "model_flops_utilization": model_flops / seconds["step"] / topology.generation.peak_flops,
         "pairs_per_second": config.global_batch_size / seconds["step"],
-        "pairs": None if config.steps else pairs,
-        "steps": steps,
-        "smaller_steps": config.progressive_resolution.steps,
-        "days": days,
     }
-    if chip_hour_price is not None:
-        report["cost"] = days * 24 * topology.chips * chip_hour_price
-    return report
 
 
 def memory_by_what(facts: dict) -> dict[str, int]:
@@ -176,8 +183,28 @@ def format_report(report: dict) -> list[str]:
     ]
     if not report["fits"]:
         return lines + _format_too_large(report)
-    memory, seconds = report["memory"], report["seconds"]
-    lines.append(f"It fits: {num_bytes(memory['all'])} of {num_bytes(report['hbm_bytes'])} HBM on each {device}")
+    lines += _format_memory_and_work(report) + _format_seconds(report)
+    lines += ["", "What the prediction leaves out:", *(f"  - {line}" for line in left_out(report)), ""]
+    run = (
+        f"{report['steps']:,} steps"
+        if report["pairs"] is None
+        else (
+            f"{report['steps']:,} steps (over {report['pairs']:,} pairs"
+            + (", the paper's number; --pairs=N for yours)" if report["pairs"] == PAPER_PAIRS else ")")
+        )
+    )
+    lines += [
+        f"Model flops utilization {share(report['model_flops_utilization'], 1)}, {number(report['pairs_per_second'])} "
+        f"pairs/s ({number(report['pairs_per_second'] / report['chips'], 1)} a chip)",
+        f"The config's run: {run}, {span(report['days'] * 86_400)}"
+        + (f", cost {number(report['cost'], 2)}" if "cost" in report else ""),
+    ]
+    return lines
+
+
+def _format_memory_and_work(report: dict) -> list[str]:
+    memory, device = report["memory"], _device(report)
+    lines = [f"It fits: {num_bytes(memory['all'])} of {num_bytes(report['hbm_bytes'])} HBM on each {device}"]
     lines += [f"  {name:22} {num_bytes(size):>12}" for name, size in memory.items() if name != "all" and size]
     flops = report["model_flops"]
     parts = ", ".join(f"{name} {share(size, flops['all'])}" for name, size in flops.items() if name != "all")
@@ -196,7 +223,12 @@ def format_report(report: dict) -> list[str]:
         f"{in_seconds(one['seconds_at_least']):>9} {in_seconds(one['exposed_seconds']):>18}"
         for one in report["collectives"]
     ] or ["  none"]
-    lines += [
+    return lines
+
+
+def _format_seconds(report: dict) -> list[str]:
+    seconds = report["seconds"]
+    lines = [
         "",
         f"Predicted step: {in_seconds(seconds['step'])}, of which the compiler estimates "
         f"{in_seconds(seconds['compute'])} for computing; collectives add at least "
@@ -213,21 +245,6 @@ def format_report(report: dict) -> list[str]:
         f"    {in_seconds(one['seconds']):>9} {share(one['seconds'], seconds['compute']):>6}  "
         f"{' '.join(filter(None, (one['part'], one['direction'])))}: {one['operation']} ({one['work']})"
         for one in report["costliest"]
-    ]
-    lines += ["", "What the prediction leaves out:", *(f"  - {line}" for line in left_out(report)), ""]
-    run = (
-        f"{report['steps']:,} steps"
-        if report["pairs"] is None
-        else (
-            f"{report['steps']:,} steps (over {report['pairs']:,} pairs"
-            + (", the paper's number; --pairs=N for yours)" if report["pairs"] == PAPER_PAIRS else ")")
-        )
-    )
-    lines += [
-        f"Model flops utilization {share(report['model_flops_utilization'], 1)}, {number(report['pairs_per_second'])} "
-        f"pairs/s ({number(report['pairs_per_second'] / report['chips'], 1)} a chip)",
-        f"The config's run: {run}, {span(report['days'] * 86_400)}"
-        + (f", cost {number(report['cost'], 2)}" if "cost" in report else ""),
     ]
     return lines
 

@@ -1,12 +1,15 @@
-"""Gradients of a loss over the whole batch, from activations of a part of it at a time (GradCache, arXiv 2101.06983).
+"""Computes the gradient of a whole batch with the activations of one part of it in memory (GradCache).
 
-The contrastive loss compares every image with every text, so gradients of parts cannot simply be added up. Instead
-all parts are embedded without keeping activations; the loss over all embeddings gives its gradient by each of them;
-and each part is embedded once more, now with activations, to carry its embeddings' gradients on to the parameters.
-That is the gradient of the whole batch, for the price of one more forward pass.
+The contrastive loss compares every image with every text, so gradients of parts cannot be added up. Instead:
 
-BatchNorm is the exception: its statistics are those of a part, as in a smaller batch, and its running averages move
-once a part. Everything else is exact.
+1. all parts are embedded, without saving activations;
+2. the loss over all embeddings gives the gradient of each embedding;
+3. each part is embedded again, now with activations, to propagate these gradients to the parameters.
+
+The result is the gradient of the whole batch, at the cost of one more forward pass. Only BatchNorm differs: its
+statistics are those of a part, and its running averages are updated once for each part.
+
+Source: arXiv 2101.06983.
 """
 
 from collections.abc import Callable
@@ -18,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from clip_jax.losses.base import Loss
 from clip_jax.sharding import BATCH_AXES, batch_sharding
 
-# params, batch_stats and a batch to (image_embeddings, text_embeddings) and the new batch_stats.
+# Called with params, batch_stats and a batch; returns (image_embeddings, text_embeddings) and the new batch_stats.
 Embed = Callable[[dict, dict, dict], tuple[tuple[jax.Array, jax.Array], dict]]
 
 
@@ -30,15 +33,15 @@ def loss_and_gradients(
     accumulation_steps: int,
     mesh: Mesh,
 ) -> tuple[jax.Array, dict, dict, dict]:
-    """The loss over a batch that is embedded in ``accumulation_steps`` parts.
+    """Returns the loss and the gradients of a batch that is embedded in ``accumulation_steps`` parts.
 
     Args:
       embed: the model.
-      loss: takes the embeddings of the whole batch.
-      variables: the model's ``params``, which hold the loss's parameters, too, and ``batch_stats``.
-      batch: arrays ``[B, ...]`` by name. What is drawn for each pair, such as the patches to keep, is in it, so that it
-        does not depend on the number of parts.
-      accumulation_steps: times the number of devices it divides B.
+      loss: called with the embeddings of the whole batch.
+      variables: ``params``, which include the loss's parameters, and ``batch_stats``.
+      batch: arrays ``[B, ...]`` by name. It includes what is drawn at random for each pair, such as the patches to
+        keep, which therefore does not depend on the number of parts.
+      accumulation_steps: its product with the number of devices must divide B.
       mesh: the devices that the batch is split over.
 
     Returns:
@@ -62,8 +65,8 @@ def loss_and_gradients(
 
     _, embeddings = jax.lax.scan(embed_part, None, parts)  # each [K, B / K, D]
     embeddings = jax.tree.map(lambda array: join_parts(array, mesh), embeddings)
-    over_embeddings = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
-    (value, metrics), (*cotangents, by_parameters) = over_embeddings(*embeddings, loss.parameters_in(params))
+    loss_and_cotangents = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+    (value, metrics), (*cotangents, loss_gradients) = loss_and_cotangents(*embeddings, loss.parameters_in(params))
     cotangents = jax.tree.map(lambda array: split_into_parts(array, accumulation_steps, mesh), tuple(cotangents))
 
     def add_gradients(carry, part):
@@ -75,11 +78,11 @@ def loss_and_gradients(
 
     zeros = jax.tree.map(jnp.zeros_like, params)
     (gradients, updated), _ = jax.lax.scan(add_gradients, (zeros, batch_stats), (parts, cotangents))
-    return value, metrics, gradients | by_parameters, updated
+    return value, metrics, gradients | loss_gradients, updated
 
 
 def split_into_parts(array: jax.Array, parts: int, mesh: Mesh) -> jax.Array:
-    """``[B, ...]`` to ``[K, B / K, ...]``: of each device's rows a K-th in each part, so that nothing moves."""
+    """``[B, ...]`` to ``[K, B / K, ...]``: each part has a K-th of every device's rows, so no row changes device."""
     devices, rest = mesh.size, array.shape[1:]
     by_device = array.reshape(devices, parts, -1, *rest).swapaxes(0, 1)  # [K, devices, B / K / devices, ...]
     sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
@@ -87,7 +90,7 @@ def split_into_parts(array: jax.Array, parts: int, mesh: Mesh) -> jax.Array:
 
 
 def join_parts(array: jax.Array, mesh: Mesh) -> jax.Array:
-    """The inverse of :func:`split_into_parts`."""
+    """Returns the inverse of :func:`split_into_parts`."""
     parts, rest = array.shape[0], array.shape[2:]
     by_device = array.reshape(parts, mesh.size, -1, *rest).swapaxes(0, 1)
     return jax.lax.with_sharding_constraint(by_device.reshape(-1, *rest), batch_sharding(mesh))

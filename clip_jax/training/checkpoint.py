@@ -1,6 +1,6 @@
-"""Saves and restores a training: the state, the data position and what the data was, with orbax alone.
+"""Saves and restores a training with orbax: the state, the data position and the data's fingerprint.
 
-A folder of a step that a crash left half-written, or that a disk has damaged, is passed over for the one before it.
+A checkpoint that cannot be read, as after a crash or a disk fault, is skipped for the one before it.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ logger = logging.getLogger("clip_jax")
 
 
 class Restored(NamedTuple):
-    """``state`` lives where the template's shardings say; ``position`` counts the examples drawn by all hosts."""
+    """A restored checkpoint. ``state`` has the template's shardings; ``position`` is examples drawn by all hosts."""
 
     state: TrainState
     position: int
@@ -30,17 +30,17 @@ class Restored(NamedTuple):
 
 
 class Checkpointer:
-    """Saves to ``workdir/checkpoints/<step>``, in the background, keeping the newest ``keep``."""
+    """Saves to ``workdir/checkpoints/<step>`` in the background, and keeps the newest ``keep`` checkpoints."""
 
     def __init__(self, workdir: epath.Path, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(absolute(workdir) / "checkpoints", options=options)
 
     def save(self, step: int, state: TrainState, position: int, data_fingerprint: str) -> None:
-        """Starts a save; returns before it is on disk, but after the state may be donated.
+        """Starts a save. Returns before it is on disk; the caller may then donate the state.
 
         Raises:
-          CheckpointError: the folder cannot be written to, or the save before this one has failed.
+          CheckpointError: the folder cannot be written to, or the previous save has failed.
         """
         extra = {"position": position, "data_fingerprint": data_fingerprint}
         saved = ocp.args.Composite(state=ocp.args.StandardSave(_saved_part(state)), data=ocp.args.JsonSave(extra))
@@ -48,24 +48,24 @@ class Checkpointer:
             self._manager.save(step, args=saved, force=True)
 
     def preempted(self, step: int) -> bool:
-        """Whether any host has been told to stop (SIGTERM); all hosts get the same answer at the same step."""
+        """Returns whether any host has received SIGTERM. All hosts get the same result at the same step."""
         return self._manager.reached_preemption(step)
 
     def restore_latest(self, template: TrainState) -> Restored | None:
-        """The newest step that every host can read in full, or None if there is none yet.
+        """Returns the newest checkpoint that every host can read, or None if there is none yet.
 
-        Newer steps that cannot be read are set aside, as ``damaged_checkpoint_<step>`` in the run's folder, once an
-        older one has been restored; until then nothing is touched.
+        Newer ones that cannot be read are renamed to ``damaged_checkpoint_<step>`` in the run's folder, but only after
+        an older one has been restored.
 
         Raises:
-          CheckpointError: there are steps, but none can be read.
+          CheckpointError: there are checkpoints, but none can be read.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for number, step in enumerate(steps):
             restored = None
             try:
                 restored = self._restore(step, template)
-            except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
+            except Exception as error:  # orbax and tensorstore raise many types for a damaged file
                 logger.warning("checkpoint %d cannot be read and is skipped: %s", step, first_line(error))
             if np.all(multihost_utils.process_allgather(np.array(restored is not None))):
                 for damaged in steps[:number]:
@@ -93,7 +93,7 @@ class Checkpointer:
         self._manager.reload()
 
     def wait(self) -> None:
-        """Returns when every save is on disk.
+        """Waits until every save is on disk.
 
         Raises:
           CheckpointError: one of them has failed.
@@ -105,15 +105,15 @@ class Checkpointer:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # orbax and tensorstore raise many kinds for a full disk or a lost permission
+        except Exception as error:  # orbax and tensorstore raise many types for a full disk or a lost permission
             reason = one_line(error, longest=300)
             raise CheckpointError(f"a checkpoint cannot be written to {self._manager.directory}: {reason}") from error
 
     def close(self) -> None:
-        """Waits for saves under way and ends the background threads."""
+        """Waits for unfinished saves and ends the background threads."""
         self._manager.close()
 
 
 def _saved_part(state: TrainState) -> dict:
-    """Without ``batch_stats`` where the model has none: orbax would take their absence for another tree."""
+    """Returns the fields to save, without empty ``batch_stats``: orbax would restore these as a different tree."""
     return {name: value for name, value in state._asdict().items() if name != "batch_stats" or value}

@@ -1,4 +1,4 @@
-"""This host's batches for the training loop: what the step takes, and the bad samples that were replaced in it."""
+"""Feeds the training loop with this host's batches, and counts and lists the bad samples that were replaced."""
 
 import logging
 from typing import NamedTuple
@@ -20,8 +20,10 @@ logger = logging.getLogger("clip_jax")
 class Batch(NamedTuple):
     """This host's part of one global batch.
 
-    ``inputs`` are what the step takes, arrays ``[B / hosts, ...]`` by name. ``bad`` int64 ``[B / hosts]`` are the
-    indices of samples that were replaced, and ``bad_reasons`` int8 their indices in ``REASONS``; both are -1 elsewhere.
+    Attributes:
+      inputs: of the training step, arrays ``[B / hosts, ...]`` by name.
+      bad: int64 ``[B / hosts]``, indices of the samples that were replaced, -1 for the others.
+      bad_reasons: int8 ``[B / hosts]``, indices into ``REASONS``, -1 for samples that were not replaced.
     """
 
     inputs: dict[str, np.ndarray]
@@ -30,7 +32,7 @@ class Batch(NamedTuple):
 
 
 class Feed:
-    """The batches from a data position on, and the bad samples among them.
+    """Yields this host's batches from a data position on, and keeps track of bad samples.
 
     With ``config.progressive_resolution`` the images of the first steps are smaller.
     """
@@ -44,11 +46,11 @@ class Feed:
 
     @property
     def position(self) -> int:
-        """How many examples all hosts have drawn so far."""
+        """The number of examples that all hosts have drawn so far."""
         return self._batches.position
 
     def next(self, step: int) -> Batch:
-        """The batch that is trained on after ``step`` steps; its bad samples are counted and listed.
+        """Returns the batch to train on after ``step`` steps; counts and lists its bad samples.
 
         Raises:
           InputError: the data cannot be used or read.
@@ -60,21 +62,21 @@ class Feed:
         inputs = dict(next(self._batches))
         batch = Batch(inputs, inputs.pop("bad"), inputs.pop("bad_reason"))
         if not self._run.config.model.patch_dropout:
-            inputs.pop("seed")  # the step draws nothing
+            inputs.pop("seed")  # only patch dropout draws random numbers
         if len(self._run.mixture.sources) == 1:
-            inputs.pop("source")  # the loss of the only source is the loss
+            inputs.pop("source")  # the loss of the only source equals the loss
         self._bad_samples.count(batch.bad_reasons)
         self._list_bad_samples(batch)
         return batch
 
     def scalars(self) -> dict[str, float]:
-        """For the metrics: bad samples of all hosts since the start by reason, and epochs by source.
+        """Returns metrics: bad samples of all hosts since the start, by reason, and epochs, by source.
 
         Raises:
           TooManyBadSamplesError: on all hosts, at the same step.
         """
         local = np.append(self._bad_samples.counts, self._bad_samples.seen)
-        halves = np.stack(np.divmod(local, 2**30)).astype(np.int32)  # JAX would cut off what is above 32 bits
+        halves = np.stack(np.divmod(local, 2**30)).astype(np.int32)  # JAX would truncate to 32 bits
         high, low = multihost_utils.process_allgather(halves).reshape(-1, *halves.shape).astype(np.int64).sum(axis=0)
         *counts, seen = (high * 2**30 + low).tolist()
         self._bad_samples.check(counts, seen, self._run.config.data.max_bad_share)
@@ -115,7 +117,7 @@ class Feed:
                 pair = self._run.mixture[index]
                 name = pair.key
                 transform.check(pair)
-            except Exception as error:  # as many kinds as made the pipeline replace it
+            except Exception as error:  # any type makes the pipeline replace the sample
                 message = one_line(error)
             found.append(BadSample(index, REASONS[reason], name, message))
             logger.warning("replaced a bad sample by the next one: %s: %s", name, message)

@@ -1,4 +1,4 @@
-"""Notes a request to stop, so that a training can save and end between two steps."""
+"""Lets SIGINT and SIGTERM stop a training between two steps, after a save."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ import jax
 
 
 class Interruption:
-    """Notes SIGINT and SIGTERM, so that the loop can save and leave between two steps; a second one ends at once."""
+    """Catches SIGINT and SIGTERM, so that the loop can save and stop between two steps. A second one ends at once."""
 
     def __init__(self):
         self.requested = False
@@ -15,9 +15,9 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         if jax.process_count() == 1:
-            handlers = {signal.SIGINT: self._note, signal.SIGTERM: self._note}
+            handlers = {signal.SIGINT: self._record, signal.SIGTERM: self._record}
         else:
-            # All hosts must stop at the same step. SIGTERM is left to JAX, which tells the others; Ctrl-C joins it.
+            # All hosts must stop at the same step. JAX handles SIGTERM and notifies the others; Ctrl-C sends SIGTERM.
             handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
         self._previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
@@ -26,6 +26,6 @@ class Interruption:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number, frame) -> None:
+    def _record(self, number, frame) -> None:
         self.requested = True
         signal.signal(number, signal.SIG_DFL)

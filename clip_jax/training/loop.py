@@ -1,11 +1,11 @@
-"""Trains: batches, steps, checkpoints, evaluation, and the report at the end.
+"""The training loop: batches, steps, checkpoints, evaluation, and the report at the end.
 
-How a run starts, by what its folder holds:
+The start of a run depends on the contents of its folder:
 
-1. nothing: parameters are initialized from the seed, or come from ``config.init_from``; data starts at position 0;
+1. nothing: parameters are initialized from the seed or from ``config.init_from``; data starts at position 0;
 2. the same run, unfinished: state and data position come from the newest checkpoint that can be read;
-3. the same run, finished: only the evaluation and the report are made again;
-4. another run: :mod:`clip_jax.training.preparation` refuses it before anything is written.
+3. the same run, finished: only the evaluation and the report are repeated;
+4. another run: :mod:`clip_jax.training.preparation` raises an error before anything is written.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ logger = logging.getLogger("clip_jax")
 
 
 class Progress(NamedTuple):
-    """How far a training is: steps done, the state after them, and examples that all hosts have drawn."""
+    """The progress of a training: finished steps, the state after them, and examples that all hosts have drawn."""
 
     step: int
     state: TrainState
@@ -51,12 +51,12 @@ class Progress(NamedTuple):
 
 
 def train(run: Run) -> bool:
-    """Trains to the last step, then evaluates and reports; True if the run is finished, False if interrupted.
+    """Trains to the last step, evaluates and writes the report. Returns True if finished, False if interrupted.
 
     Raises:
       FloatingPointError: the loss or the gradient is no longer finite.
       InputError, TooManyBadSamplesError, CheckpointError, OSError: the data cannot be used or read, or the folder of
-        the run cannot be written to; what was trained until then is saved where that is possible.
+        the run cannot be written to. The progress is saved if possible.
     """
     config = run.config
     model, optimizer = make_model(config, run.mesh), make_optimizer(config.optimizer, run.steps)
@@ -88,11 +88,11 @@ def train(run: Run) -> bool:
 def starting_point(
     run: Run, model: CLIP, optimizer: optax.GradientTransformation, checkpointer: Checkpointer
 ) -> Progress:
-    """The newest checkpoint that can be read, the weights of ``config.init_from``, or new parameters.
+    """Returns the newest checkpoint that can be read, the model of ``config.init_from``, or new parameters.
 
     Raises:
       CheckpointError: there are checkpoints, but none can be read.
-      ValueError: ``config.init_from`` holds no weights for this model.
+      ValueError: ``config.init_from`` has no parameters for this model.
     """
     config = run.config
     restored = checkpointer.restore_latest(abstract_state(model, optimizer, run.mesh))
@@ -101,7 +101,7 @@ def starting_point(
         logger.info("resumed at step %d of %d", step, run.steps)
         return Progress(step, restored.state, restored.position)
     if config.init_from:
-        # Read again instead of kept since the checks: on every host it is as large as the model.
+        # The checks have read it, too, but did not keep it: it is as large as the model.
         state = state_from_variables(read_initial_variables(config), model, optimizer, run.mesh)
         logger.info("starts from %s", config.init_from)
     else:
@@ -112,7 +112,7 @@ def starting_point(
 def train_steps(
     run: Run, train_step: TrainStep, progress: Progress, saver: "Saver", log: StepLog, evaluator: "Evaluator"
 ) -> Progress:
-    """Trains to the last step or to a request to stop. The progress that it returns is saved, or is being saved.
+    """Trains to the last step or to a request to stop. Returns the progress, of which a save has been started.
 
     Raises:
       FloatingPointError, InputError, TooManyBadSamplesError, OSError: as :func:`train`.
@@ -136,11 +136,11 @@ def train_steps(
         log.flush()
     except (InputError, TooManyBadSamplesError, OSError) as error:
         if saver.has_missed(progress):
-            # A signal may end the workers before the loop notices that it is to stop.
+            # A signal may end the workers before the loop checks for it.
             if isinstance(error, InputError) and saver.interruption.requested:
                 log.flush()
                 saver.save(progress, metrics)
-            # All hosts find too many bad samples at the same step. Of other errors the other hosts know nothing.
+            # A save needs all hosts. They raise TooManyBadSamplesError at the same step, but not other errors.
             elif jax.process_count() == 1 or isinstance(error, TooManyBadSamplesError):
                 saver.save_before_leaving(progress, metrics)
         if not (isinstance(error, InputError) and saver.interruption.requested):
@@ -151,40 +151,40 @@ def train_steps(
 
 
 class Saver:
-    """Saves progress when it is due, and knows whether the training must stop."""
+    """Saves the progress of a training, and decides when to save and when to stop."""
 
     def __init__(self, run: Run, checkpointer: Checkpointer, interruption: Interruption, step: int):
-        """``step`` is the last one that is saved."""
+        """``step`` is the last saved step."""
         self.interruption = interruption
         self._run, self._checkpointer, self._saved = run, checkpointer, step
 
     def must_stop(self, step: int) -> bool:
-        """Whether a signal asked for it; all hosts get the same answer at the same step."""
+        """Returns whether a signal requested a stop. All hosts get the same result at the same step."""
         if jax.process_count() == 1:
             return self.interruption.requested
         return self._checkpointer.preempted(step)
 
     def is_due(self, step: int) -> bool:
-        """Whether this step is one of those that are always saved."""
+        """Returns whether this step must be saved."""
         return step == self._run.steps or step % self._run.config.checkpoint_every == 0
 
     def has_missed(self, progress: Progress) -> bool:
-        """Whether there are steps since the last save."""
+        """Returns whether there are steps since the last save."""
         return progress.step > self._saved
 
     def save(self, progress: Progress, metrics: dict[str, jax.Array]) -> None:
-        """Starts to save, unless the loss or the gradient is not finite.
+        """Starts a save.
 
         Raises:
-          FloatingPointError: it is not.
-          CheckpointError: the folder cannot be written to, or the save before this one has failed.
+          FloatingPointError: the loss or the gradient is not finite.
+          CheckpointError: the folder cannot be written to, or the previous save has failed.
         """
         StepLog.check_finite(progress.step, metrics)
         self._checkpointer.save(progress.step, progress.state, progress.position, self._run.data_fingerprint)
         self._saved = progress.step
 
     def save_before_leaving(self, progress: Progress, metrics: dict[str, jax.Array]) -> None:
-        """Saves when something else has failed: if this fails as well, it must not hide the first message."""
+        """Saves after another error. If this fails, it logs a warning and raises nothing, to keep the first error."""
         try:
             self.save(progress, metrics)
             self._checkpointer.wait()
@@ -194,28 +194,28 @@ class Saver:
 
 
 class Evaluator:
-    """Scores the state on the tasks of ``config.evaluation``."""
+    """Evaluates the state on the tasks of ``config.evaluation``."""
 
     def __init__(self, run: Run, model: CLIP, writer: MetricWriter):
         self._run, self._writer = run, writer
-        # Evaluation is rare and has many lengths of text, so its programs are compiled as small as they can be.
+        # Evaluation is rare and compiles a program for each length of texts, so compile time matters more than speed.
         execution = dataclasses.replace(model.execution, scan_unroll=max(1, run.config.model.scan_unroll))
         self._embedder = Embedder(model.clone(execution=execution), run.mesh, run.config.evaluation.batch_size)
 
     def is_due(self, step: int) -> bool:
-        """Whether to evaluate after this step; after the last one the report does."""
+        """Returns whether to evaluate after this step. The evaluation after the last step is separate."""
         every = self._run.config.eval_every
         return bool(self._run.evaluations and every) and step % every == 0 and step < self._run.steps
 
     def __call__(self, progress: Progress, final: bool = False) -> Results:
-        """Scores the state, and writes ``eval/<step>.json`` and the metrics; ``final`` adds the baseline."""
+        """Evaluates the state, and writes ``eval/<step>.json`` and the metrics; ``final`` adds the baseline."""
         run, step = self._run, progress.step
         embedder = self._embedder.with_variables(progress.state.variables)
         extras = Extras(baseline=final)
         results = run.evaluations.score(
             embedder, classifier_of(embedder), str(run.workdir), run.config.model.name, extras
         )
-        for task in results.missing:  # no reason to end a training
+        for task in results.missing:  # not worth ending a training for
             logger.warning("step %d  %s was not scored: %s", step, task.name, task.reason)
         if run.evaluations:
             self._writer.write(step, results.scalars())

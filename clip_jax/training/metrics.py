@@ -1,4 +1,4 @@
-"""What a run writes about itself: a line to read, ``metrics.jsonl`` and TensorBoard, from the first process alone."""
+"""Writes a run's metrics to the log, ``metrics.jsonl`` and TensorBoard, from the first process only."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ logger = logging.getLogger("clip_jax")
 
 
 def format_duration(seconds: float) -> str:
-    """``1h02m``, ``3m05s`` or ``42s``."""
+    """Returns seconds as ``1h02m``, ``3m05s`` or ``42s``."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -51,15 +51,15 @@ class MetricWriter:
 
 
 class StepLog:
-    """Logs steps one behind the device, so that the host never waits for the step that it has just started.
+    """Logs each step after the next one has started, so that the host never waits for the newest step.
 
-    Reading the step before also keeps the host from running ahead: never more than two steps are under way.
+    Reading the metrics of the previous step also limits the host: at most two steps are in progress.
     """
 
     def __init__(
         self, every: int, images_per_step: int, last_step: int, writer: MetricWriter, seconds_before: float = 0
     ):
-        """``seconds_before`` is the run's training time until now, in processes before this one."""
+        """``seconds_before`` is the run's training time in earlier processes."""
         self._every, self._images_per_step, self._last_step, self._writer = every, images_per_step, last_step, writer
         self._started = time.perf_counter() - seconds_before
         self._has_data = False
@@ -68,7 +68,7 @@ class StepLog:
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Around the fetching of a batch."""
+        """A context that measures the wait for a batch."""
         started = time.perf_counter()
         yield
         elapsed = time.perf_counter() - started
@@ -78,22 +78,22 @@ class StepLog:
             self._has_data = True
 
     def is_due(self, step: int) -> bool:
-        """Whether this step is one of those that are logged."""
+        """Returns whether this step is logged."""
         return step % self._every == 0 or step == self._last_step
 
     def add(self, step: int, metrics: dict[str, jax.Array], scalars: dict[str, float]) -> None:
-        """Takes the metrics of the step just started, and logs those of the one before.
+        """Stores the metrics of the step just started, and logs those of the previous one.
 
-        ``scalars`` are logged beside them.
+        ``scalars`` are logged with ``metrics``.
 
         Raises:
-          FloatingPointError: the loss or the gradient of the step before is not finite.
+          FloatingPointError: the loss or the gradient of the previous step is not finite.
         """
         self._log_pending()
         self._pending = (step, metrics, scalars)
 
     def flush(self) -> None:
-        """Logs the last step. What follows, an evaluation or the end, is not counted as training time."""
+        """Logs the last step. The time until the next step is not counted as training time."""
         self._log_pending()
         self._restart_clock()
 
@@ -109,7 +109,7 @@ class StepLog:
                 )
 
     def _restart_clock(self) -> None:
-        self._since: tuple[float, int] | None = None  # when and at which step the rate's measurement began
+        self._since: tuple[float, int] | None = None  # time and step at which the rate's measurement began
         self._waited = 0.0
 
     def _log_pending(self) -> None:
@@ -125,7 +125,7 @@ class StepLog:
         if not self.is_due(step):
             return
         values = {name: float(value) for name, value in metrics.items()} | others
-        # The loss of a source of which the batch has no pair is no number.
+        # The loss of a source without a pair in the batch is NaN.
         scalars = {name: value for name, value in values.items() if math.isfinite(value)}
         scalars["seconds"] = now - self._started
         elapsed, steps = now - self._since[0], step - self._since[1]
@@ -140,7 +140,7 @@ class StepLog:
 
 
 def progress_line(step: int, last_step: int, scalars: dict[str, float]) -> str:
-    """One line of a person's log, explained in ``docs/training.md``."""
+    """Returns a line of the log, explained in ``docs/training.md``."""
     accuracy = (scalars["image_to_text_accuracy"] + scalars["text_to_image_accuracy"]) / 2
     parts = [
         f"step {step:>{len(str(last_step))}}/{last_step}",
@@ -160,14 +160,14 @@ def progress_line(step: int, last_step: int, scalars: dict[str, float]) -> str:
 
 
 def training_seconds(history: list[dict[str, float]], step: int) -> float:
-    """The seconds that a run took to reach ``step``, over all of its processes; ``history`` is of read_metrics."""
+    """Returns the seconds that a run trained until ``step``, over all its processes; ``history``: see read_metrics."""
     return max((record.get("seconds", 0) for record in history if record["step"] <= step), default=0)
 
 
 def read_metrics(workdir: epath.Path) -> list[dict[str, float]]:
-    """All lines of ``metrics.jsonl``, the last written for each step and kind, in order of steps.
+    """Returns the records of ``metrics.jsonl``, training and evaluation, sorted by step.
 
-    A run that was killed repeats the steps since its last checkpoint; the later line counts.
+    A killed run repeats the steps since its last checkpoint: the last record of a step replaces earlier ones.
     """
     lines: dict[tuple, dict] = {}
     with (workdir / "metrics.jsonl").open() as stream:

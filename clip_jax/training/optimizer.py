@@ -1,4 +1,4 @@
-"""AdamW as the paper trains (section 2.5, table 18): warm-up, cosine, and weight decay by name."""
+"""The optimizer: AdamW with warm-up, cosine schedule and weight decay (section 2.5 and table 18 of the paper)."""
 
 import dataclasses
 
@@ -8,13 +8,13 @@ import optax
 
 from clip_jax.settings import DTYPES, must_be, must_be_one_of, must_be_positive, must_not_be_negative
 
-# Gains and biases, as in the paper, and what is added to tokens and not multiplied with them.
+# Names of parameters without weight decay: gains and biases, as in the paper, and embeddings that are added to tokens.
 WITHOUT_DECAY = ("bias", "scale", "class_embedding", "positional_embedding")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
-    """Defaults of ``config.optimizer``, of the paper's Vision Transformers (table 18)."""
+    """Defaults of ``config.optimizer``: those of the paper's Vision Transformers (table 18)."""
 
     learning_rate: float = 5e-4
     warmup_steps: int = 2_000
@@ -22,11 +22,11 @@ class OptimizerSettings:
     beta2: float = 0.98
     epsilon: float = 1e-6
     weight_decay: float = 0.2
-    first_moment_dtype: str = "float32"  # or "bfloat16": of Adam's mean of the gradients
+    first_moment_dtype: str = "float32"  # or "bfloat16"; of Adam's mean of the gradients
     gradient_clip_norm: float = 0.0  # global norm; 0: no clipping
 
     def problems(self) -> list[str]:
-        """One line for each value that cannot be used."""
+        """Returns one line for each invalid value."""
         prefix = "config.optimizer"
         problems = [
             *must_be_positive(self, ("learning_rate", "epsilon"), prefix),
@@ -40,10 +40,10 @@ class OptimizerSettings:
 
 
 def decay_mask(params) -> dict:
-    """True where weight decay applies: by name, since scanned layers make biases matrices; to scalars it never does."""
+    """Returns True where weight decay applies: by name, as biases of scanned layers have rank 2; never to scalars."""
 
     def decays(path, leaf) -> bool:
-        # The last dictionary key: the box that carries a parameter's logical axes may follow it.
+        # Only dictionary keys: the path may end with the box that has a parameter's logical axes.
         names = [part.key for part in path if isinstance(part, jax.tree_util.DictKey)]
         return leaf.ndim > 0 and names[-1] not in WITHOUT_DECAY
 
@@ -51,13 +51,13 @@ def decay_mask(params) -> dict:
 
 
 def learning_rate_schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
-    """Linear from 0 over ``warmup_steps``, then half a cosine to 0 at ``steps``."""
-    warmup = min(config.warmup_steps, steps // 2)  # a short trial of a long training still reaches its rate
+    """Returns a linear warm-up from 0 over ``warmup_steps``, then half a cosine to 0 at ``steps``."""
+    warmup = min(config.warmup_steps, steps // 2)  # so that a short trial of a long training reaches the full rate
     return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, steps)
 
 
 def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
-    """``config.optimizer`` as an optax transformation over the bare parameter tree."""
+    """Returns the optimizer of ``config.optimizer``, for parameters without boxes."""
     adamw = optax.adamw(
         learning_rate_schedule(config, steps),
         b1=config.beta1,

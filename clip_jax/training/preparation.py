@@ -1,4 +1,4 @@
-"""Checks everything that a training needs before anything is written: the folder, the data, the devices, the hosts."""
+"""Checks the folder, the data, the devices and the hosts of a training before anything is written."""
 
 import hashlib
 import math
@@ -29,7 +29,7 @@ from clip_jax.weights.resizing import at_image_size
 
 
 class Run(NamedTuple):
-    """A run that has passed every check and has written nothing yet."""
+    """A run that has passed all checks and has not written anything yet."""
 
     config: ml_collections.ConfigDict
     workdir: epath.Path
@@ -42,12 +42,12 @@ class Run(NamedTuple):
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: str, arguments: Sequence[str] = ()) -> Run:
-    """Checks the folder, the data and whether the devices can share the batch; writes nothing.
+    """Checks the folder, the data, and that the batch can be split over the devices; writes nothing.
 
-    ``config`` has passed :func:`clip_jax.config.validate`; ``arguments`` of the command are for the report.
+    ``config`` must have passed :func:`clip_jax.config.validate`. ``arguments`` of the command are for the report.
 
     Raises:
-      ValueError, OSError: a mistake of the user's; the message says what, where and the mend.
+      ValueError, OSError: a check failed; the message states what is wrong, where, and how to fix it.
     """
     folder = check_workdir(workdir)
     saved = read_config(folder)
@@ -77,10 +77,10 @@ def prepare(config: ml_collections.ConfigDict, workdir: str, arguments: Sequence
 
 
 def open_evaluations(config: ml_collections.ConfigDict) -> Evaluations:
-    """The tasks of ``config.evaluation``.
+    """Returns the tasks of ``config.evaluation``.
 
     Raises:
-      ValueError, OSError: there is no such task, or its data is not there or broken.
+      ValueError, OSError: there is no such task, or its data is missing or damaged.
     """
     names, preset = config.evaluation.tasks, model_preset(config)
     evaluations = Evaluations(
@@ -93,12 +93,12 @@ def open_evaluations(config: ml_collections.ConfigDict) -> Evaluations:
 
 
 def read_initial_variables(config: ml_collections.ConfigDict) -> dict:
-    """What ``config.init_from`` holds, as ``params`` and ``batch_stats`` for the model of the config.
+    """Returns ``params`` and ``batch_stats`` from ``config.init_from``, for the model of the config.
 
     Parameters of a loss are kept only if ``config.loss`` has the same (:func:`clip_jax.losses.starting_parameters`).
 
     Raises:
-      FileNotFoundError, ValueError: there is no model, or one that differs in more than the image size.
+      ValueError: there is no model, or it differs from the config's in more than the image size.
     """
     try:
         here = model_preset(config)
@@ -112,7 +112,7 @@ def read_initial_variables(config: ml_collections.ConfigDict) -> dict:
 
 
 def check_workdir(workdir: str) -> epath.Path:
-    """Raises ValueError unless the folder is there, or can be made, and can be written to."""
+    """Returns the absolute folder. Raises ValueError unless it exists or can be created, and can be written to."""
     if not workdir or "://" in workdir:
         raise ValueError(f"--workdir={workdir} must be a folder on a disk that all hosts share; mount a bucket first")
     folder = absolute(workdir)
@@ -125,7 +125,7 @@ def check_workdir(workdir: str) -> epath.Path:
 
 
 def check_first_pairs(mixture: Mixture, transform: Transform) -> None:
-    """Raises ValueError if a source's first pair cannot be used: the source is not what it seemed to be."""
+    """Raises ValueError if the first pair of a source cannot be used: the whole source may be wrong."""
     for name, source in zip(mixture.names, mixture.sources, strict=True):
         try:
             pair = source[0]
@@ -138,9 +138,9 @@ def check_first_pairs(mixture: Mixture, transform: Transform) -> None:
 
 
 def check_hosts_agree(what: str) -> None:
-    """Raises ValueError if hosts were started with different configs or see different data.
+    """Raises ValueError if hosts were started with different configs or read different data.
 
-    All hosts meet here, so none begins to write while another still looks at what the folder holds.
+    It is also a barrier: no host writes to the folder while another still reads it.
     """
     digest = np.frombuffer(hashlib.sha256(what.encode()).digest(), np.uint8)
     if not np.all(multihost_utils.process_allgather(digest).reshape(-1, len(digest)) == digest):

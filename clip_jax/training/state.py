@@ -1,4 +1,4 @@
-"""The training state, and what a config makes before the first step: the mesh, the model and the state on it."""
+"""The training state, and functions that create the mesh, the model and the state of a config."""
 
 import dataclasses
 import functools
@@ -17,13 +17,13 @@ from clip_jax.losses import loss_type
 from clip_jax.models.clip import CLIP, example_inputs
 from clip_jax.models.execution import choose_execution
 from clip_jax.models.presets import model_preset
-from clip_jax.sharding import choose_fsdp, make_mesh, state_sharding
+from clip_jax.sharding import batch_sharding, choose_fsdp, make_mesh, state_sharding
 
 
 class TrainState(NamedTuple):
-    """All that a step changes: int32 ``step``, float32 ``params``, and the optimizer's state over them.
+    """Everything that a step changes: int32 ``step``, float32 ``params``, and the optimizer's state.
 
-    ``batch_stats`` holds the running averages of a ResNet's BatchNorm, and is empty without one.
+    ``batch_stats`` has the running averages of a ResNet's BatchNorm, and is empty for other models.
     """
 
     step: jax.Array
@@ -33,19 +33,19 @@ class TrainState(NamedTuple):
 
     @property
     def variables(self) -> dict:
-        """What the model is applied with."""
+        """The variables for ``model.apply``."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
 def configured_mesh(
     config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None, memory_bytes: float | None = None
 ) -> Mesh:
-    """The mesh of ``config.mesh``; with ``fsdp`` 0 the model and a device's memory decide (:func:`choose_fsdp`).
+    """Returns the mesh of ``config.mesh``. If ``fsdp`` is 0, :func:`choose_fsdp` chooses it.
 
     Args:
       config: the whole config.
-      devices: instead of those that this process sees, for compiling for others.
-      memory_bytes: of each of them.
+      devices: devices to compile for; None: all devices of this run.
+      memory_bytes: memory of each of ``devices``.
 
     Raises:
       ValueError: ``fsdp`` does not divide the number of devices, or of a slice's devices.
@@ -58,14 +58,14 @@ def configured_mesh(
 
 
 def _state_bytes(config: ml_collections.ConfigDict) -> int:
-    """Of all parameters in float32, their gradients, and Adam's two moments."""
+    """Returns the bytes of all parameters in float32, their gradients, and Adam's two moments."""
     params = jax.eval_shape(CLIP(model_preset(config)).init, jax.random.key(0), *example_inputs(model_preset(config)))
     count = sum(leaf.size for leaf in jax.tree.leaves(params["params"]))
     return count * (3 * 4 + jnp.dtype(config.optimizer.first_moment_dtype).itemsize)
 
 
 def make_model(config: ml_collections.ConfigDict, mesh: Mesh) -> CLIP:
-    """The model that ``config.model`` describes, its activations split over the mesh by their first axis."""
+    """Returns the model of ``config.model``; the first axis of its activations is split over the mesh."""
     model, preset = config.model, model_preset(config)
     execution = choose_execution(
         mesh, preset.fused_head_widths, model.dtype, model.remat, model.scan_unroll, model.fused_attention
@@ -78,7 +78,7 @@ def make_model(config: ml_collections.ConfigDict, mesh: Mesh) -> CLIP:
 
 
 def _init_variables(model: CLIP, key: jax.Array) -> dict:
-    """New parameters and running averages, still in boxes that carry their logical axes."""
+    """Returns new parameters and running averages, in boxes with their logical axes."""
     images, tokens = (jnp.zeros(array.shape, array.dtype) for array in example_inputs(model.preset))
     # One example cannot be split over devices.
     model = model.clone(execution=dataclasses.replace(model.execution, batch_sharding=None))
@@ -104,25 +104,37 @@ def _abstract(init: Callable[[jax.Array], Any], mesh: Mesh):
 
 
 def abstract_variables(model: CLIP, mesh: Mesh) -> dict:
-    """Shapes, dtypes and shardings of ``params`` and ``batch_stats``, with nothing computed."""
+    """Returns shapes, dtypes and shardings of ``params`` and ``batch_stats``; computes no arrays."""
     return _abstract(lambda key: _init_variables(model, key), mesh)
 
 
-@functools.lru_cache(maxsize=4)  # a training asks three times, and tracing the initialization takes a second
+@functools.lru_cache(maxsize=4)  # a training calls it three times, and tracing the initialization takes a second
 def abstract_state(model: CLIP, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state, with nothing computed: what restoring and compiling need."""
+    """Returns shapes, dtypes and shardings of the state, for restoring and compiling; computes no arrays."""
     return _abstract(lambda key: _init_state(model, optimizer, key), mesh)
 
 
+def abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of a batch of one source, as the step takes it."""
+    size, length = config.model.vision.image_size, config.model.text.context_length
+    shapes = {"image": ((size, size, 3), np.uint8), "tokens": ((length,), np.int32)}
+    if config.model.patch_dropout:
+        shapes["seed"] = ((), np.uint32)
+    return {
+        name: jax.ShapeDtypeStruct((config.global_batch_size, *shape), dtype, sharding=batch_sharding(mesh))
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
 def create_state(model: CLIP, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
-    """A new state, created where it will live: no device ever holds all of it."""
+    """Returns a new state. Each device creates its own share, so no device needs memory for all of it."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
     init = jax.jit(lambda key: nn.meta.unbox(_init_state(model, optimizer, key)), out_shardings=shardings)
     return init(jax.random.key(seed))
 
 
 def place_variables(variables: dict, model: CLIP, mesh: Mesh) -> dict:
-    """Moves numpy ``params`` and ``batch_stats``, which every host has in full, to where the model has them."""
+    """Copies numpy ``params`` and ``batch_stats``, complete on every host, to devices, sharded as the model's are."""
 
     def place(array: np.ndarray, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         return jax.make_array_from_callback(
@@ -135,7 +147,7 @@ def place_variables(variables: dict, model: CLIP, mesh: Mesh) -> dict:
 def state_from_variables(
     variables: dict, model: CLIP, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """A new state, at step 0, around given ``params`` and ``batch_stats``, as :func:`place_variables` takes them."""
+    """Returns a new state, at step 0, with the given ``params`` and ``batch_stats``: see :func:`place_variables`."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
     create = jax.jit(lambda variables: _state_of(variables, optimizer), out_shardings=shardings)
     return create(place_variables(variables, model, mesh))

@@ -1,4 +1,4 @@
-"""One training step: uint8 images and tokens in, a new state and metrics out, as one program over the mesh."""
+"""The training step: one program over the mesh, from uint8 images and tokens to a new state and metrics."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -26,13 +26,16 @@ def make_train_step(
 ) -> TrainStep:
     """Returns ``step(state, batch) -> (state, metrics)``, jitted over the mesh; the old state is donated.
 
-    A batch is split over all devices: ``image`` uint8 ``[B, S, S, 3]``, ``tokens`` int32 ``[B, L]``, and for patch
-    dropout ``seed`` uint32 ``[B]``, from which each pair's random numbers are made, wherever in the batch it is. With
-    ``source`` int32 ``[B]``, each pair's index among the sources of ``config.data.source``, the metrics have the loss
-    of each as ``loss/SOURCE``, which is not a number where the batch has no pair of it.
-    Metrics are float32 scalars: loss, both accuracies within the batch, logit_scale (as multiplied) and
-    gradient_norm. With ``config.accumulation_steps`` activations are of that part of the batch at a time
-    (:mod:`clip_jax.training.accumulation`).
+    A batch is split over all devices. It has these arrays:
+
+    - ``image``: uint8 ``[B, S, S, 3]``;
+    - ``tokens``: int32 ``[B, L]``;
+    - ``seed``: uint32 ``[B]``, only for patch dropout. A pair's random numbers depend on its seed alone;
+    - ``source``: int32 ``[B]``, optional: each pair's index in the sources of ``config.data.source``.
+
+    Metrics are float32 scalars: loss, both accuracies within the batch, logit_scale (as multiplied), gradient_norm, and
+    with ``source`` also ``loss/NAME`` for each source, which is NaN if the batch has no pair of it. With
+    ``config.accumulation_steps`` above 1, see :mod:`clip_jax.training.accumulation`.
     """
     loss = make_loss(config.loss, mesh, config.global_batch_size, config.model.dtype)
     split = batch_sharding(mesh)
@@ -68,7 +71,7 @@ def make_train_step(
 
 
 def embed(model: CLIP, params: dict, batch_stats: dict, batch: Batch) -> tuple[tuple[jax.Array, jax.Array], dict]:
-    """Image and text embeddings of a batch, float32 ``[B, D]`` of unit length, and the new ``batch_stats``."""
+    """Returns image and text embeddings of a batch, float32 ``[B, D]`` of unit length, and the new ``batch_stats``."""
     (image_embeddings, text_embeddings, _), updated = model.apply(
         {"params": params, "batch_stats": batch_stats},
         normalize_images(batch["image"], model.preset.preprocessing),
@@ -81,11 +84,11 @@ def embed(model: CLIP, params: dict, batch_stats: dict, batch: Batch) -> tuple[t
 
 
 def losses_by_source(pair_losses: jax.Array, sources: jax.Array, names: Sequence[str]) -> dict[str, jax.Array]:
-    """The mean loss of the pairs of each source, by ``loss/NAME``.
+    """Returns the mean loss of the pairs of each source, by ``loss/NAME``.
 
     Args:
       pair_losses: float32 ``[B]``.
       sources: int32 ``[B]``, indices into ``names``.
-      names: of the sources.
+      names: names of the sources.
     """
     return {f"loss/{name}": jnp.mean(pair_losses, where=sources == index) for index, name in enumerate(names)}

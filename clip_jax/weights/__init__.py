@@ -28,7 +28,8 @@ PREPROCESSING_NOTE = (
     "{} does not state how images are prepared: taken as OpenAI's way; for a model with another mean, deviation or way "
     "of resizing, put its preprocessor_config.json and config.json, or its open_clip_config.json, next to it"
 )
-FORMATS = ("clip_jax", "open_clip", "huggingface", "openai")
+TABLES = {"open_clip": open_clip.TABLE, "huggingface": huggingface.TABLE, "openai": openai.TABLE}
+FORMATS = ("clip_jax", *TABLES)
 
 
 class Weights(NamedTuple):
@@ -237,6 +238,10 @@ def write_weights(weights: Weights, destination: str | os.PathLike, format: str)
         raise WeightsError(f"{target}: OpenAI's program reads files that end in .pt")
     if not single_file and target.suffix in (".pt", ".bin", ".safetensors"):
         raise WeightsError(f"{target}: {format} weights are a folder; leave {target.suffix} away")
+    if format in TABLES and not TABLES[format].has(weights.preset):
+        possible = ["clip_jax", *(name for name, table in TABLES.items() if table.has(weights.preset))]
+        title = weights.preset.vision.title
+        raise WeightsError(f"{format} has no {title}, or not with this text tower; write --to={' or '.join(possible)}")
     if target.exists():
         raise FileExistsError(f"{target} is there already; choose another name")
     nearest = next(folder for folder in target.absolute().parents if folder.exists())

@@ -124,6 +124,31 @@ def read_config(config: dict) -> CLIPPreset:
         return given if older is None else {**given, **defaults, **mapping(f"{CONFIG_FILE}: {name}_config_dict", older)}
 
     text, vision = tower("text", _TEXT_DEFAULTS), tower("vision", _VISION_DEFAULTS)
+    _check_towers(config, text, vision)
+    image_size, patch_size = (
+        side_of(f"{CONFIG_FILE}: vision_config.{key}", vision[key]) for key in ("image_size", "patch_size")
+    )
+
+    def transformer(part: dict) -> dict:
+        return {
+            "width": part["hidden_size"],
+            "num_layers": part["num_hidden_layers"],
+            "num_heads": part["num_attention_heads"],
+            "activation": part["hidden_act"],
+            "mlp_ratio": part["intermediate_size"] / part["hidden_size"],
+        }
+
+    return CLIPPreset(
+        config.get("projection_dim", 512),
+        VisionTransformerPreset(image_size, patch_size, **transformer(vision)),
+        TextTransformerPreset(
+            context_length=text["max_position_embeddings"], vocab_size=text["vocab_size"], **transformer(text)
+        ),
+    )
+
+
+def _check_towers(config: dict, text: dict, vision: dict) -> None:
+    """Raises WeightsError if a field has a value that is not implemented here, or is unknown."""
     for name, part in (("text", text), ("vision", vision)):
         if part["hidden_act"] not in ACTIVATIONS:
             raise WeightsError(
@@ -153,26 +178,6 @@ def read_config(config: dict) -> CLIPPreset:
     refuse_unknown(CONFIG_FILE, config, MODEL_FIELDS)
     refuse_unknown(f"{CONFIG_FILE}: text_config", text, TEXT_FIELDS)
     refuse_unknown(f"{CONFIG_FILE}: vision_config", vision, VISION_FIELDS)
-    image_size, patch_size = (
-        side_of(f"{CONFIG_FILE}: vision_config.{key}", vision[key]) for key in ("image_size", "patch_size")
-    )
-
-    def transformer(part: dict) -> dict:
-        return {
-            "width": part["hidden_size"],
-            "num_layers": part["num_hidden_layers"],
-            "num_heads": part["num_attention_heads"],
-            "activation": part["hidden_act"],
-            "mlp_ratio": part["intermediate_size"] / part["hidden_size"],
-        }
-
-    return CLIPPreset(
-        config.get("projection_dim", 512),
-        VisionTransformerPreset(image_size, patch_size, **transformer(vision)),
-        TextTransformerPreset(
-            context_length=text["max_position_embeddings"], vocab_size=text["vocab_size"], **transformer(text)
-        ),
-    )
 
 
 def read_preprocessing(folder: pathlib.Path, image_size: int) -> Preprocessing | None:
@@ -240,7 +245,7 @@ def write_folder(folder: pathlib.Path, variables: dict, preset: CLIPPreset) -> N
     """Writes all files that ``CLIPModel`` and ``CLIPProcessor`` load into an existing folder.
 
     Raises:
-      WeightsError: Hugging Face's CLIP does not have the model's towers, such as a ResNet, or its preprocessing.
+      WeightsError: Hugging Face's CLIP does not have the model's preprocessing, or the parameters of its loss.
     """
     tensors = to_tensors(variables, TABLE, preset)
     dtypes = {tensor.dtype.name for tensor in tensors.values()}

@@ -95,6 +95,10 @@ class Table(NamedTuple):
     ignored: re.Pattern = re.compile(r"(?!)")
     optional: tuple[Row, ...] = ()
 
+    def has(self, preset: CLIPPreset) -> bool:
+        """Whether the format supports both towers of this model."""
+        return {preset.vision.name, preset.text.name} <= self.towers.keys()
+
 
 class _Leaf(NamedTuple):
     """A leaf for one preset: ``names`` has an entry for each stacked layer, or one entry if nothing is stacked."""
@@ -107,7 +111,6 @@ class _Leaf(NamedTuple):
 
 def _leaves(table: Table, preset: CLIPPreset, optional: tuple[Row, ...]) -> Iterator[_Leaf]:
     """The leaves of the preset's towers, of ``logit_scale``, and of the ``optional`` rows that the model has."""
-    check_towers(table, preset)
     for rows, groups in (
         *((table.towers[tower.name], tower.numbers()) for tower in (preset.vision, preset.text)),
         (table.logit_scale, ({},)),
@@ -127,16 +130,6 @@ def _leaves(table: Table, preset: CLIPPreset, optional: tuple[Row, ...]) -> Iter
 
 def _is_counted(name: str, value: int | range, theirs: Sequence[str]) -> bool:
     return isinstance(value, range) and any(f"{{{name}}}" in their for their in theirs)
-
-
-def check_towers(table: Table, preset: CLIPPreset) -> None:
-    """Raises WeightsError if the format does not have the preset's towers."""
-    for tower in (preset.vision, preset.text):
-        if tower.name not in table.towers:
-            raise WeightsError(
-                f"{table.format} has no {tower.title} as its {tower.section} tower; write this model --to=clip_jax, or "
-                "to another program that has it"
-            )
 
 
 @functools.cache
@@ -214,7 +207,7 @@ def to_tensors(variables: dict, table: Table, preset: CLIPPreset) -> dict[str, n
     """The inverse of :func:`to_variables`: contiguous tensors by their names, in the same dtypes.
 
     Raises:
-      WeightsError: the format does not have the model's towers or the parameters of its loss.
+      WeightsError: the format does not have the parameters of the model's loss.
     """
     tensors = {}
     paths = {f"params.{name}": name for name, _ in loss_parameters_of(variables["params"])}

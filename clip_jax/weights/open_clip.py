@@ -19,7 +19,7 @@ from clip_jax.models.towers.transformer_tower import HEAD_WIDTH
 from clip_jax.models.towers.vision_transformer import VisionTransformerPreset
 from clip_jax.weights import openai
 from clip_jax.weights.huggingface_fields import mapping, side_of, triple
-from clip_jax.weights.mapping import SCALAR, WeightsError, check_towers, row, to_tensors
+from clip_jax.weights.mapping import SCALAR, WeightsError, row, to_tensors
 
 CONFIG_FILE = "open_clip_config.json"
 # In the order in which open_clip looks for them.
@@ -163,9 +163,8 @@ def config_of(preset: CLIPPreset, arguments: dict[str, float] | None = None) -> 
     ``arguments`` are those of :func:`constructor_arguments`.
 
     Raises:
-      WeightsError: open_clip has no such tower or preprocessing, or the towers have different activations.
+      WeightsError: open_clip does not have this preprocessing, or the towers have different activations.
     """
-    check_towers(TABLE, preset)
     vision, text = preset.vision, preset.text
     if vision.activation not in (None, text.activation):
         raise WeightsError("open_clip has one activation for both towers, and this model has two")

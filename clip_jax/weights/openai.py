@@ -19,7 +19,6 @@ from clip_jax.weights.mapping import (
     Table,
     WeightsError,
     batch_norm,
-    check_towers,
     linear,
     norm,
     row,
@@ -100,7 +99,6 @@ def write(path: pathlib.Path, variables: dict, preset: CLIPPreset) -> None:
       WeightsError: ``clip`` has no such model: it has only QuickGELU, heads 64 wide, MLPs four times as wide as the
         tower, and its own preprocessing.
     """
-    check_towers(TABLE, preset)
     default = dataclasses.asdict(Preprocessing())
     other = [
         f"{name}={value}" for name, value in dataclasses.asdict(preset.preprocessing).items() if value != default[name]

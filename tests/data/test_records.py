@@ -217,7 +217,7 @@ def test_a_finished_folder_is_not_changed(tmp_path):
 
 
 def test_progress_reports_all_records(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "NOTICE_EVERY", 0.0)
+    monkeypatch.setattr(records, "PROGRESS_EVERY", 0.0)
     seen = []
     write_records(
         ten_pairs(), "ten", tmp_path, Settings(pairs_per_shard=5), progress=lambda *counts: seen.append(counts)

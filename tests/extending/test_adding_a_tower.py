@@ -24,6 +24,7 @@ from clip_jax.training.state import abstract_state, make_model
 from clip_jax.weights import Weights, WeightsError, read_weights, write_weights
 from clip_jax.weights.resizing import at_image_size
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 DOCUMENT = pathlib.Path(__file__).parent.parent.parent / "docs" / "design.md"
 SETTINGS = (
     "--config.data.source=emoji:noto/held_out",
@@ -39,7 +40,7 @@ SETTINGS = (
 
 
 @pytest.fixture(scope="module")
-def arguments(tmp_path_factory):
+def arguments(quick_compilation, tmp_path_factory):
     """The command line of a training with the block as its config file."""
     text = DOCUMENT.read_text(encoding="utf-8")
     block = text.partition("\n## How to add a tower\n")[2].partition("\n```python\n")[2].partition("```\n")[0]
@@ -127,7 +128,7 @@ def test_its_weights_are_written_for_this_project_and_refused_for_others(run, tm
     assert copy.preset == weights.preset and type(copy.preset.vision).name == "thumbnail"
     jax.tree.map(np.testing.assert_array_equal, copy.variables, weights.variables)
     for name, file in (("huggingface", "hf"), ("open_clip", "oc"), ("openai", "oa.pt")):
-        with pytest.raises(WeightsError, match="has no thumbnail as its vision tower; write this model --to=clip_jax"):
+        with pytest.raises(WeightsError, match=r"has no thumbnail, .*; write --to=clip_jax$"):
             write_weights(Weights(*weights), tmp_path / file, name)
 
 

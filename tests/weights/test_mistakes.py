@@ -308,7 +308,7 @@ def test_a_folder_of_hugging_face_may_have_checkpoints_beside_the_model(goldens,
 @pytest.mark.parametrize(
     ("name", "format", "destination", "words"),
     [
-        ("openai_resnet/float16", "huggingface", "a", ["Hugging Face has no ResNets", "open_clip"]),
+        ("openai_resnet/float16", "huggingface", "a", ["huggingface has no ResNet", "open_clip"]),
         (OPEN_CLIP, "openai", "a.pt", ["activation=gelu", "open_clip"]),
         ("huggingface/quick_gelu", "openai", "a.pt", ["vision", "mlp_ratio=2"]),
         ("openai_vit/archive", "openai", "a", ["end in .pt"]),

@@ -1,4 +1,4 @@
-"""The registry of towers, the only place that lists them. docs/design.md shows how to add one."""
+"""The registry of towers, the only list of them. docs/design.md shows how to add one."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,17 +15,17 @@ T = TypeVar("T", bound=Tower)
 
 
 def tower_from_dict(section: Mapping[str, Any], towers: Mapping[str, type[T]], where: str) -> T:
-    """Returns the tower that a section of a config describes: the one whose fields these are, through JSON or not.
+    """Returns the description of the tower whose fields are the keys of a config's section.
 
-    Fields with a default may be missing, as in runs of before there was a choice.
+    Fields with a default may be missing, as in older configs.
 
     Args:
-      section: values by field.
+      section: values by field, also as read from JSON.
       towers: one of the two registries.
       where: the section's name.
 
     Raises:
-      ValueError: these are the fields of no tower, or of several.
+      ValueError: the keys are the fields of no tower, or of several.
     """
     fitting = {}
     for name, tower in towers.items():
@@ -33,7 +33,7 @@ def tower_from_dict(section: Mapping[str, Any], towers: Mapping[str, type[T]], w
         required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
         if required <= section.keys() <= fields.keys():
             fitting[name] = len(fields)
-    if len(fitting) > 1:  # those of which it has every field
+    if len(fitting) > 1:  # only those whose fields are all in the section
         fitting = {name: size for name, size in fitting.items() if size == len(section)}
     if len(fitting) != 1:
         known = "; ".join(

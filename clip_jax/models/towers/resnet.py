@@ -1,4 +1,4 @@
-"""The image tower: a ResNet as CLIP has it (section 2.4 of the paper).
+"""The ResNet image tower of CLIP (section 2.4 of the paper).
 
 He et al.'s ResNet (arXiv 1512.03385) with three changes: a stem of three convolutions (ResNet-D, arXiv 1812.01187),
 average pooling before every strided step instead of a stride (arXiv 1904.11486), and attention instead of global
@@ -20,15 +20,20 @@ from clip_jax.models.towers.base import ImageTower, Shapes, side_of_grid
 from clip_jax.models.towers.transformer_tower import HEAD_WIDTH
 
 BATCH_NORMS = ("global", "per_device")
-RESNET_REDUCTION = 32  # an image's side over that of the last stage's output; also its channels over the width
+RESNET_REDUCTION = 32  # image side / side of the last stage's output; also channels of that output / width
 
 
 @dataclasses.dataclass(frozen=True)
 class ResNetPreset(ImageTower):
-    """A ResNet as CLIP has it: ``width`` channels after the stem, ``stage_sizes`` blocks in each of four stages.
+    """Describes a ResNet of CLIP.
 
-    ``num_heads`` are those of the attention pooling. ``batch_norm`` says over what a training step takes BatchNorm's
-    statistics: "global", the whole batch, or "per_device", each device's part of it, as open_clip trains.
+    Attributes:
+      image_size: in pixels.
+      width: channels after the stem.
+      stage_sizes: blocks in each of the four stages.
+      num_heads: of the attention pooling.
+      batch_norm: which images BatchNorm's statistics are computed over in training: "global", the whole batch, or
+        "per_device", each device's share of it, as in open_clip.
     """
 
     name = "resnet"
@@ -36,7 +41,7 @@ class ResNetPreset(ImageTower):
     side_unit = RESNET_REDUCTION
     positions = ("attention_pool", "positional_embedding")
     training_fields = ("batch_norm",)
-    # The attention pool ends with the projection: a linear probe reads the tower's own output.
+    # The attention pool ends with the projection, so a linear probe uses the tower's output.
     feature_layer = "vision"
     optimizer_defaults = {"beta2": 0.999, "epsilon": 1e-8}  # noqa: RUF012 (never changed; tables 19 and 20)
 
@@ -48,7 +53,7 @@ class ResNetPreset(ImageTower):
 
     @property
     def channels(self) -> int:
-        """Of the last stage's output, and of the attention pool."""
+        """Channels of the last stage's output, and of the attention pool."""
         return RESNET_REDUCTION * self.width
 
     @property
@@ -59,7 +64,7 @@ class ResNetPreset(ImageTower):
         return ResNet(self, embed_dim, execution)
 
     def numbers(self) -> tuple[dict[str, int | range], ...]:
-        # A stage's first block stands alone, since it alone has strides and a convolution as its shortcut.
+        # A stage's first block is separate: only it has strides and a convolution as its shortcut.
         return tuple({"stage": stage, "block": range(1, size)} for stage, size in enumerate(self.stage_sizes, 1))
 
     def problems(self, prefix: str) -> list[str]:
@@ -93,8 +98,8 @@ class ResNetPreset(ImageTower):
                 if channels != 4 * width:
                     rest += convolution_flops(side, 1, channels, 4 * width)  # the shortcut's
                 channels = 4 * width
-        places = side * side + 1
-        pool = 2 * channels**2 * (1 + 2 * places) + 2 * 2 * places * channels + 2 * channels * embed_dim
+        keys = side * side + 1
+        pool = 2 * channels**2 * (1 + 2 * keys) + 2 * 2 * keys * channels + 2 * channels * embed_dim
         return 2 * first + 3 * (rest + pool)
 
     @classmethod
@@ -109,22 +114,22 @@ class ResNetPreset(ImageTower):
 
 
 def convolution_flops(side: int, kernel: int, channels: int, features: int, stride: int = 1) -> int:
-    """Costs of a convolution: each output position's product with the kernel, without positions beyond the border."""
-    places = sum(  # along one axis: the kernel's positions that are inside the image, over all outputs
+    """Returns the flops of a convolution, without kernel positions in the padding."""
+    products = sum(  # along one axis: kernel positions inside the image, summed over all outputs
         sum(0 <= stride * output + offset - kernel // 2 < side for offset in range(kernel))
         for output in range(side // stride)
     )
-    return 2 * places**2 * channels * features
+    return 2 * products**2 * channels * features
 
 
 def average_pool(x: jax.Array, size: int) -> jax.Array:
-    """Means of ``size`` by ``size`` windows: ``[B, H, W, C]`` to ``[B, H / size, W / size, C]``."""
+    """Returns means of ``size`` by ``size`` windows: ``[B, H, W, C]`` to ``[B, H / size, W / size, C]``."""
     batch, height, width, channels = x.shape
     return x.reshape(batch, height // size, size, width // size, size, channels).mean(axis=(2, 4))
 
 
 class Convolution(nn.Module):
-    """A convolution without bias that keeps height and width, but for its ``stride``; kernel ``[K, K, in, out]``."""
+    """A convolution without bias, kernel ``[K, K, in, out]``, that divides height and width by ``stride``."""
 
     features: int
     kernel_size: int
@@ -149,10 +154,10 @@ class Convolution(nn.Module):
 
 @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("norm_statistics"))
 def normalize_by_batch(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``[G, B, H, W, C]`` in any dtype to float32 of mean 0 and variance 1, but for scale and bias, in each group.
+    """Normalizes each group of ``[G, B, H, W, C]`` to mean 0 and variance 1, then applies scale and bias.
 
-    Returns also the mean and the variance, ``[G, 1, 1, 1, C]``. The backward pass finds the statistics saved and
-    computes the rest again: kept in float32, what is normalised would be most of a ResNet's memory.
+    Returns the result in float32, and the mean and the variance, ``[G, 1, 1, 1, C]``. Only the statistics are saved for
+    the backward pass: the normalized float32 arrays would be most of a ResNet's memory.
     """
     wide = x.astype(jnp.float32)
     mean = checkpoint_name(wide.mean(axis=(1, 2, 3), keepdims=True), "norm_statistics")
@@ -161,14 +166,14 @@ def normalize_by_batch(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple
 
 
 class BatchNorm(nn.Module):
-    """Normalises each channel of ``[B, H, W, C]`` over the other axes (arXiv 1502.03167), epsilon 1e-5.
+    """Normalizes each channel of ``[B, H, W, C]`` over the other axes, epsilon 1e-5 (arXiv 1502.03167).
 
     Computed in float32, returned in ``execution.dtype``.
 
-    In training the statistics are those of the batch: of all of it, on however many devices it lies, or with
-    ``batch_norm="per_device"`` of each device's part by itself. Otherwise they are the running averages, which
-    training moves by a tenth a step, and which the collection ``batch_stats`` holds. As in PyTorch, and unlike
-    ``flax.linen.BatchNorm``, the running variance is the unbiased one; of several devices it is the mean.
+    In training the statistics are those of the whole batch over all devices, or with ``batch_norm="per_device"`` those
+    of each device's share. Otherwise they are the running averages in the collection ``batch_stats``, which each
+    training step moves by a tenth. As in PyTorch, and unlike ``flax.linen.BatchNorm``, the running variance is
+    unbiased. With per-device statistics the running averages use the mean over devices.
     """
 
     train: bool
@@ -200,14 +205,14 @@ class BatchNorm(nn.Module):
             unbiased = variance * (count / max(count - 1, 1))
             running_mean.value += 0.1 * (mean.reshape(groups, -1).mean(axis=0) - running_mean.value)
             running_variance.value += 0.1 * (unbiased.reshape(groups, -1).mean(axis=0) - running_variance.value)
-            num_batches.value = num_batches.value + 1  # not in place: a caller may hold the array
+            num_batches.value = num_batches.value + 1  # not in place: a caller may keep the array
         return shard_batch(y.reshape(x.shape).astype(self.execution.dtype), self.execution)
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions beside a shortcut: ``[B, H, W, C]`` to ``[B, H / s, W / s, 4 * width]``.
+    """1x1, 3x3 and 1x1 convolutions plus a shortcut: ``[B, H, W, C]`` to ``[B, H / s, W / s, 4 * width]``.
 
-    Where the block has a ``stride`` s, both ways average over s by s windows before their last convolution.
+    s is the ``stride``. Both branches average over s by s windows before their last convolution.
     """
 
     width: int
@@ -227,14 +232,16 @@ class Bottleneck(nn.Module):
         if x.shape != y.shape:
             x = convolution(4 * self.width, 1, name="downsample_conv")(average_pool(x, self.stride))
             x = norm(name="downsample_bn")(x)
-        return nn.relu(x + y), None  # scan wants a carry and an output
+        return nn.relu(x + y), None  # scan requires a carry and an output
 
 
 class AttentionPool(nn.Module):
-    """Multi-head attention of the mean over all places to each of them: ``[B, H, W, C]`` to ``[B, embed_dim]``.
+    """Multi-head attention pooling: ``[B, H, W, C]`` to ``[B, embed_dim]``.
 
-    Section 2.4 of the paper; the mean stands among the keys and values as well. There are positions for ``side`` by
-    ``side`` places; they are resized where H is another number.
+    The query is the mean over H and W. It is also one of the keys and values, with the H * W features. The positional
+    embedding is for H = W = ``side``, and is resized for another H.
+
+    Source: section 2.4 of the paper.
     """
 
     side: int
@@ -274,8 +281,8 @@ class AttentionPool(nn.Module):
 class ResNet(nn.Module):
     """Maps normalized images ``[B, S, S, 3]`` to features ``[B, embed_dim]`` in ``execution.dtype``.
 
-    The blocks of a stage after its first are alike and are scanned: their parameters and statistics carry a leading
-    ``layers`` axis. ``train`` takes BatchNorm's statistics from the batch and updates the running averages.
+    The blocks of a stage after its first have equal shapes and are scanned: their parameters and statistics have a
+    leading ``layers`` axis. With ``train``, BatchNorm uses the batch's statistics and updates the running averages.
     """
 
     preset: ResNetPreset

@@ -1,4 +1,4 @@
-"""The text tower: a GPT-2 style transformer whose feature is the one at the end-of-text token (section 2.4)."""
+"""The text tower: a GPT-2 style transformer; the end-of-text token gives the features (section 2.4 of the paper)."""
 
 import dataclasses
 
@@ -50,8 +50,8 @@ class TextTransformerPreset(TransformerTower, TextTower):
 class TextTransformer(nn.Module):
     """Maps tokens int32 ``[B, L]`` to features ``[B, embed_dim]`` in ``execution.dtype``, not of unit length.
 
-    Attention is causal and padding isn't masked: what stands behind the end-of-text token cannot reach it.
-    That token has the highest id of the vocabulary, so its position is the arg max over the ids.
+    Attention is causal and padding isn't masked: the end-of-text token does not attend to tokens after it.
+    That token has the highest id of the vocabulary, so its index is the arg max over the ids.
     """
 
     preset: TextTransformerPreset
@@ -81,7 +81,7 @@ class TextTransformer(nn.Module):
             text_initializers(preset.width, preset.num_layers),
             execution,
             name="transformer",
-        )((x,), read=lambda parts: jnp.take_along_axis(parts[0], ends[:, None, None], axis=1), causal_end=ends)
+        )((x,), read=lambda segments: jnp.take_along_axis(segments[0], ends[:, None, None], axis=1), causal_end=ends)
         x = LayerNorm(execution, name="ln_final")(x)
         kernel_init = normal(preset.width**-0.5)
         return Linear(self.embed_dim, ("embed", "output"), kernel_init, execution=execution, name="projection")(x)

@@ -1,4 +1,4 @@
-"""What the descriptions of both transformer towers share: checks, flops, and what the shapes of weights tell."""
+"""The base class of both transformer towers: checks, flops, and fields from the shapes of parameters."""
 
 from clip_jax.models.activations import ACTIVATIONS
 from clip_jax.models.towers.base import ShapeError, Shapes
@@ -7,7 +7,7 @@ HEAD_WIDTH = 64  # in all of the paper's transformers
 
 
 class TransformerTower:
-    """Of a description with these fields, whose module holds a ``transformer.Transformer`` named "transformer"."""
+    """Base of a description whose module has a ``transformer.Transformer`` named "transformer"."""
 
     width: int
     num_layers: int
@@ -40,7 +40,7 @@ class TransformerTower:
         return problems
 
     def layer_flops(self, tokens: int) -> int:
-        """Forward flops of a sequence of ``tokens`` through all layers, to one position of the last."""
+        """Returns forward flops of a sequence of ``tokens`` through all layers; the last computes one position."""
         keys_and_values = 2 * self.width**2
         others = 2 * self.width**2 + 2 * self.width * self.mlp_width  # queries, attention's output, both of the MLP
 
@@ -51,9 +51,15 @@ class TransformerTower:
 
 
 def transformer_fields(shapes: Shapes, section: str, num_heads: dict[int, int]) -> dict:
-    """The fields of a :class:`TransformerTower` but its activation, from the shapes of its parameters.
+    """Returns all fields of a :class:`TransformerTower` but its activation, from the shapes of its parameters.
 
-    ``num_heads`` by width are those of published models whose heads are not :data:`HEAD_WIDTH` wide.
+    Args:
+      shapes: of the tower's parameters.
+      section: "vision" or "text".
+      num_heads: by width, of published models whose heads are not :data:`HEAD_WIDTH` wide.
+
+    Raises:
+      ShapeError: the number of heads does not follow from the width.
     """
     width, mlp_width = shapes.shape("transformer.blocks.fc1.kernel")
     if width not in num_heads and width % HEAD_WIDTH:

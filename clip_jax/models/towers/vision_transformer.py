@@ -16,21 +16,25 @@ from clip_jax.models.towers.base import ImageTower, Shapes, side_of_grid
 from clip_jax.models.towers.transformer_tower import TransformerTower, transformer_fields
 from clip_jax.models.transformer import Transformer, vision_initializers
 
-# Widths at which open_clip's models have other heads than 64 wide: ViT-H, ViT-g, ViT-bigG and ViT-e, each with 16.
+# Number of heads by width, for open_clip's models whose heads are not 64 wide: ViT-H, ViT-g, ViT-bigG and ViT-e.
 PUBLISHED_HEADS = {1280: 16, 1408: 16, 1664: 16, 1792: 16}
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionTransformerPreset(TransformerTower, ImageTower):
-    """A Vision Transformer: ``image_size`` and ``patch_size`` in pixels, ``width`` the token's feature count.
+    """Describes a Vision Transformer.
 
-    ``activation`` is one of :data:`clip_jax.models.activations.ACTIVATIONS`; ``mlp_ratio`` is the MLP's width over
-    ``width``.
+    Attributes:
+      image_size: in pixels.
+      patch_size: in pixels.
+      width: features of a token.
+      activation: one of :data:`clip_jax.models.activations.ACTIVATIONS`.
+      mlp_ratio: the MLP's width divided by ``width``.
     """
 
     name = "vision_transformer"
     positions = ("positional_embedding",)
-    # The classifier of the paper's linear probe takes what the projection takes (section A.3).
+    # The paper's linear probe uses the input of the projection (section A.3).
     feature_layer = "ln_post"
 
     image_size: int
@@ -77,7 +81,7 @@ class VisionTransformerPreset(TransformerTower, ImageTower):
 
 
 def split_into_patches(images: jax.Array, patch_size: int) -> jax.Array:
-    """Cuts ``[B, H, W, 3]`` into ``[B, (H / P) * (W / P), P * P * 3]``, row by row, a pixel's channels together."""
+    """Returns patches ``[B, (H / P) * (W / P), P * P * 3]`` of ``[B, H, W, 3]``, row by row, channels last."""
     batch, height, width, channels = images.shape
     rows, columns = height // patch_size, width // patch_size
     patches = images.reshape(batch, rows, patch_size, columns, patch_size, channels).transpose(0, 1, 3, 2, 4, 5)
@@ -87,10 +91,10 @@ def split_into_patches(images: jax.Array, patch_size: int) -> jax.Array:
 class VisionTransformer(nn.Module):
     """Patches, class token, positions, norm, blocks, norm of the class token, projection without bias.
 
-    The patch embedding is a convolution whose stride is its kernel, written as the matrix product that it is.
-    Maps normalised images ``[B, S, S, 3]`` to features ``[B, embed_dim]`` in ``execution.dtype``, not yet of unit
-    length. Where S is not ``image_size``, the positions are resized. ``kept_patches`` int32 ``[B, K]`` leaves out all
-    other patches. ``train`` changes nothing here: it is there because a ResNet needs it.
+    Maps normalized images ``[B, S, S, 3]`` to features ``[B, embed_dim]`` in ``execution.dtype``, not of unit length.
+    If S is not ``image_size``, the positions are resized. With ``kept_patches`` int32 ``[B, K]`` only these patches
+    are computed. ``train`` has no effect: only a ResNet uses it. The patch embedding is a convolution whose stride
+    equals its kernel size, computed as a matrix product.
     """
 
     preset: VisionTransformerPreset
@@ -118,16 +122,16 @@ class VisionTransformer(nn.Module):
             (preset.num_patches(preset.image_size) + 1, preset.width),
         )
         positions = resize_positions(positions, preset.grid_side(images.shape[1])).astype(dtype)
-        places = positions[1:]  # [N, W]
+        patch_positions = positions[1:]  # [N, W]
         if kept_patches is not None:
-            # A product, whose gradient is a product too: taking rows would have one that scatters, slow on a TPU.
-            chosen = jax.nn.one_hot(kept_patches, len(places), dtype=dtype)
-            places = jnp.einsum("bkn,nw->bkw", chosen, places, precision=jax.lax.Precision.HIGHEST)
-        parts = (class_token + positions[:1], x + places)  # [B, 1, W], [B, N or K, W]
+            # Not jnp.take, whose gradient is a scatter, slow on a TPU. The gradient of a product is a product.
+            one_hot = jax.nn.one_hot(kept_patches, len(patch_positions), dtype=dtype)
+            patch_positions = jnp.einsum("bkn,nw->bkw", one_hot, patch_positions, precision=jax.lax.Precision.HIGHEST)
+        segments = (class_token + positions[:1], x + patch_positions)  # [B, 1, W], [B, N or K, W]
         if not execution.class_token_apart:
-            parts = (jnp.concatenate(parts, axis=1),)
+            segments = (jnp.concatenate(segments, axis=1),)
         ln_pre = LayerNorm(execution, name="ln_pre")
-        parts = tuple(shard_batch(ln_pre(shard_batch(x, execution)), execution) for x in parts)
+        segments = tuple(shard_batch(ln_pre(shard_batch(x, execution)), execution) for x in segments)
         x = Transformer(
             preset.num_layers,
             preset.num_heads,
@@ -136,6 +140,6 @@ class VisionTransformer(nn.Module):
             vision_initializers(preset.width, preset.mlp_width),
             execution,
             name="transformer",
-        )(parts, read=lambda parts: parts[0][:, :1])  # [B, W], of the class token
+        )(segments, read=lambda segments: segments[0][:, :1])  # [B, W], of the class token
         x = LayerNorm(execution, name="ln_post")(x)
         return linear(self.embed_dim, ("embed", "output"), normal, name="projection")(x)

@@ -29,7 +29,7 @@ def test_pairs_come_in_the_order_of_the_shards(tmp_path):
 def test_fields_have_proportions_and_labels_come_from_the_json(tmp_path):
     name = write_shards(tmp_path, shards=1, pairs=4)
     pair = open_source(f"{name}?caption=txt:3,json.alt:1&label=json.label")[2]
-    assert (pair.captions, pair.weights, pair.label) == (["number 2", "instead 2"], [3.0, 1.0], "class 2")
+    assert (pair.captions, pair.proportions, pair.label) == (["number 2", "instead 2"], [3.0, 1.0], "class 2")
 
 
 def test_a_workers_copy_of_a_source_is_small_and_reads_the_same(tmp_path):
