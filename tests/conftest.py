@@ -81,7 +81,7 @@ def tiny_config():
 @pytest.fixture
 def full_compilation():
     """For tests that read the program: without optimization it has copies that the simplifications would remove."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
