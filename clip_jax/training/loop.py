@@ -278,4 +278,4 @@ def _log_end(run: Run, results: Results) -> None:
     if run.evaluations:
         logger.info("  eval/%d.json", run.steps)
     logger.info("  report/report.html (open it in a browser)")
-    logger.info('Use it:  python -m clip_jax.predict --model=%s --labels="a dog,a cat" picture.png', run.workdir)
+    logger.info('Use it:  python -m clip_jax.predict --model=%s --labels="a dog,a cat" image.png', run.workdir)

@@ -62,7 +62,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str, arguments: Sequence
     if (smaller := config.progressive_resolution.steps) >= steps:
         raise ValueError(
             f"config.progressive_resolution.steps={smaller} must be below the run's {steps} steps, or it never sees "
-            "pictures of the model's size"
+            "images of the model's size"
         )
     fingerprint = f"{mixture.fingerprint()}-{len(mixture)}-seed{config.seed}-transform{TRANSFORM_VERSION}"
     before = saved_fingerprint(folder)
@@ -134,7 +134,7 @@ def check_first_pairs(mixture: Mixture, transform: Transform) -> None:
         try:
             transform.check(pair)
         except ImageError as error:
-            raise ValueError(f"config.data.source={name}: its first picture, {pair.key}: {error}") from None
+            raise ValueError(f"config.data.source={name}: its first image, {pair.key}: {error}") from None
 
 
 def check_hosts_agree(what: str) -> None:
