@@ -437,7 +437,8 @@ def test_recomputing_blocks_and_unrolling_their_scan_change_neither_function_nor
     gradients, result = outcome(remat="full", scan_unroll=99)  # more blocks in a scan step than there are: all of them
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), result, expected)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-3 * np.abs(b).max()),
+        # The gradient of the keys' bias is zero but for rounding: a softmax does not change with it.
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-3 * np.abs(b).max() + 1e-6),
         gradients,
         expected_gradients,
     )
