@@ -28,8 +28,8 @@ quickstart: $(VENV)/.base  ## train a small CLIP on the pairs that ship, and rep
 test: $(VENV)/.test  ## every test but the slow ones and those that need the PyTorch peers
 	$(VENV)/bin/python -m pytest $(IN_PARALLEL) -m "not slow" --ignore=tests/peers
 
-test-nightly: $(VENV)/.test  ## the slow ones as well
-	$(VENV)/bin/python -m pytest $(IN_PARALLEL) --ignore=tests/peers
+test-nightly: $(VENV)/.test  ## the slow ones as well, with optimized programs
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(VENV)/bin/python -m pytest $(IN_PARALLEL) --ignore=tests/peers
 
 # The short unit tests of every subsystem: two minutes on two cores. With the newest versions of all libraries they show
 # whether one of these breaks something.

@@ -163,6 +163,9 @@ class Parser(argparse.ArgumentParser):
         words, overrides = [], []
         rest = iter(argv)
         for word in rest:
+            if word == "--":  # only names of files follow
+                words += [word, *rest]
+                break
             if not word.startswith(OVERRIDE):
                 words.append(word)
                 continue

@@ -2,8 +2,8 @@
 
     python -m clip_jax.plan --config=configs/vit_l14.py --topology=v5p-512 [--config.mesh.fsdp=4 ...]
 
-Needs the compiler for TPUs: pip install "clip-jax-tpu[tpu]". Exit codes: 0 it fits, 1 it does not, 2 a mistake in the
-command (one line), 3 interrupted.
+Needs the compiler for TPUs: pip install "clip-jax-tpu[tpu]". Exit codes: 0 it fits, 1 it does not or the command
+failed (a line ``failed: ...``), 2 a mistake in the command (one line), 3 interrupted.
 """
 
 import argparse

@@ -122,7 +122,7 @@ def read_annotations(name: str, source: Source) -> list[Annotation]:
     """
     hosts, host = jax.process_count(), jax.process_index()
     rows = range(len(source) * host // hosts, len(source) * (host + 1) // hosts)
-    metadata = getattr(source, "metadata", None)  # reads the annotation without the image, where the source can
+    metadata = getattr(source, "read_metadata", None)  # reads the annotation without the image, where the source can
 
     def read(index: int) -> Annotation:
         label, captions, image = metadata(index) if metadata else _label_and_captions(source[index])

@@ -94,7 +94,7 @@ class TableSource:
     def _path(self, index: int, row: Row) -> str:
         return join(self._roots[int(np.searchsorted(self._files, index, side="right"))], row.image)
 
-    def metadata(self, index: int) -> tuple[str, list[str], str]:
+    def read_metadata(self, index: int) -> tuple[str, list[str], str]:
         """Returns label, captions and the image's path without reading the image. Raises as ``__getitem__``."""
         row = self._row(index)
         return row.label, row.captions, self._path(index, row)
