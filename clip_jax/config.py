@@ -224,13 +224,13 @@ def _is_finite(value: object) -> bool:
 def _model_problems(config: ml_collections.ConfigDict) -> list[str]:
     """Returns mistakes in the model, in its vocabulary for the tokenizer, and in ``config.progressive_resolution``."""
     problems = model_problems(config.model)
-    in_vision = any(problem.startswith("config.model.vision") for problem in problems)
-    vocab_size = config.model.text.get("vocab_size", VOCAB_SIZE)  # a section that lacks it is reported above
+    has_towers = not any(problem.startswith(("config.model.vision", "config.model.text")) for problem in problems)
+    vocab_size = config.model.text.get("vocab_size", VOCAB_SIZE)
     problems += must_be(
         vocab_size >= VOCAB_SIZE,
         f"config.model.text.vocab_size={vocab_size} must be at least the tokenizer's {VOCAB_SIZE}",
     )
-    if not in_vision:
+    if has_towers:
         first = read_section(ProgressiveResolutionSettings, config.progressive_resolution)
         problems += first.problems(model_preset(config).vision)
     return problems
@@ -253,11 +253,12 @@ def check_same_run(config: ml_collections.ConfigDict, saved: dict, where: str) -
         )
     now = flatten(ml_collections.ConfigDict(json.loads(to_json(config))))  # JSON has no tuples
     before = flatten(ml_collections.ConfigDict(saved))
-    # Keys missing from an older config take their defaults. Keys that no longer exist are ignored.
+    # Keys missing from an older config take their defaults. Keys that no longer exist outside the model are ignored.
     try:
         default = default_config(preset_from_dict(saved["model"]))
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{where} holds a run of an unknown model ({error}); choose another --workdir") from None
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else one_line(error)
+        raise ValueError(f"{where} holds a run of an unknown model ({reason}); choose another --workdir") from None
     defaults = flatten(ml_collections.ConfigDict(json.loads(to_json(default))))
     before |= {name: defaults[name] for name in now.keys() & defaults.keys() if name not in before}
     may_change = MAY_CHANGE | {f"loss.{key}" for key in losses.keys_that_may_change()}

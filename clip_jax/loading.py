@@ -68,7 +68,7 @@ class LoadedModel:
         execution = choose_execution(mesh, weights.preset.fused_head_widths, dtype)
         model = CLIP(
             weights.preset,
-            dataclasses.replace(execution, scan_layers=False),
+            dataclasses.replace(execution, scan_layers=False, scan_unroll=1),
             # Only logit_scale is used. The others, such as a bias, are the same for all labels; they are kept.
             loss_parameters=loss_parameters_of(weights.variables["params"]),
         )

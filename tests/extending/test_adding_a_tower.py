@@ -24,7 +24,6 @@ from clip_jax.training.state import abstract_state, make_model
 from clip_jax.weights import Weights, WeightsError, read_weights, write_weights
 from clip_jax.weights.resizing import at_image_size
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 DOCUMENT = pathlib.Path(__file__).parent.parent.parent / "docs" / "design.md"
 SETTINGS = (
     "--config.data.source=emoji:noto/held_out",
@@ -40,7 +39,7 @@ SETTINGS = (
 
 
 @pytest.fixture(scope="module")
-def arguments(quick_compilation, tmp_path_factory):
+def arguments(tmp_path_factory):
     """The command line of a training with the block as its config file."""
     text = DOCUMENT.read_text(encoding="utf-8")
     block = text.partition("\n## How to add a tower\n")[2].partition("\n```python\n")[2].partition("```\n")[0]
