@@ -27,7 +27,7 @@ def large_are_slow(names):
 def gelu(preset):
     """The same architecture with the plain activation."""
     towers = {
-        tower: dataclasses.replace(part, activation="gelu") if hasattr(part, "activation") else part
+        tower: dataclasses.replace(part, activation="gelu") if part.activation else part
         for tower, part in (("vision", preset.vision), ("text", preset.text))
     }
     return dataclasses.replace(preset, **towers)

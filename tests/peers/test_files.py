@@ -74,7 +74,7 @@ def test_open_clip_loads_a_folder(preset, picture, tmp_path):
 
 def with_activation(preset, activation):
     towers = {
-        name: dataclasses.replace(tower, activation=activation) if hasattr(tower, "activation") else tower
+        name: dataclasses.replace(tower, activation=activation) if tower.activation else tower
         for name, tower in (("vision", preset.vision), ("text", preset.text))
     }
     return dataclasses.replace(preset, **towers)
