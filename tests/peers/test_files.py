@@ -127,7 +127,7 @@ def test_tensors_are_taken_as_arrays_are(picture, tmp_path):
     for images in (pixels, pixels[None], [pixels], pixels.permute(2, 0, 1).contiguous().permute(1, 2, 0)):
         np.testing.assert_array_equal(model.encode_image(images), expected)
     for wrong in (pixels.permute(2, 0, 1), pixels / 255, pixels.bfloat16(), (pixels / 255).requires_grad_()):
-        with pytest.raises(ValueError, match=r"a picture must be an array uint8 \[H, W, 3\], not"):
+        with pytest.raises(ValueError, match=r"an image must be an array uint8 \[H, W, 3\], not"):
             model.encode_image(wrong)
     tokens = open_clip.get_tokenizer("ViT-B-32")(TEXTS)  # int64 [3, 77] for a context of 24
     np.testing.assert_array_equal(model.encode_text(tokens), model.encode_text(TEXTS))
