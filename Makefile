@@ -36,7 +36,7 @@ test-nightly: $(VENV)/.test  ## the slow ones as well, with optimized programs
 FAST_TESTS = tests/data/sources tests/data/test_images.py tests/data/test_crops.py tests/data/test_tokenizer.py tests/evaluation/test_labels.py \
 	tests/evaluation/test_metrics.py tests/evaluation/test_registry.py tests/evaluation/test_retrieval.py \
 	tests/evaluation/test_robustness.py tests/launch/test_gke_jobset.py tests/losses tests/models/test_attention.py \
-	tests/models/test_execution.py tests/models/test_clip.py tests/test_lock.py tests/test_plan.py \
+	tests/models/test_execution.py tests/models/test_clip.py tests/test_lock.py \
 	tests/test_relative_paths.py tests/training/test_metrics.py \
 	tests/training/test_optimizer.py tests/test_sharding.py \
 	tests/training/test_step.py::test_a_batch_seen_again_and_again_is_learnt_by_heart \
