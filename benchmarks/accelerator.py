@@ -198,7 +198,7 @@ def starts(model: str, batch_size: int) -> list[Duel]:
 
 
 def next_batch(duel: Duel, tried: list[tuple[int | None, str]]) -> int | None:
-    """Returns the batch size to try next, or 0 if there is none; ``tried`` has (batch size, status) so far.
+    """Returns the batch size to try next, or 0 to stop; ``tried`` has (batch size, status) so far.
 
     Sizes double from the first until one does not fit. If the first does not fit, they halve until one does.
     """

@@ -65,10 +65,10 @@ class LoadedModel:
 
     def __init__(self, weights: Weights, batch_size: int, dtype: str, preprocessing: str = PREPROCESSINGS[0]):
         mesh = make_mesh(fsdp=1)
-        execution = choose_execution(mesh, weights.preset.fused_head_widths, dtype)
+        execution = choose_execution(mesh, weights.preset.fused_head_widths, dtype, scan_unroll=1)
         model = CLIP(
             weights.preset,
-            dataclasses.replace(execution, scan_layers=False, scan_unroll=1),
+            dataclasses.replace(execution, scan_layers=False),
             # Only logit_scale is used. The others, such as a bias, are the same for all labels; they are kept.
             loss_parameters=loss_parameters_of(weights.variables["params"]),
         )

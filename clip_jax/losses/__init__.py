@@ -11,7 +11,7 @@ from clip_jax.losses.sigmoid import Sigmoid
 from clip_jax.losses.softmax import Softmax
 from clip_jax.models.clip import loss_parameters_of
 from clip_jax.models.execution import execution_on
-from clip_jax.settings import changeable
+from clip_jax.settings import changeable, must_be_one_of
 
 __all__ = [
     "LOSSES",
@@ -65,8 +65,7 @@ def default_section() -> ml_collections.ConfigDict:
 
 def problems(section: ml_collections.ConfigDict) -> list[str]:
     """One line for each mistake in ``config.loss``, including the keys of losses that it does not select."""
-    known = section.kind in LOSSES
-    found = [] if known else [f"config.loss.kind={section.kind!r} must be one of {', '.join(LOSSES)}"]
+    found = must_be_one_of(section, "kind", LOSSES, "config.loss")
     found += [problem for loss in LOSSES.values() for problem in loss.problems(section)]
     return list(dict.fromkeys(found))  # losses share keys
 

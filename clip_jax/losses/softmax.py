@@ -13,7 +13,7 @@ from clip_jax.losses.base import Loss, Metrics, block_size_problems
 from clip_jax.losses.blockwise import blockwise_softmax_loss
 from clip_jax.losses.products import Products
 from clip_jax.losses.shards import METRIC_SPECS, REPLICATED, ROWS, all_mean, all_sum, global_size, pair_indices
-from clip_jax.settings import may_change
+from clip_jax.settings import may_change, must_be_one_of
 from clip_jax.sharding import BATCH_AXES
 
 
@@ -45,9 +45,7 @@ class Softmax(Loss):
 
     @staticmethod
     def problems(section: ml_collections.ConfigDict) -> list[str]:
-        known = section.form in FORMS
-        of_form = [] if known else [f"config.loss.form={section.form!r} must be one of {', '.join(FORMS)}"]
-        return of_form + block_size_problems(section)
+        return must_be_one_of(section, "form", FORMS, "config.loss") + block_size_problems(section)
 
     def resolved(self, global_batch_size: int, block_size: int) -> Self:
         form = choose_form(global_batch_size, self.mesh.size) if self.form == "auto" else self.form

@@ -101,7 +101,7 @@ class Linear(nn.Module):
     execution: Execution = Execution()
 
     def parameters(self, in_features: int) -> tuple[jax.Array, jax.Array | float]:
-        """Returns the kernel and the bias in the execution's dtype; the bias is 0 if there is none."""
+        """Returns the kernel and the bias in the execution's dtype; a layer without bias has 0."""
         dtype = self.execution.dtype
         kernel_init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         kernel = self.param("kernel", kernel_init, (in_features, self.features)).astype(dtype)

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+from clip_jax.settings import must_be_one_of
+
 # Mean and standard deviation of CLIP's training images, RGB in [0, 1], as published by OpenAI.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -44,9 +46,8 @@ class Preprocessing:
                 problems.append(f"{prefix}.{name}={values} must be three numbers, of red, green and blue")
             elif min(values) < least:
                 problems.append(f"{prefix}.{name}={values} must be at least {least:g}")
-        for name, choices in (("resize_mode", RESIZE_MODES), ("interpolation", INTERPOLATIONS)):
-            if getattr(self, name) not in choices:
-                problems.append(f"{prefix}.{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
+        problems += must_be_one_of(self, "resize_mode", RESIZE_MODES, prefix)
+        problems += must_be_one_of(self, "interpolation", INTERPOLATIONS, prefix)
         for name, largest in (("resize_size", MAX_RESIZE * image_size), ("fill_color", 255)):
             if not 0 <= getattr(self, name) <= largest:
                 problems.append(f"{prefix}.{name}={getattr(self, name)} must be in [0, {largest}]")

@@ -114,18 +114,18 @@ def get_preset(name: str) -> CLIPPreset:
 
 def problems(model: ml_collections.ConfigDict) -> list[str]:
     """Returns one line for each mistake in the section ``config.model``."""
-    problems = read_section(ModelSettings, model).problems()
+    found = read_section(ModelSettings, model).problems()
     sizes = {"embed_dim": model.embed_dim}
     sizes |= {f"{section}.{name}": value for section in ("vision", "text") for name, value in model[section].items()}
     too_small = [name for name, value in sizes.items() if type(value) is int and value <= 0]
-    problems += [f"config.model.{name}={sizes[name]} must be positive" for name in too_small]
+    found += [f"config.model.{name}={sizes[name]} must be positive" for name in too_small]
     try:
         preset = preset_from_dict(model.to_dict())
     except ValueError as error:
-        return [*problems, str(error)]
-    problems += preset.preprocessing.problems("config.model.preprocessing", preset.vision.image_size)
+        return [*found, str(error)]
+    found += preset.preprocessing.problems("config.model.preprocessing", preset.vision.image_size)
     if not too_small:
-        problems += preset.vision.problems("config.model.vision") + preset.text.problems("config.model.text")
+        found += preset.vision.problems("config.model.vision") + preset.text.problems("config.model.text")
         if model.patch_dropout and preset.vision.num_patches(preset.vision.image_size) is None:
-            problems.append(f"config.model.patch_dropout: a {preset.vision.title} has no patches to leave out")
-    return problems
+            found.append(f"config.model.patch_dropout: a {preset.vision.title} has no patches to leave out")
+    return found

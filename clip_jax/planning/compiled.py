@@ -190,14 +190,14 @@ def compile_step(config_dict: dict, topology: Topology) -> dict:
             "libtpu": importlib.metadata.version("libtpu"),
         },
     }
-    compiled = _run_compiler(make_train_step(config, model, optimizer, mesh).lower(state, batch))
+    compiled = _run_compiler(make_train_step(config, model, optimizer, mesh), state, batch)
     if not compiled["fits"]:
         compiled["kept_bytes"] = kept_bytes(config, mesh, state, batch)
     return facts | compiled
 
 
-def _run_compiler(lowered) -> dict:
-    """Compiles a lowered step, and returns its memory and program, or what does not fit."""
+def _run_compiler(step, state, batch: dict) -> dict:
+    """Lowers and compiles a step, and returns its memory and program, or what does not fit."""
     import jax
 
     started = time.perf_counter()
@@ -206,7 +206,7 @@ def _run_compiler(lowered) -> dict:
         # there is no executable.
         options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
         try:
-            executable = lowered.compile(compiler_options=options)
+            executable = step.lower(state, batch).compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

@@ -106,9 +106,11 @@ class Feed:
         )
 
     def _list_bad_samples(self, batch: Batch) -> None:
+        is_bad = batch.bad >= 0
+        if not is_bad.any():
+            return
         config, found = self._run.config, []
         transform = transform_of(config.data, model_preset(config), config.model.vision.image_size)
-        is_bad = batch.bad >= 0
         for index, reason in zip(batch.bad[is_bad].tolist(), batch.bad_reasons[is_bad].tolist(), strict=True):
             if not self._bad_samples.is_new(index):
                 continue

@@ -135,15 +135,16 @@ def train_steps(
                 evaluator(progress)
         log.flush()
     except (InputError, TooManyBadSamplesError, OSError) as error:
-        if saver.has_missed(progress):
-            # A signal may end the workers before the loop checks for it.
-            if isinstance(error, InputError) and saver.interruption.requested:
-                log.flush()
-                saver.save(progress, metrics)
+        # A signal may end the workers before the loop checks for it.
+        interrupted = isinstance(error, InputError) and saver.interruption.requested
+        if interrupted and saver.has_missed(progress):
+            log.flush()
+            saver.save(progress, metrics)
+        if not interrupted:
             # A save needs all hosts. They raise TooManyBadSamplesError at the same step, but not other errors.
-            elif jax.process_count() == 1 or isinstance(error, TooManyBadSamplesError):
+            can_save = jax.process_count() == 1 or isinstance(error, TooManyBadSamplesError)
+            if can_save and saver.has_missed(progress):
                 saver.save_before_leaving(progress, metrics)
-        if not (isinstance(error, InputError) and saver.interruption.requested):
             raise
     finally:
         feed.close()
@@ -219,12 +220,12 @@ class Evaluator:
             logger.warning("step %d  %s was not scored: %s", step, task.name, task.reason)
         if run.evaluations:
             self._writer.write(step, results.scalars())
+            if jax.process_index() == 0:
+                folder = run.workdir / "eval"
+                folder.mkdir(exist_ok=True)
+                (folder / f"{step}.json").write_text(json.dumps(results.as_dict(), indent=2) + "\n")
             if not final:
                 logger.info("step %d  %s", step, results.line())
-        if run.evaluations and jax.process_index() == 0:
-            folder = run.workdir / "eval"
-            folder.mkdir(exist_ok=True)
-            (folder / f"{step}.json").write_text(json.dumps(results.as_dict(), indent=2) + "\n")
         return results
 
 

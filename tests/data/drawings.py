@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 from clip_jax.data.augmentation import Augmentation
 from clip_jax.data.images import decode_for_training, training_transform
 
+PAPER = Augmentation()
 STRONG = Augmentation(
     flip=0.5,
     rotation=30,
@@ -32,6 +33,10 @@ EACH_ALONE = [
     for field in dataclasses.fields(Augmentation)
     if getattr(STRONG, field.name)
 ]
+
+
+def generator(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
 
 
 def noise(width: int, height: int) -> Image.Image:

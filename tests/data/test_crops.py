@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from drawings import EACH_ALONE, STRONG, drawing, encoded, noise, photograph, training_pixels
+from drawings import EACH_ALONE, PAPER, STRONG, drawing, encoded, generator, noise, photograph, training_pixels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -22,12 +22,6 @@ from clip_jax.data.images import (
     training_transform,
 )
 from clip_jax.models.preprocessing import Preprocessing
-
-PAPER = Augmentation()
-
-
-def generator(seed: int = 0) -> np.random.Generator:
-    return np.random.default_rng(seed)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (100, 64), (64, 101), (31, 17), (7, 300), (225, 224), (224, 224)])

@@ -9,24 +9,17 @@ import zlib
 import numpy as np
 import pytest
 import simplejpeg
-from drawings import encoded, noise, photograph, training_pixels
+from drawings import PAPER, encoded, generator, noise, photograph, training_pixels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from clip_jax.data import images
-from clip_jax.data.augmentation import Augmentation
 from clip_jax.data.images import (
     ImageError,
     decode_image,
     decode_pixels,
 )
-
-PAPER = Augmentation()
-
-
-def generator(seed: int = 0) -> np.random.Generator:
-    return np.random.default_rng(seed)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])

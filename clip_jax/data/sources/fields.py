@@ -1,7 +1,7 @@
 """Chooses the fields of a record that are its image, captions and class, by the options of a source's name.
 
 ``image=png,jpg``: the first of these fields that a record has. ``caption=txt:3,json.alt:1``: captions come from all of
-these fields that a record has, in these proportions. ``json.alt`` is the field of that name or, if there is none, the
+these fields that a record has, in these proportions. ``json.alt`` is the field of that name or, without one, the
 entry ``alt`` of the JSON in the field ``json``. ``template=a photo of a {}``: every caption is put into every template.
 ``clean=1``: captions are cleaned (:func:`clean_caption`). ``caption=`` without a value: the class, which ``label``
 names, is the caption.
@@ -201,7 +201,7 @@ def column_of(columns: Collection[str], field: str) -> str | None:
 
 
 def entry_of(value: object, path: str) -> object:
-    """Returns the entry of parsed JSON at a path of keys joined by dots; None if there is none."""
+    """Returns the entry of parsed JSON at a path of keys joined by dots, or None if a key is missing."""
     if isinstance(value, list | tuple):
         found = [entry_of(item, path) for item in value]
         return [item for item in found if item is not None] or None

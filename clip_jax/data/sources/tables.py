@@ -130,7 +130,7 @@ def open_rows(
     also: object = None,
     notes: Sequence[str] = (),
 ) -> TableSource:
-    """Opens the source of the rows of these files, and builds its index if there is none.
+    """Opens the source of the rows of these files, and builds a missing index.
 
     Args:
       name: name of the source, for the index.

@@ -177,7 +177,7 @@ def _prediction(task: TaskResult, index: int, count: int) -> Html:
 
 
 def _example(task: TaskResult, answer: int) -> Html:
-    """Returns the first image of a class in the task's data, or a sentence if there is none."""
+    """Returns the first image of a class in the task's data, or a sentence that says why there is no image."""
     images = np.flatnonzero(task.arrays["labels"] == answer)
     name = _class_name(task, answer)
     if not len(images):

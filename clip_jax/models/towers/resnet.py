@@ -18,6 +18,7 @@ from clip_jax.models.layers import Initializer, Linear, matrix_product, shard_ba
 from clip_jax.models.positions import resize_positions
 from clip_jax.models.towers.base import ImageTower, Shapes, side_of_grid
 from clip_jax.models.towers.transformer_tower import HEAD_WIDTH
+from clip_jax.settings import must_be_one_of
 
 BATCH_NORMS = ("global", "per_device")
 RESNET_REDUCTION = 32  # image side / side of the last stage's output; also channels of that output / width
@@ -79,9 +80,7 @@ class ResNetPreset(ImageTower):
             )
         if len(self.stage_sizes) != 4 or min(self.stage_sizes) < 1:
             problems.append(f"{prefix}.stage_sizes={self.stage_sizes} must be four positive numbers")
-        if self.batch_norm not in BATCH_NORMS:
-            problems.append(f"{prefix}.batch_norm={self.batch_norm!r} must be one of {', '.join(BATCH_NORMS)}")
-        return problems
+        return problems + must_be_one_of(self, "batch_norm", BATCH_NORMS, prefix)
 
     def flops(self, embed_dim: int, patch_dropout: float) -> int:
         side, half, channels = self.image_size // 2, self.width // 2, self.width

@@ -10,7 +10,7 @@ from clip_jax.models.execution import Execution
 from clip_jax.models.layers import LayerNorm, Linear, shard_batch
 from clip_jax.models.towers.base import Shapes, TextTower
 from clip_jax.models.towers.transformer_tower import TransformerTower, transformer_fields
-from clip_jax.models.transformer import Transformer, text_initializers
+from clip_jax.models.transformer import text_initializers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,15 +73,9 @@ class TextTransformer(nn.Module):
         x = token_embedding.astype(execution.dtype)[tokens] + positions[: tokens.shape[1]].astype(execution.dtype)
         x = shard_batch(x, execution)  # [B, L, W]
         ends = tokens.argmax(axis=-1)  # [B]
-        x = Transformer(
-            preset.num_layers,
-            preset.num_heads,
-            preset.mlp_width,
-            preset.activation,
-            text_initializers(preset.width, preset.num_layers),
-            execution,
-            name="transformer",
-        )((x,), read=lambda segments: jnp.take_along_axis(segments[0], ends[:, None, None], axis=1), causal_end=ends)
+        x = preset.transformer(text_initializers(preset.width, preset.num_layers), execution)(
+            (x,), read=lambda segments: jnp.take_along_axis(segments[0], ends[:, None, None], axis=1), causal_end=ends
+        )
         x = LayerNorm(execution, name="ln_final")(x)
         kernel_init = normal(preset.width**-0.5)
         return Linear(self.embed_dim, ("embed", "output"), kernel_init, execution=execution, name="projection")(x)

@@ -1,7 +1,10 @@
 """The base class of both transformer towers: checks, flops, and fields from the shapes of parameters."""
 
 from clip_jax.models.activations import ACTIVATIONS
+from clip_jax.models.execution import Execution
 from clip_jax.models.towers.base import ShapeError, Shapes
+from clip_jax.models.transformer import BlockInitializers, Transformer
+from clip_jax.settings import must_be, must_be_one_of
 
 HEAD_WIDTH = 64  # in all of the paper's transformers
 
@@ -30,14 +33,26 @@ class TransformerTower:
         return ({"layer": range(self.num_layers)},)
 
     def problems(self, prefix: str) -> list[str]:
-        problems = []
-        if self.width % self.num_heads:
-            problems.append(f"{prefix}.num_heads={self.num_heads} must divide width={self.width}")
-        if self.mlp_width <= 0:
-            problems.append(f"{prefix}.mlp_ratio={self.mlp_ratio} leaves nothing of width={self.width}")
-        if self.activation not in ACTIVATIONS:
-            problems.append(f"{prefix}.activation={self.activation!r} must be one of {', '.join(ACTIVATIONS)}")
-        return problems
+        return [
+            *must_be(
+                self.width % self.num_heads == 0,
+                f"{prefix}.num_heads={self.num_heads} must divide width={self.width}",
+            ),
+            *must_be(self.mlp_width > 0, f"{prefix}.mlp_ratio={self.mlp_ratio} leaves nothing of width={self.width}"),
+            *must_be_one_of(self, "activation", ACTIVATIONS, prefix),
+        ]
+
+    def transformer(self, initializers: BlockInitializers, execution: Execution) -> Transformer:
+        """Returns the blocks, as the child module "transformer" of the module that calls this."""
+        return Transformer(
+            self.num_layers,
+            self.num_heads,
+            self.mlp_width,
+            self.activation,
+            initializers,
+            execution,
+            name="transformer",
+        )
 
     def layer_flops(self, tokens: int) -> int:
         """Returns forward flops of a sequence of ``tokens`` through all layers; the last computes one position."""

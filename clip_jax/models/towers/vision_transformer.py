@@ -14,7 +14,7 @@ from clip_jax.models.patch_dropout import num_kept_patches
 from clip_jax.models.positions import resize_positions
 from clip_jax.models.towers.base import ImageTower, Shapes, side_of_grid
 from clip_jax.models.towers.transformer_tower import TransformerTower, transformer_fields
-from clip_jax.models.transformer import Transformer, vision_initializers
+from clip_jax.models.transformer import vision_initializers
 
 # Number of heads by width, for open_clip's models whose heads are not 64 wide: ViT-H, ViT-g, ViT-bigG and ViT-e.
 PUBLISHED_HEADS = {1280: 16, 1408: 16, 1664: 16, 1792: 16}
@@ -132,14 +132,8 @@ class VisionTransformer(nn.Module):
             segments = (jnp.concatenate(segments, axis=1),)
         ln_pre = LayerNorm(execution, name="ln_pre")
         segments = tuple(shard_batch(ln_pre(shard_batch(x, execution)), execution) for x in segments)
-        x = Transformer(
-            preset.num_layers,
-            preset.num_heads,
-            preset.mlp_width,
-            preset.activation,
-            vision_initializers(preset.width, preset.mlp_width),
-            execution,
-            name="transformer",
-        )(segments, read=lambda segments: segments[0][:, :1])  # [B, W], of the class token
+        x = preset.transformer(vision_initializers(preset.width, preset.mlp_width), execution)(
+            segments, read=lambda segments: segments[0][:, :1]
+        )  # [B, W], of the class token
         x = LayerNorm(execution, name="ln_post")(x)
         return linear(self.embed_dim, ("embed", "output"), normal, name="projection")(x)
