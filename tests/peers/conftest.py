@@ -13,3 +13,12 @@ def _optimized_programs():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(autouse=True)
+def _same_weights_in_every_run():
+    """Without a seed, one run drew weights for RN50x16 that turned float32 rounding into a difference of 1.4e-4."""
+    with contextlib.suppress(ImportError):
+        import torch
+
+        torch.manual_seed(0)
