@@ -20,7 +20,7 @@ define make_venv
 endef
 
 .NOTPARALLEL:
-.PHONY: quickstart test test-fast test-newest test-nightly test-peers test-peers-nightly test-cuda lint format bench lock clean
+.PHONY: quickstart test test-fast test-newest test-nightly test-mutation test-peers test-peers-nightly test-cuda lint format bench lock clean
 
 quickstart: $(VENV)/.base  ## train a small CLIP on the pairs that ship, and report
 	$(VENV)/bin/python -m clip_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
@@ -30,6 +30,9 @@ test: $(VENV)/.test  ## every test but the slow ones and those that need the PyT
 
 test-nightly: $(VENV)/.test  ## the slow ones as well, with optimized programs
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(VENV)/bin/python -m pytest $(IN_PARALLEL) --ignore=tests/peers
+
+test-mutation: $(VENV)/.test  ## which tests catch each of many planted faults; hours
+	$(VENV)/bin/python tests/mutation
 
 # The short unit tests of every subsystem: two minutes on two cores. With the newest versions of all libraries they show
 # whether one of these breaks something.

@@ -33,7 +33,7 @@ STEPS_OF_SCHEDULE = 1_000
 WARM_UP = 3  # runs, the first of which compiles; two if they are slow
 LONG_SECONDS = 4.0
 ROUND_SECONDS = 0.25  # minimal length of a round, so that waiting for the device after each run does not count
-MOST_RUNS = 10  # in a round, since each queued run may use its own memory
+MAX_RUNS = 10  # in a round, since each queued run may use its own memory
 LEAST_ROUNDS = 3
 CHECK_TOLERANCE = 0.02  # bfloat16 differs from float32 by about a tenth of this
 LOGIT_SCALE = float(np.log(1 / 0.07))
@@ -80,7 +80,7 @@ def timed(run: Callable[[], Any], wait: Callable[[Any], Any], spec: dict, warmed
         if count and estimate > LONG_SECONDS:
             break
     extra = warmed_up()
-    runs = min(math.ceil(min(ROUND_SECONDS, spec["round_limit_s"] / spec["rounds"]) / estimate), MOST_RUNS)
+    runs = min(math.ceil(min(ROUND_SECONDS, spec["round_limit_s"] / spec["rounds"]) / estimate), MAX_RUNS)
     seconds: list[float] = []
     begin = time.perf_counter()
     while len(seconds) < spec["rounds"]:

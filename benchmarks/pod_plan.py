@@ -16,7 +16,7 @@ import sys
 from clip_jax.command_line import Parser, command
 from clip_jax.config import load_config_file
 from clip_jax.planning import figures
-from clip_jax.planning.advice import MOST_PARTS
+from clip_jax.planning.advice import MAX_PARTS
 from clip_jax.planning.compiling import PlanError, compile_facts, known_facts
 from clip_jax.planning.report import make_report
 from clip_jax.planning.searching import guess_parts, with_values
@@ -50,9 +50,9 @@ def row(model: str, topology_name: str, known_only: bool) -> str | None:
             changes = {"model__remat": remat}
             facts = facts_of(changes)
     while _too_large(facts):
-        parts = 2 * changes.get("accumulation_steps", 0) or min(guess_parts(config, facts, topology), MOST_PARTS)
-        if parts > MOST_PARTS:
-            return f"| {model} | {topology_name} | does not fit in {MOST_PARTS} parts |" + " |" * 8
+        parts = 2 * changes.get("accumulation_steps", 0) or min(guess_parts(config, facts, topology), MAX_PARTS)
+        if parts > MAX_PARTS:
+            return f"| {model} | {topology_name} | does not fit in {MAX_PARTS} parts |" + " |" * 8
         changes |= {"accumulation_steps": parts}
         facts = facts_of(changes)
     if facts is None:

@@ -38,7 +38,7 @@ class Array(Protocol):
     def dtype(self) -> Any: ...
 
 
-Picture = Image.Image | Array | str | bytes | os.PathLike
+ImageInput = Image.Image | Array | str | bytes | os.PathLike
 
 PREPROCESSINGS = ("clip_jax", "openai")
 
@@ -100,7 +100,7 @@ class LoadedModel:
         """A digest of the parameters, which differs between models."""
         return digest_of(self._variables)
 
-    def encode_image(self, images: Picture | Iterable[Picture]) -> np.ndarray:
+    def encode_image(self, images: ImageInput | Iterable[ImageInput]) -> np.ndarray:
         """Returns the embeddings of M images, float32 ``[M, D]`` of unit length.
 
         Images are prepared as ``preset.preprocessing`` states, and read in batches: any number of paths takes the
@@ -155,7 +155,7 @@ class LoadedModel:
 
     def classify(
         self,
-        images: Picture | Iterable[Picture],
+        images: ImageInput | Iterable[ImageInput],
         labels: str | Iterable[str],
         templates: str | Iterable[str] = ("{}",),
     ) -> np.ndarray:
@@ -177,7 +177,7 @@ class LoadedModel:
 
     def classify_each(
         self,
-        images: Picture | Iterable[Picture],
+        images: ImageInput | Iterable[ImageInput],
         labels: str | Iterable[str],
         templates: str | Iterable[str] = ("{}",),
     ) -> Iterator[np.ndarray | Exception]:
@@ -240,33 +240,33 @@ class LoadedModel:
                 )
         return tokens[:, : text.context_length].astype(np.int32)
 
-    def _read(self, images: Picture | Iterable[Picture]) -> Iterator[list[np.ndarray | Exception]]:
+    def _read(self, images: ImageInput | Iterable[ImageInput]) -> Iterator[list[np.ndarray | Exception]]:
         """Yields batches of uint8 ``[S, S, 3]``, or errors. Reads the next batch while one is used."""
-        pictures = iter(_pictures(images))
+        inputs = iter(_image_inputs(images))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             ahead: list[Future | np.ndarray | Exception] = []
             while True:
                 batch, ahead = ahead, []
-                for picture in itertools.islice(pictures, self._batch_size):
+                for image_input in itertools.islice(inputs, self._batch_size):
                     # Pillow reads files lazily, and the same image may occur twice: two threads must not read it.
-                    now = isinstance(picture, Image.Image)
-                    ahead.append(self._attempt(picture) if now else pool.submit(self._attempt, picture))
+                    now = isinstance(image_input, Image.Image)
+                    ahead.append(self._attempt(image_input) if now else pool.submit(self._attempt, image_input))
                 if batch:
                     yield [item.result() if isinstance(item, Future) else item for item in batch]
                 if not ahead:
                     return
 
-    def _prepared(self, picture: Picture, image: Image.Image) -> np.ndarray:
+    def _prepared(self, image_input: ImageInput, image: Image.Image) -> np.ndarray:
         try:
             return evaluation_transform(image, self.preset.vision.image_size, self.preset.preprocessing)
         except ValueError as error:  # Pillow cannot resize or convert its mode
-            name = os.fsdecode(picture) if isinstance(picture, str | bytes | os.PathLike) else "an image"
+            name = os.fsdecode(image_input) if isinstance(image_input, str | bytes | os.PathLike) else "an image"
             raise ImageError(f"{name}: mode {image.mode}: {error}") from None
 
-    def _attempt(self, picture: Picture) -> np.ndarray | Exception:
+    def _attempt(self, image_input: ImageInput) -> np.ndarray | Exception:
         try:
-            image = _open(picture, self.max_pixels, self.max_aspect_ratio, self._as_stored)
-            return self._prepared(picture, image)
+            image = _open(image_input, self.max_pixels, self.max_aspect_ratio, self._as_stored)
+            return self._prepared(image_input, image)
         except (TypeError, ValueError, OSError) as error:
             return error
 
@@ -314,7 +314,7 @@ def _texts(texts: str | Iterable[str]) -> list[str]:
     return np.ravel(texts).tolist() if isinstance(texts, np.ndarray) else list(texts)
 
 
-def _pictures(images: Picture | Iterable[Picture]) -> Iterable[Picture]:
+def _image_inputs(images: ImageInput | Iterable[ImageInput]) -> Iterable[ImageInput]:
     """Returns several images, or one image, as an iterable."""
     if isinstance(images, Image.Image | str | bytes | os.PathLike):
         return [images]
@@ -328,23 +328,23 @@ def _pictures(images: Picture | Iterable[Picture]) -> Iterable[Picture]:
     return images
 
 
-def _open(picture: Picture, max_pixels: int, max_aspect_ratio: float, as_stored: bool) -> Image.Image:
+def _open(image_input: ImageInput, max_pixels: int, max_aspect_ratio: float, as_stored: bool) -> Image.Image:
     limits = {"max_pixels": max_pixels, "max_aspect_ratio": max_aspect_ratio, "as_stored": as_stored}
-    if isinstance(picture, Image.Image):
-        name = str(getattr(picture, "filename", "") or "an image")
+    if isinstance(image_input, Image.Image):
+        name = str(getattr(image_input, "filename", "") or "an image")
         try:
-            return to_rgb(picture, **limits)
+            return to_rgb(image_input, **limits)
         except ImageError as error:
             raise ImageError(f"{name}: {error}", error.reason) from None
         except Exception as error:  # damaged: Pillow's decoders raise errors of many types
             raise ImageError(f"{name}: {one_line(error)}") from None
-    if isinstance(picture, str | bytes | os.PathLike):
-        path = os.fsdecode(picture)
+    if isinstance(image_input, str | bytes | os.PathLike):
+        path = os.fsdecode(image_input)
         try:
             return decode_image(_read_file(path), **limits)
         except ImageError as error:
             raise ImageError(f"{path}: {error}", error.reason) from None
-    return to_rgb(Image.fromarray(_pixels(picture)), **limits)
+    return to_rgb(Image.fromarray(_pixels(image_input)), **limits)
 
 
 def _read_file(path: str) -> bytes:
@@ -356,15 +356,15 @@ def _read_file(path: str) -> bytes:
         return file.read()
 
 
-def _pixels(picture: object) -> np.ndarray:
+def _pixels(image_input: object) -> np.ndarray:
     """Returns the array as uint8 ``[H, W, 3]``, ``[H, W]`` or ``[H, W, 4]``. Raises ValueError with the fix."""
-    if not (hasattr(picture, "shape") and hasattr(picture, "dtype")):
-        raise TypeError(f"an image must be a path, a Pillow image or an array, not {type(picture).__name__}")
-    shape, kind = list(picture.shape), str(picture.dtype).removeprefix("torch.")
+    if not (hasattr(image_input, "shape") and hasattr(image_input, "dtype")):
+        raise TypeError(f"an image must be a path, a Pillow image or an array, not {type(image_input).__name__}")
+    shape, kind = list(image_input.shape), str(image_input.dtype).removeprefix("torch.")
     channels_first = len(shape) == 3 and shape[0] in (1, 3, 4) and shape[2] not in (1, 3, 4)
     fits = len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))
     if kind == "uint8" and fits and all(shape):
-        array = np.ascontiguousarray(_as_numpy(picture))
+        array = np.ascontiguousarray(_as_numpy(image_input))
         return array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array
     fixes = ["move the channels last" * channels_first]
     if "float" in kind:

@@ -43,7 +43,7 @@ def parse_arguments(argv: list[str], program: str = PROGRAM) -> argparse.Namespa
     convert = add("convert", _convert, "Writes any source as ArrayRecord shards for training.")
     _add_source(convert)
     _add_output(convert)
-    convert.add_argument("--licence", default="", metavar="TEXT", help="license of the pairs, stored in the manifest")
+    convert.add_argument("--license", default="", metavar="TEXT", help="license of the pairs, stored in the manifest")
 
     clipart = add(
         "openclipart", _openclipart, "Writes the drawings of Debian's openclipart-png and openclipart-svg as shards."
@@ -166,7 +166,7 @@ class ProgressLine:
 def _convert(arguments: argparse.Namespace) -> None:
     from clip_jax.data.sources import open_source
 
-    _write(open_source(arguments.source), arguments.source, arguments, arguments.licence)
+    _write(open_source(arguments.source), arguments.source, arguments, arguments.license)
 
 
 def _openclipart(arguments: argparse.Namespace) -> None:

@@ -76,7 +76,7 @@ def choose_fsdp(state_bytes: float, memory_bytes: float | None, devices: Sequenc
     """Returns the fewest devices to share one copy of the state, so that each share is a quarter of memory at most.
 
     More devices per copy need less memory, but send parameters for every layer. The rest of the memory is for
-    activations, of which this rule knows nothing; ``python -m clip_jax.plan --search=mesh`` compiles and compares.
+    activations, which this rule does not know; ``python -m clip_jax.plan --search=mesh`` compiles and compares.
 
     Args:
       state_bytes: bytes of parameters, gradients and optimizer state.

@@ -13,11 +13,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="clip_jax_tests_")
 # Most of the time of most tests is compilation, of programs that other tests, workers of xdist and processes that tests
 # start compile as well. One folder for all of them, which the first process makes and removes.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = (
-    os.environ["JAX_COMPILATION_CACHE_DIR"]
-    if "PYTEST_XDIST_WORKER" in os.environ
-    else tempfile.mkdtemp(prefix="clip_jax_compiled_")
-)
+CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE or tempfile.mkdtemp(prefix="clip_jax_compiled_")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # Programs as small as these take far longer to optimize than to run. The nightly tests optimize, as users do.
@@ -25,9 +22,14 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tiny_training
 from jax.sharding import AxisType, Mesh
+
+# Eight devices hold eight copies of most arrays, and orbax lets each of them save a slice. Thousands of slices of a few
+# bytes take a second for each checkpoint; the limit turns this off for small arrays.
+ocp.type_handlers.get_type_handler(jax.Array)._min_slice_bytes_for_replica_parallel = 2**20
 
 # The files that take longest. Each process of xdist takes one file at a time, in this order; a long file that came
 # last would run alone.
@@ -52,7 +54,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_unconfigure():
-    if "PYTEST_XDIST_WORKER" not in os.environ:
+    if not CACHE:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 

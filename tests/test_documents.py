@@ -5,45 +5,16 @@ import json
 import pathlib
 import re
 import shutil
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 from documented_blocks import BLOCKS, Run, Skip
+from fenced_blocks import Block, fenced_blocks
 from fresh_clone import REPOSITORY, Clone
 
 EXECUTED = ("sh", "python")
 LISTED = (*EXECUTED, "dockerfile")
 COMMAND = re.compile(r"\s*(\$ |!|python |pip |make |\.venv/)")
-FENCE = re.compile(r" *(?P<marks>`{3,}|~{3,}) *(?P<language>[^`]*)")
-
-
-class Block(NamedTuple):
-    document: str
-    line: int
-    language: str
-    text: str
-
-
-def fenced_blocks(document: str, text: str) -> list[Block]:
-    """Every fenced block, also an indented one.
-
-    Raises:
-      ValueError: a fence is not closed.
-    """
-    blocks, opened = [], None
-    for number, line in enumerate(text.splitlines(), start=1):
-        fence = FENCE.fullmatch(line)
-        if opened is None and fence:
-            opened, first, lines = fence, number, []
-        elif opened and fence and not fence["language"] and fence["marks"].startswith(opened["marks"]):
-            blocks.append(Block(document, first, opened["language"].strip(), "\n".join(lines)))
-            opened = None
-        elif opened:
-            lines.append(line)
-    if opened:
-        raise ValueError(f"{document}:{first}: the fence is not closed")
-    return blocks
 
 
 def documents() -> list[pathlib.Path]:
@@ -70,7 +41,7 @@ def unlisted(blocks: list[Block], entries=BLOCKS) -> list[str]:
         if block.language in LISTED:
             found = len(entries_of(block, entries))
             if found != 1:
-                problems.append(f"{where} has {found} entries in tests/documented_blocks.py instead of one")
+                problems.append(f"{where} has {found} entries in tests/helpers/documented_blocks.py instead of one")
         elif block.language not in ("", "json"):
             problems.append(f"{where}: {block.language!r} is none of {', '.join(LISTED)}, json or nothing for output")
         elif not block.language and any(map(COMMAND.match, block.text.splitlines())):

@@ -183,7 +183,7 @@ def test_weights_that_are_not_finite_are_one_line(run, tmp_path, capsys):
 
 def test_results_are_written_when_another_task_fails(run, task_file, tmp_path, capsys):
     (tmp_path / "torn/a").mkdir(parents=True)
-    (tmp_path / "torn/a/1.png").write_bytes(b"no picture")
+    (tmp_path / "torn/a/1.png").write_bytes(b"no image")
     (tmp_path / "torn.json").write_text(
         json.dumps({"name": "torn", "kind": "zero_shot", "source": f"image_folder:{tmp_path}/torn"})
     )

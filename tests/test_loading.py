@@ -48,7 +48,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pictures") / "photo.png"
+    path = tmp_path_factory.mktemp("images") / "photo.png"
     Image.fromarray(PIXELS).save(path)
     return path
 
@@ -111,22 +111,22 @@ def test_the_package_lists_what_it_has():
         lambda path: np.dstack([PIXELS, np.full(PIXELS.shape[:2], 255, np.uint8)]),
     ],
 )
-def test_a_picture_is_the_same_however_it_is_given(model, photo, images):
+def test_an_image_is_the_same_however_it_is_given(model, photo, images):
     expected = model.encode_image([PIXELS])
     np.testing.assert_array_equal(model.encode_image(images(photo)), expected)
 
 
-def test_grey_is_two_or_three_axes_and_sixteen_bits_come_from_files(model, tmp_path):
-    grey = PIXELS[:, :, 0]
-    expected = model.encode_image(np.dstack([grey] * 3))
-    np.testing.assert_array_equal(model.encode_image([grey]), expected)
-    np.testing.assert_array_equal(model.encode_image([grey[:, :, None]]), expected)
-    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+def test_gray_is_two_or_three_axes_and_sixteen_bits_come_from_files(model, tmp_path):
+    gray = PIXELS[:, :, 0]
+    expected = model.encode_image(np.dstack([gray] * 3))
+    np.testing.assert_array_equal(model.encode_image([gray]), expected)
+    np.testing.assert_array_equal(model.encode_image([gray[:, :, None]]), expected)
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "deep.png")
     np.testing.assert_array_equal(model.encode_image(tmp_path / "deep.png"), expected)
 
 
 @pytest.mark.parametrize(
-    ("picture", "words"),
+    ("image", "words"),
     [
         (PIXELS / np.float32(255), ["float32 [20, 30, 3]", "multiply pixels in [0, 1] by 255", "mean and standard"]),
         (Tensor(np.moveaxis(PIXELS, 2, 0) / np.float32(255)), ["float32 [3, 20, 30]", "channels last", "by 255"]),
@@ -142,15 +142,15 @@ def test_grey_is_two_or_three_axes_and_sixteen_bits_come_from_files(model, tmp_p
         ("/dev/null", ["/dev/null: a pipe or device"]),
     ],
 )
-def test_what_is_no_picture_is_refused_in_a_line_with_the_fix(model, picture, words):
+def test_what_is_no_image_is_refused_in_a_line_with_the_fix(model, image, words):
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the words are what is checked
-        model.encode_image([picture])
+        model.encode_image([image])
     assert "\n" not in str(error.value)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
 @pytest.mark.parametrize("images", [None, 5, {"pixel_values": PIXELS}, [None], [[0, 1]], object()])
-def test_what_could_not_be_a_picture_is_a_type_error(model, images):
+def test_what_could_not_be_an_image_is_a_type_error(model, images):
     with pytest.raises(TypeError, match=r"not (NoneType|int|dict|list|object)"):
         model.encode_image(images)
 
@@ -230,27 +230,27 @@ def test_labels_and_templates_that_make_no_sense_are_refused(model, labels, temp
         model.classify([PIXELS], labels, templates)
 
 
-def test_each_picture_is_answered_or_explained_in_order(model, photo):
-    pictures = [photo, "none.png", PIXELS, None, photo]
-    answers = list(model.classify_each(pictures, ["a", "b"]))
+def test_each_image_is_answered_or_explained_in_order(model, photo):
+    images = [photo, "none.png", PIXELS, None, photo]
+    answers = list(model.classify_each(images, ["a", "b"]))
     expected = model.classify(PIXELS, ["a", "b"])[0]
     for index in (0, 2, 4):
         np.testing.assert_allclose(answers[index], expected, rtol=1e-5)
     assert isinstance(answers[1], FileNotFoundError) and isinstance(answers[3], TypeError)
     with pytest.raises(FileNotFoundError, match=r"none\.png"):
-        model.classify(pictures, ["a", "b"])
+        model.classify(images, ["a", "b"])
 
 
-def test_pictures_are_asked_for_no_more_than_two_batches_ahead(model, monkeypatch):
+def test_images_are_asked_for_no_more_than_two_batches_ahead(model, monkeypatch):
     asked = []
 
-    def pictures():
+    def make_images():
         for number in range(100):
             asked.append(number)
             yield PIXELS
 
     monkeypatch.setattr(model, "_batch_size", 8)
-    answers = model.classify_each(pictures(), ["a", "b"])
+    answers = model.classify_each(make_images(), ["a", "b"])
     for number, _ in enumerate(answers):
         assert len(asked) <= number + 2 * 8 + 1
     assert len(asked) == 100
@@ -287,7 +287,7 @@ def test_bfloat16_computes_in_it_and_returns_float32(model):
     np.testing.assert_allclose(embeddings, model.encode_image(PIXELS), rtol=0, atol=0.02)
 
 
-def test_any_number_of_labels_and_pictures_compiles_a_few_programs(caplog):
+def test_any_number_of_labels_and_images_compiles_a_few_programs(caplog):
     model = random_model()  # with batches of 64, on eight devices: 8 or 64 rows
     words = " ".join(["word"] * 30)
     caplog.set_level(logging.DEBUG, "jax")

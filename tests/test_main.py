@@ -29,16 +29,16 @@ PUBLISHED = {
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """A folder of eight pictures with captions, and a CSV of them."""
-    folder = tmp_path / "pictures"
+def image_folder(tmp_path):
+    """A folder of eight images with captions, and a CSV of them."""
+    folder = tmp_path / "images"
     folder.mkdir()
     rng = np.random.default_rng(0)
     rows = ["path,text"]
     for index in range(8):
         Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(folder / f"{index}.png")
         (folder / f"{index}.txt").write_text(f"noise number {index}\nanother caption\n")
-        rows.append(f"pictures/{index}.png,noise number {index}")
+        rows.append(f"images/{index}.png,noise number {index}")
     (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
     return folder
 
@@ -133,7 +133,7 @@ def test_a_wrong_value_is_one_line(capsys, tmp_path, argument, expected):
     ],
 )
 def test_a_wrong_value_of_a_resnet_is_one_line(capsys, tmp_path, argument, expected):
-    arguments = ["--config=configs/rn50.py", "--config.data.source=folder:/pictures", f"--workdir={tmp_path}/run"]
+    arguments = ["--config=configs/rn50.py", "--config.data.source=folder:/images", f"--workdir={tmp_path}/run"]
     assert expected in mistake(capsys, *arguments, f"--config.model.vision.{argument}")
     assert not (tmp_path / "run").exists()
 
@@ -148,12 +148,12 @@ def test_a_wrong_value_of_a_resnet_is_one_line(capsys, tmp_path, argument, expec
 )
 def test_a_first_resolution_that_does_not_fit_is_one_line(capsys, tmp_path, config, size, expected):
     first = [f"--config.progressive_resolution.image_size={size}", "--config.progressive_resolution.steps=10"]
-    arguments = [f"--config=configs/{config}.py", "--config.data.source=folder:/pictures", f"--workdir={tmp_path}/run"]
+    arguments = [f"--config=configs/{config}.py", "--config.data.source=folder:/images", f"--workdir={tmp_path}/run"]
     assert expected in mistake(capsys, *arguments, *first)
 
 
 def test_a_resnet_has_no_patches_to_leave_out(capsys, tmp_path):
-    arguments = ["--config=configs/rn50.py", "--config.data.source=folder:/pictures", f"--workdir={tmp_path}/run"]
+    arguments = ["--config=configs/rn50.py", "--config.data.source=folder:/images", f"--workdir={tmp_path}/run"]
     assert "has no patches to leave out" in mistake(capsys, *arguments, "--config.model.patch_dropout=0.5")
 
 
@@ -217,14 +217,14 @@ def test_the_config_of_a_published_model_without_data_says_how_to_name_some(caps
     assert "--config.data.source=folder:" in mistake(capsys, "--config=configs/vit_l14.py")
 
 
-def test_a_batch_that_the_devices_cannot_share_is_told_with_sizes_that_fit(capsys, tmp_path, pictures):
-    arguments = [*small_vit_l14(f"folder:{pictures}", tmp_path / "run"), "--config.global_batch_size=12"]
+def test_a_batch_that_the_devices_cannot_share_is_told_with_sizes_that_fit(capsys, tmp_path, image_folder):
+    arguments = [*small_vit_l14(f"folder:{image_folder}", tmp_path / "run"), "--config.global_batch_size=12"]
     assert "8 or 16 can" in mistake(capsys, *arguments)
     assert "does not divide the 8 devices" in mistake(capsys, *arguments, "--config.mesh.fsdp=3")
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.usefixtures("pictures")
+@pytest.mark.usefixtures("image_folder")
 def test_missing_data_is_one_line(capsys, tmp_path):
     workdir = tmp_path / "run"
     assert "no folder" in mistake(capsys, *small_vit_l14(f"folder:{tmp_path}/none", workdir))
@@ -235,30 +235,30 @@ def test_missing_data_is_one_line(capsys, tmp_path):
     assert not workdir.exists()
 
 
-def test_data_whose_first_picture_is_broken_is_refused(capsys, tmp_path, pictures):
-    (pictures / "0.png").write_bytes(b"not a picture")
-    message = mistake(capsys, *small_vit_l14(f"folder:{pictures}", tmp_path / "run"))
+def test_data_whose_first_image_is_broken_is_refused(capsys, tmp_path, image_folder):
+    (image_folder / "0.png").write_bytes(b"not an image")
+    message = mistake(capsys, *small_vit_l14(f"folder:{image_folder}", tmp_path / "run"))
     assert "0.png" in message
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("kind", ["folder", pytest.param("csv", marks=pytest.mark.slow)])
-def test_vit_l14_at_reduced_depth_trains_two_steps_on_eight_pictures(capsys, tmp_path, pictures, kind):
-    source = f"folder:{pictures}" if kind == "folder" else f"csv:{tmp_path}/pairs.csv?image=path&caption=text"
+def test_vit_l14_at_reduced_depth_trains_two_steps_on_eight_images(capsys, tmp_path, image_folder, kind):
+    source = f"folder:{image_folder}" if kind == "folder" else f"csv:{tmp_path}/pairs.csv?image=path&caption=text"
     assert main(small_vit_l14(source, tmp_path / "run")) == 0
     output = capsys.readouterr().out
     assert "step 2/2" in output
     assert "python -m clip_jax.predict --model=" in output
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2]
-    # Two captions or one a picture, eight pairs a batch: an untrained model is near chance.
+    # Two captions or one per image, eight pairs a batch: an untrained model is near chance.
     assert 1.5 < records[0]["loss"] < 6
 
 
-def test_a_broken_picture_in_the_middle_is_replaced_counted_and_named(capsys, tmp_path, pictures):
-    picture = pictures / "5.png"
-    picture.write_bytes(picture.read_bytes()[:200])
-    assert main(small_vit_l14(f"folder:{pictures}", tmp_path / "run")) == 0
+def test_a_broken_image_in_the_middle_is_replaced_counted_and_named(capsys, tmp_path, image_folder):
+    image = image_folder / "5.png"
+    image.write_bytes(image.read_bytes()[:200])
+    assert main(small_vit_l14(f"folder:{image_folder}", tmp_path / "run")) == 0
     output = capsys.readouterr().out
     named = [line for line in output.splitlines() if "5.png" in line]
     assert len(named) == 1  # though it came up in each of the two epochs
@@ -266,13 +266,13 @@ def test_a_broken_picture_in_the_middle_is_replaced_counted_and_named(capsys, tm
     assert records[-1]["bad_samples/undecodable"] == 2
 
 
-def test_the_folder_of_another_run_is_refused_and_left_as_it_is(capsys, tmp_path, pictures):
-    arguments = small_vit_l14(f"folder:{pictures}", tmp_path / "run")
+def test_the_folder_of_another_run_is_refused_and_left_as_it_is(capsys, tmp_path, image_folder):
+    arguments = small_vit_l14(f"folder:{image_folder}", tmp_path / "run")
     assert main(arguments) == 0
     capsys.readouterr()
     before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*"))
     assert "seed was 0 and is 1" in mistake(capsys, *arguments, "--config.seed=1")
-    (pictures / "7.txt").write_text("another caption than it was trained with\n")
+    (image_folder / "7.txt").write_text("another caption than it was trained with\n")
     assert "was trained on other data" in mistake(capsys, *arguments)
     assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*")) == before
 
@@ -288,10 +288,10 @@ def test_a_run_of_an_older_version_had_what_is_now_the_default(tmp_path):
         check_same_run(config, saved, "the folder")
 
 
-def test_a_resnets_run_is_known_again_though_json_has_lists_for_its_tuples(tmp_path, pictures):
+def test_a_resnets_run_is_known_again_though_json_has_lists_for_its_tuples(tmp_path, image_folder):
     arguments = [
         "--config=configs/rn50.py",
-        f"--config.data.source=folder:{pictures}",
+        f"--config.data.source=folder:{image_folder}",
         "--config.global_batch_size=8",
         "--config.model.vision.stage_sizes=1,2,1,1",
     ]
@@ -310,7 +310,7 @@ def test_a_resnets_run_is_known_again_though_json_has_lists_for_its_tuples(tmp_p
 @pytest.mark.parametrize("name", ["quickstart", "clipart_vit_s16", *PUBLISHED])
 def test_every_config_takes_overrides_and_passes_its_own_checks(name):
     config, workdir, _ = parse_arguments(
-        [f"--config=configs/{name}.py", "--config.steps=5", "--config.data.source=folder:/pictures"]
+        [f"--config=configs/{name}.py", "--config.steps=5", "--config.data.source=folder:/images"]
     )
     validate(config)
     assert config.steps == 5

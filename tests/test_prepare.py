@@ -127,14 +127,14 @@ def test_a_full_disk_is_reported_in_one_line(tmp_path):
 
 
 def test_convert_prints_what_it_wrote_and_how_to_train_on_it(tmp_path, capsys):
-    arguments = ["convert", "emoji:noto/held_out", str(tmp_path / "out"), "--workers=1", "--licence=Apache-2.0"]
+    arguments = ["convert", "emoji:noto/held_out", str(tmp_path / "out"), "--workers=1", "--license=Apache-2.0"]
     assert prepare.main(arguments) == 0
     output, errors = capsys.readouterr()
     assert re.match(r"205 pairs, 1,752 captions, 0\.\d MB in 1 shards below ", output)
     source = re.search(r'--config\.data\.source="(.+)"', output)[1]
     assert len(open_source(source)) == 205
     assert errors.startswith("205 of 205 pairs  100%")
-    assert json.loads((tmp_path / "out/manifest.json").read_text())["licence"] == "Apache-2.0"
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["license"] == "Apache-2.0"
 
 
 def test_openclipart_becomes_shards(tmp_path, capsys):
@@ -153,7 +153,7 @@ def test_openclipart_becomes_shards(tmp_path, capsys):
     assert "left out: not_public_domain 1 (listed in" in capsys.readouterr().out
     assert open_source(f"array_record:{folders[2]}/pairs-*")[0].captions[0] == "A pear"
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
-    assert manifest["licence"].startswith("public domain") and manifest["conversion"]["source"] == "openclipart"
+    assert manifest["license"].startswith("public domain") and manifest["conversion"]["source"] == "openclipart"
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ class Chip:
 
 
 @pytest.mark.parametrize("fsdp", [1, 2, 4, 8, 16, 32])
-def test_any_power_of_two_of_chips_shares_a_copy_and_they_are_neighbours(fsdp):
+def test_any_power_of_two_of_chips_shares_a_copy_and_they_are_neighbors(fsdp):
     chips = [Chip(16 * y + x, (x, y, 0)) for y in range(16) for x in range(16)]
     mesh = make_mesh(fsdp, chips)
     assert dict(mesh.shape) == {"data": 256 // fsdp, "fsdp": fsdp}

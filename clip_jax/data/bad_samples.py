@@ -17,7 +17,7 @@ REASONS = (
     "too_small",
     "extreme_aspect_ratio",
     "empty_caption",
-    "no_picture",
+    "no_image",
     "duplicate_key",
     "unsafe_name",
     "truncated_file",

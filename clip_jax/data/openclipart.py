@@ -111,7 +111,7 @@ class OpenClipart:
     Of ``PARTS``, "held_out" has about a tenth of the names and "train" the others. Names that differ only in digits
     and punctuation are the same name.
 
-    Bad records raise PairError with one of the reasons ``no_title``, ``not_public_domain``, ``duplicate_picture`` (an
+    Bad records raise PairError with one of the reasons ``no_title``, ``not_public_domain``, ``duplicate_image`` (an
     earlier image has the same bytes), ``too_many_alike`` (20 earlier ones have its name) and ``damaged_record``.
 
     Args:
@@ -184,9 +184,9 @@ def _read_entries(paths: list[str], pngs: pathlib.Path, svgs: pathlib.Path) -> t
         if isinstance(metadata, PairError):
             problem = (metadata.reason, str(metadata))
         elif "publicdomain" not in metadata.license.lower():
-            problem = ("not_public_domain", f"the licence is {metadata.license or 'not given'}")
+            problem = ("not_public_domain", f"the license is {metadata.license or 'not given'}")
         elif image in images:
-            problem = ("duplicate_picture", f"the same bytes as {images[image]}")
+            problem = ("duplicate_image", f"the same bytes as {images[image]}")
         else:
             shared = titles[metadata.title] > MAX_PER_TITLE
             name = name_of(metadata, path.rpartition("/")[2], shared)

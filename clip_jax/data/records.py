@@ -56,7 +56,7 @@ def write_records(
 
     Returns:
       The manifest: ``pairs``, ``captions``, ``image_bytes``, ``merged`` records, ``bad_samples`` by reason, ``shards``
-      with the name, pairs, size and SHA-256 of each, ``licence``, and the ``conversion``: source and settings.
+      with the name, pairs, size and SHA-256 of each, ``license``, and the ``conversion``: source and settings.
 
     Raises:
       ValueError: the source is empty, or the folder holds other files.
@@ -80,7 +80,7 @@ def write_records(
     plans = plan_shards(map(job.note, range(job.shards)), settings.pairs_per_shard)
     changed = {shard: plan for shard, plan in plans.items() if job.note(shard)["plan"] != list(plan)}
     _run(job, changed, workers, progress)
-    manifest = _summarize(job) | {"licence": settings.licence, "conversion": conversion}
+    manifest = _summarize(job) | {"license": settings.license, "conversion": conversion}
     if not manifest["pairs"]:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in manifest["bad_samples"].items())
         raise WriteError(f"none of the {len(source):,} pairs of {source_name} can be used: {reasons}")

@@ -33,7 +33,7 @@ class Settings:
     pairs_per_shard: int = 10_000
     image_size: int = 0  # px; larger images are scaled down to this short side; 0: no image is changed
     quality: int = 92  # of the JPEGs that scaled images become
-    licence: str = ""
+    license: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

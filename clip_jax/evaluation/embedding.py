@@ -73,7 +73,7 @@ class Embedder:
         """uint8 ``[M, S, S, 3]`` to image_embeddings float32 ``[M, D]`` of unit length.
 
         ``images`` is an array, or :class:`clip_jax.evaluation.images.Images`. Raises ValueError on all hosts where
-        a picture cannot be read on one.
+        an image cannot be read on one.
         """
         return self._in_batches(self._encode_image, images)
 
@@ -122,7 +122,7 @@ class Embedder:
                             for place, row in enumerate(pool.map(rows.__getitem__, wanted)):
                                 result[place] = row
                         except (ValueError, OSError) as error:
-                            problems.append(str(error))  # told at the end: other hosts wait for this batch
+                            problems.append(str(error))  # reported at the end: other hosts wait for this batch
                     return result
 
                 batch = jax.make_array_from_callback((batch_size, *first.shape), sharding, part)

@@ -7,7 +7,7 @@ from clip_jax.models.execution import REMAT_POLICIES
 from clip_jax.planning.figures import num_bytes
 from clip_jax.planning.topologies import GENERATIONS, Topology, named_slices, parse_topology
 
-MOST_PARTS = 64  # the largest suggested factor for accumulation_steps
+MAX_PARTS = 64  # the largest suggested factor for accumulation_steps
 
 
 class Need(NamedTuple):
@@ -87,7 +87,7 @@ def _smaller_loss(report: dict, need: Need) -> list[Saving]:
 def _parts(report: dict, need: Need) -> list[Saving]:
     """The fewest parts that fit by this estimate; if none fit, the most parts."""
     pairs = report["pairs_per_device"] // report["accumulation_steps"]
-    possible = [2**power for power in range(1, MOST_PARTS.bit_length()) if pairs % 2**power == 0]
+    possible = [2**power for power in range(1, MAX_PARTS.bit_length()) if pairs % 2**power == 0]
     if not possible:
         return []
     parts = next((one for one in possible if need.fits(need.towers / one, need.loss)), possible[-1])

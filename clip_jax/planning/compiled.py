@@ -49,7 +49,7 @@ def slice_devices(topology: Topology) -> list:
     except jax.errors.JaxRuntimeError as error:
         reason = one_line(error).removeprefix("INVALID_ARGUMENT: ")
         raise ValueError(
-            f"--topology={topology.name}: the compiler knows no such slice ({reason}); near it are "
+            f"--topology={topology.name}: the compiler has no such slice ({reason}); near it are "
             f"{nearest_slices(topology)}"
         ) from None
     devices = list(description.devices)

@@ -141,7 +141,7 @@ def _ask_child(config: ml_collections.ConfigDict, topology: Topology, what: str)
 
 def _show_progress(child: subprocess.Popen, what: str) -> None:
     """Counts seconds in one line on a terminal, or prints a line every 30 seconds elsewhere, until the child ends."""
-    terminal, started, told = sys.stderr.isatty(), time.monotonic(), 0.0
+    terminal, started, reported = sys.stderr.isatty(), time.monotonic(), 0.0
     while True:
         try:
             child.wait(timeout=1)
@@ -149,8 +149,8 @@ def _show_progress(child: subprocess.Popen, what: str) -> None:
             elapsed = time.monotonic() - started
             if terminal:
                 print(f"\rcompiling {what}: {elapsed:.0f} s ", end="", file=sys.stderr, flush=True)
-            elif elapsed - told >= 30:
-                told = elapsed
+            elif elapsed - reported >= 30:
+                reported = elapsed
                 print(f"compiling {what}: {elapsed:.0f} s", file=sys.stderr, flush=True)
             continue
         if terminal:

@@ -184,7 +184,7 @@ def format_report(report: dict) -> list[str]:
     if not report["fits"]:
         return lines + _format_too_large(report)
     lines += _format_memory_and_work(report) + _format_seconds(report)
-    lines += ["", "What the prediction leaves out:", *(f"  - {line}" for line in left_out(report)), ""]
+    lines += ["", "Not in the prediction:", *(f"  - {line}" for line in left_out(report)), ""]
     run = (
         f"{report['steps']:,} steps"
         if report["pairs"] is None

@@ -100,10 +100,10 @@ def read_weights(
 
 def _check_activation(preset: CLIPPreset, given: str | None) -> None:
     for name, tower in (("image", preset.vision), ("text", preset.text)):
-        told = tower.activation  # None for a tower without a choice, such as a ResNet
-        if given is not None and told not in (given, None):
+        stated = tower.activation  # None for a tower without a choice, such as a ResNet
+        if given is not None and stated not in (given, None):
             raise WeightsError(
-                f"activation={given!r} contradicts the model's config, by which its {name} tower has {told!r}; leave "
+                f"activation={given!r} contradicts the model's config, by which its {name} tower has {stated!r}; leave "
                 "--activation away, or correct the config"
             )
 

@@ -152,7 +152,7 @@ def _check_towers(config: dict, text: dict, vision: dict) -> None:
     for name, part in (("text", text), ("vision", vision)):
         if part["hidden_act"] not in ACTIVATIONS:
             raise WeightsError(
-                f"{CONFIG_FILE}: {name}_config.hidden_act={part['hidden_act']!r} is not built here, only "
+                f"{CONFIG_FILE}: {name}_config.hidden_act={part['hidden_act']!r} is not supported, only "
                 f"{' and '.join(ACTIVATIONS)}"
             )
         if part["layer_norm_eps"] != 1e-5:

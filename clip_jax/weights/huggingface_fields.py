@@ -167,9 +167,9 @@ def read_preprocessing(file: str, content: Mapping, image_size: int) -> Preproce
     ]
     wrong += [f"{name}=None is no value" for name in sorted(empty) if switches[PROCESSOR_NUMBERS[name]]]
     if not switches["do_resize"]:
-        wrong.append("do_resize=False is not built here")
+        wrong.append("do_resize=False is not supported")
     if processor.get("do_pad", False) is not False:
-        wrong.append(f"do_pad={processor['do_pad']!r} is not built here")
+        wrong.append(f"do_pad={processor['do_pad']!r} is not supported")
     resample = processor.get("resample", 3)
     if type(resample) is not int or resample not in RESAMPLE:
         wrong.append(f"resample={resample!r} is not one of Pillow's numbers {', '.join(map(str, RESAMPLE))}")
@@ -216,7 +216,7 @@ def _resizing(file: str, size: object, default_to_square: object) -> tuple[str, 
             raise WeightsError(f"{file}: size.shortest_edge={size['shortest_edge']!r} is not a size in pixels")
         return "shortest", side_of(f"{file}: size.shortest_edge", size["shortest_edge"])
     if isinstance(size, Mapping) and set(size) != {"height", "width"}:
-        raise WeightsError(f"{file}: size={dict(size)} is not built here, only shortest_edge, or height and width")
+        raise WeightsError(f"{file}: size={dict(size)} is not supported, only shortest_edge, or height and width")
     squash = default_to_square or isinstance(size, Mapping | list)
     return "squash" if squash else "shortest", side_of(f"{file}: size", size)
 

@@ -52,7 +52,7 @@ def read_config(config: dict) -> CLIPPreset:
         if key not in known and (value not in _DEFAULTS[key] if key in _DEFAULTS else value)
     ]
     if unknown:
-        raise WeightsError(f"{CONFIG_FILE} describes a model that is not built here: {', '.join(unknown)}")
+        raise WeightsError(f"{CONFIG_FILE} describes a model that clip_jax does not support: {', '.join(unknown)}")
     activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
     # Missing keys have open_clip's defaults (CLIPVisionCfg and CLIPTextCfg in its model.py).
     width, head_width = vision.get("width", 768), vision.get("head_width", HEAD_WIDTH)

@@ -18,7 +18,7 @@ SHARD_NAME = re.compile(r".+-\d{5}-of-\d{5}\.\w+")
 # Prefixes of DistributedDataParallel and torch.compile, which wrap a whole model or one of its towers.
 WRAPPER = re.compile(r"(^|\.)(?:(?:module|_orig_mod)\.)+")
 HOLDERS = ("model.", "clip.")  # attributes in which other modules keep the model
-BESIDE_TOWERS = {"logit_scale", "logit_bias"}  # such a module may have these itself
+LOSS_PARAMETERS = {"logit_scale", "logit_bias"}  # the module that has both towers may have these, too
 SAFETENSORS_DTYPES = {
     "F64": np.dtype("f8"),
     "F32": np.dtype("f4"),
@@ -59,7 +59,7 @@ def without_wrappers(tensors: Tensors) -> dict[str, np.ndarray]:
       WeightsError: two tensors would get the same name.
     """
     names = {name: WRAPPER.sub(r"\1", name) for name in tensors}
-    while prefix := _shared_holder(set(names.values()) - BESIDE_TOWERS):
+    while prefix := _shared_holder(set(names.values()) - LOSS_PARAMETERS):
         names = {name: short.removeprefix(prefix) for name, short in names.items()}
     result = {short: tensors[name] for name, short in names.items()}
     if len(result) < len(names):

@@ -52,8 +52,8 @@ NOT_A_ZIP = tuple(
         (rb"", "not a file of torch.save or torch.jit.save; check that it is the one you mean"),
     )
 )
-MOST_SHARING = 8  # times the file's size: each tensor counts in full, also if several share a storage
-MOST_ATTRIBUTES, LONGEST_NAME = 100_000, 1_000  # a forged TorchScript archive can nest its modules without end
+MAX_SHARING = 8  # times the file's size: each tensor counts in full, also if several share a storage
+MAX_ATTRIBUTES, MAX_NAME_LENGTH = 100_000, 1_000  # a forged TorchScript archive can nest its modules without end
 
 
 class TorchFileError(ValueError):
@@ -125,7 +125,7 @@ def _read(file: BinaryIO) -> dict[str, np.ndarray]:
         storages = {key: _member(archive, f"{folder}data/{key}") for key in {t.storage.key for t in tensors.values()}}
     arrays = {name: _array(name, tensor, storages[tensor.storage.key], size) for name, tensor in tensors.items()}
     # A stride of 0 repeats an element. The arrays are views, but copies of them could fill any memory.
-    if sum(array.nbytes for array in arrays.values()) > MOST_SHARING * size:
+    if sum(array.nbytes for array in arrays.values()) > MAX_SHARING * size:
         raise TorchFileError("refused: its tensors are many times as large as the file; save them anew")
     return arrays
 
@@ -240,7 +240,7 @@ def _tensors_of(root: _Module) -> dict[str, _Tensor]:
     for prefix, module in modules:
         for name, value in module.items():
             attributes += 1
-            if attributes > MOST_ATTRIBUTES or len(prefix) + len(name) > LONGEST_NAME:
+            if attributes > MAX_ATTRIBUTES or len(prefix) + len(name) > MAX_NAME_LENGTH:
                 raise TorchFileError("refused: its modules nest without end; save the model's state_dict()")
             if isinstance(value, _Module):
                 modules.append((f"{prefix}{name}.", value))

@@ -64,6 +64,7 @@ def report() -> dict:
     }
 
 
+@pytest.mark.slow
 def test_without_pytorch_a_small_run_measures_ours_and_says_what_is_missing(tmp_path):
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\")")
     output = tmp_path / "report.json"

@@ -99,14 +99,14 @@ print(compiled.as_text())
 
 @needs_the_plugin
 def test_on_eight_gpus_each_attends_to_its_own_part_of_the_batch():
-    """80 pairs, 10 of them on each: 50 positions of pictures and 240 of texts, which no parameter has as a size."""
+    """80 pairs, 10 of them on each: 50 positions of images and 240 of texts, which no parameter has as a size."""
     program = run_alone("-c", EIGHT_GPUS)
     attentions = [line for line in program.splitlines() if 'custom_call_target="__cudnn$fmha' in line]
     assert len(attentions) >= 4
     for line in attentions:
         shapes = re.findall(r"bf16\[(\d+),\d+,\d+,64\]", line)
         assert shapes and set(shapes) == {"10"}
-        # The numbers of keys, where there are any, are those of the same pictures.
+        # The numbers of keys, where there are any, are those of the same images.
         assert set(re.findall(r"s32\[(\d+)\]", line)) <= {"10"}
     assert any("s32[10]" in line for line in attentions)
     gathered = re.findall(r"= (.*?) all-gather(?:-start)?\(", program)

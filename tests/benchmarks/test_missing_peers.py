@@ -30,6 +30,9 @@ BENCHMARKS = {
 }
 
 
+SLOW = ("inference", "input", "train_step")  # ten seconds each
+
+
 @pytest.fixture
 def no_peers(monkeypatch):
     find = importlib.util.find_spec
@@ -37,7 +40,7 @@ def no_peers(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_peers")
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in BENCHMARKS])
 def test_the_rest_is_measured(name, monkeypatch, capsys):
     arguments, peers, measured = BENCHMARKS[name]
     benchmark = importlib.import_module(f"benchmarks.{name}")

@@ -18,7 +18,7 @@ SVG = """<?xml version="1.0"?>
  xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><cc:Work rdf:about="">
 <dc:title>{title}</dc:title><dc:subject><rdf:Bag>{keywords}</rdf:Bag></dc:subject>
 <dc:creator><cc:Agent><dc:title>Ann Other</dc:title></cc:Agent></dc:creator>
-<cc:license rdf:resource="{licence}"/></cc:Work></rdf:RDF></metadata></svg>"""
+<cc:license rdf:resource="{license}"/></cc:Work></rdf:RDF></metadata></svg>"""
 
 
 class Library:
@@ -27,14 +27,14 @@ class Library:
     def __init__(self, root):
         self.png, self.svg, self._count = root / "png", root / "svg", 0
 
-    def add(self, path, title, keywords=(), licence=PUBLIC_DOMAIN, color=None):
+    def add(self, path, title, keywords=(), rights=PUBLIC_DOMAIN, color=None):
         self._count += 1
         for folder, suffix in ((self.png, "png"), (self.svg, "svg")):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             file = folder / f"{path}.{suffix}"
             if suffix == "svg":
                 items = "".join(f"<rdf:li>{keyword}</rdf:li>" for keyword in keywords)
-                file.write_text(SVG.format(title=title, keywords=items, licence=licence))
+                file.write_text(SVG.format(title=title, keywords=items, license=rights))
             else:
                 Image.new("RGBA", (3, 3), (color or self._count, self._count // 256, 0, 128)).save(file)
 
@@ -78,7 +78,7 @@ def test_a_drawing_has_captions_from_title_keywords_and_category_and_keeps_its_t
 
 def test_unusable_drawings_have_a_reason(library):
     library.add("animals/cat_v0.1", "Cat")
-    library.add("animals/dog", "Dog", licence="http://creativecommons.org/licenses/GPL/2.0/")
+    library.add("animals/dog", "Dog", rights="http://creativecommons.org/licenses/GPL/2.0/")
     library.add("animals/emu", "")
     library.add("animals/fox", "Fox", color=7)
     library.add("animals/fox_again", "Fox", color=7)
@@ -94,7 +94,7 @@ def test_unusable_drawings_have_a_reason(library):
         "not_public_domain": 1,
         "no_title": 1,
         "animals/fox": 1,
-        "duplicate_picture": 1,
+        "duplicate_image": 1,
         "damaged_record": 2,
         "too_many_alike": 2,
     } | {f"animals/ibis_{number}": 1 for number in sorted(range(22), key=str)[:20]}

@@ -67,12 +67,12 @@ def ten_pairs() -> Listed:
 
 def test_the_good_pairs_can_be_read_back(tmp_path):
     source = ten_pairs()
-    manifest = write_records(source, "ten", tmp_path / "out", Settings(pairs_per_shard=4, licence="CC0"))
+    manifest = write_records(source, "ten", tmp_path / "out", Settings(pairs_per_shard=4, license="CC0"))
     assert pairs_of(tmp_path / "out") == [source[index] for index in (0, 1, 4, 6, 9)]
     assert manifest["pairs"] == 5 and manifest["captions"] == 10
     assert manifest["image_bytes"] == sum(len(source[index].image) for index in (0, 1, 4, 6, 9))
     assert manifest["bad_samples"] == {"damaged_record": 1, "duplicate_key": 2, "empty_caption": 1, "undecodable": 1}
-    assert manifest["licence"] == "CC0"
+    assert manifest["license"] == "CC0"
     assert manifest["conversion"]["source"] == "ten" and manifest["conversion"]["fingerprint"] == "listed"
     assert json.loads((tmp_path / "out/manifest.json").read_text()) == manifest
     assert [shard["pairs"] for shard in manifest["shards"]] == [2, 2, 1]
@@ -237,8 +237,8 @@ def test_another_conversion_into_the_same_folder_is_refused(tmp_path, finished):
             write(progress=end_when_done)
     with pytest.raises(ValueError, match=r"pairs_per_shard was 4 and is 5.*choose another folder"):
         write(pairs_per_shard=5)
-    with pytest.raises(ValueError, match="licence was '' and is 'CC0'"):
-        write(licence="CC0")
+    with pytest.raises(ValueError, match="license was '' and is 'CC0'"):
+        write(license="CC0")
     with pytest.raises(ValueError, match="source was 'ten' and is 'eleven'"):
         write(name="eleven")
     with pytest.raises(ValueError, match="fingerprint was 'listed' and is 'other'"):

@@ -30,8 +30,8 @@ def test_stronger_corruptions_change_more(images, name):
 
 
 def test_noise_has_its_strength_and_differs_between_images():
-    grey = np.full((64, 64, 3), 128, np.uint8)
-    one, other = corruption("noise", 1)(grey, 0), corruption("noise", 1)(grey, 1)
+    gray = np.full((64, 64, 3), 128, np.uint8)
+    one, other = corruption("noise", 1)(gray, 0), corruption("noise", 1)(gray, 1)
     assert np.std(one) == pytest.approx(255 * NOISE[0], rel=0.05)
     assert np.corrcoef(one.ravel(), other.ravel())[0, 1] < 0.05
 

@@ -382,7 +382,7 @@ def test_numbers_as_labels_in_json_lines_are_labels(embedder_on, tmp_path):
 
 def test_other_tasks_are_scored_when_one_fails(embedder_on, folders, tmp_path):
     (tmp_path / "a").mkdir()
-    (tmp_path / "a/torn.png").write_bytes(b"no picture")
+    (tmp_path / "a/torn.png").write_bytes(b"no image")
     torn = colors_task(name="torn", source=f"image_folder:{tmp_path}")
     embedder = embedder_on((4, 2))
     seen = []

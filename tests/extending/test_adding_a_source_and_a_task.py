@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from fenced_blocks import fenced_blocks
 from fresh_clone import REPOSITORY
-from test_documents import fenced_blocks
 
 from clip_jax import prepare
 from clip_jax.data.images import Augmentation

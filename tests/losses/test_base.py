@@ -29,7 +29,13 @@ from clip_jax.losses.products import Products
 from clip_jax.losses.softmax import FORMS
 from clip_jax.models.clip import CLIP
 
-MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (8, 1), (4, 2), (2, 4), (1, 8)]
+MESHES = [
+    (1, 1),
+    (2, 1),
+    (2, 4),
+    (8, 1),
+    *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((1, 2), (2, 2), (4, 2), (1, 8))),
+]
 
 
 def test_every_loss_and_form_is_among_the_cases():

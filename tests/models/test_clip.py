@@ -1,6 +1,7 @@
 """Both towers: their sizes, what they may see, and that how they are computed does not change what they compute."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -28,7 +29,7 @@ PRESET = CLIPPreset(
 
 @pytest.fixture(scope="module")
 def tiny():
-    """A tiny model, its parameters, four pictures and four texts."""
+    """A tiny model, its parameters, four images and four texts."""
     model = CLIP(PRESET)
     random = np.random.default_rng(0)
     images = jnp.float32(random.normal(size=(4, 16, 16, 3)))
@@ -88,7 +89,7 @@ def test_every_preset_can_be_cut_into_whole_patches_and_heads(name):
 
 def test_both_embeddings_are_float32_of_unit_length(tiny):
     model, params, images, tokens = tiny
-    image_embeddings, text_embeddings, logit_scale = model.apply(params, images, tokens)
+    image_embeddings, text_embeddings, logit_scale = jax.jit(model.apply)(params, images, tokens)
     for embeddings in (image_embeddings, text_embeddings):
         assert embeddings.dtype == jnp.float32
         assert embeddings.shape == (4, 16)
@@ -191,11 +192,30 @@ def test_in_bfloat16_every_product_is_bfloat16_and_parameters_and_embeddings_sta
     assert len(products) >= 2 * 8
     assert all(dtypes == {jnp.dtype(jnp.bfloat16)} for dtypes in products)
 
-    outputs = half.apply(params, images, tokens)
+    outputs = jax.jit(half.apply)(params, images, tokens)
     assert {output.dtype for output in outputs} == {jnp.dtype("float32")}
-    for rounded, exact in zip(outputs[:2], model.apply(params, images, tokens)[:2], strict=True):
+    for rounded, exact in zip(outputs[:2], jax.jit(model.apply)(params, images, tokens)[:2], strict=True):
         assert (np.sum(rounded * exact, axis=1) > 0.999).all()
         assert np.abs(rounded - exact).max() > 1e-5  # it did compute with less
+
+
+@pytest.fixture(scope="module")
+def value_and_gradients(tiny):
+    """A function from changes of the execution to the loss and its gradients, each compiled once."""
+    model, params, images, tokens = tiny
+
+    @functools.cache
+    def run(**changes):
+        changed = computed_with(model, **changes)
+
+        def objective(params):
+            image_embeddings, text_embeddings, logit_scale = changed.apply(params, images, tokens)
+            logits = jnp.exp(logit_scale) * image_embeddings @ text_embeddings.T
+            return -jnp.diag(jax.nn.log_softmax(logits)).mean()
+
+        return jax.jit(jax.value_and_grad(objective))(params)
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -209,19 +229,7 @@ def test_in_bfloat16_every_product_is_bfloat16_and_parameters_and_embeddings_sta
     ],
     ids=str,
 )
-def test_how_layers_are_computed_changes_neither_function_nor_gradients(tiny, changes):
-    model, params, images, tokens = tiny
-
-    def value_and_gradients(**changes):
-        changed = computed_with(model, **changes)
-
-        def objective(params):
-            image_embeddings, text_embeddings, logit_scale = changed.apply(params, images, tokens)
-            logits = jnp.exp(logit_scale) * image_embeddings @ text_embeddings.T
-            return -jnp.diag(jax.nn.log_softmax(logits)).mean()
-
-        return jax.jit(jax.value_and_grad(objective))(params)
-
+def test_how_layers_are_computed_changes_neither_function_nor_gradients(value_and_gradients, changes):
     expected = value_and_gradients()
     assert all(np.abs(gradient).max() > 0 for gradient in jax.tree.leaves(expected[1]))
     result = value_and_gradients(**changes)
@@ -236,7 +244,7 @@ def test_layers_that_stand_by_themselves_are_the_same_function(tiny, apart):
     expected = jax.tree.structure(nn.meta.unbox(jax.eval_shape(alone.init, jax.random.key(0), images, tokens)))
     assert jax.tree.structure(unstacked) == expected
     for result, scanned in zip(
-        alone.apply(unstacked, images, tokens), model.apply(params, images, tokens), strict=True
+        jax.jit(alone.apply)(unstacked, images, tokens), jax.jit(model.apply)(params, images, tokens), strict=True
     ):
         np.testing.assert_allclose(result, scanned, rtol=0, atol=1e-5)
 

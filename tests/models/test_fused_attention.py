@@ -77,7 +77,14 @@ def assert_close(result: jax.Array, expected: jax.Array):
     np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5 * max(1, np.abs(expected).max()))
 
 
-@pytest.mark.parametrize(("context_length", "remat"), [(8, "none"), (7, "none"), *((7, r) for r in REMAT_POLICIES[1:])])
+@pytest.mark.parametrize(
+    ("context_length", "remat"),
+    [
+        (8, "none"),
+        (7, "lite"),
+        *(pytest.param(7, remat, marks=pytest.mark.slow) for remat in REMAT_POLICIES if remat != "lite"),
+    ],
+)
 def test_fused_attention_changes_neither_function_nor_gradients(without_cudnn, context_length, remat):
     model, params = started(context_length)
     fused = fused_like(model, remat=remat, scan_unroll=99 if remat == "lite" else 1)

@@ -332,7 +332,7 @@ def test_a_block_is_that_of_the_formula_and_its_shortcut_convolves_only_where_sh
 
 @pytest.fixture(scope="module")
 def train():
-    """A function from variables and pictures to the features in training and the running averages after it."""
+    """A function from variables and images to the features in training and the running averages after it."""
     apply = jax.jit(lambda variables, pixels: TINY.apply(variables, pixels, train=True, mutable=["batch_stats"]))
 
     def run(variables, pixels):
@@ -344,7 +344,7 @@ def train():
 
 @pytest.fixture(scope="module")
 def variables(train):
-    """Random parameters, and as running averages the statistics of one batch, so that pictures count for much."""
+    """Random parameters, and as running averages the statistics of one batch, so that images count for much."""
     variables = random_variables(TINY, jnp.zeros((1, 64, 64, 3)))
     nothing = jax.tree.map(np.zeros_like, variables["batch_stats"])
     stats = jax.tree.map_with_path(
@@ -395,26 +395,26 @@ def test_evaluation_with_the_statistics_of_a_batch_gives_that_batchs_features_in
     assert np.abs(evaluate(images(8)) - expected).max() > 1e-3
 
 
-def test_only_in_training_does_a_picture_depend_on_the_others_of_its_batch(variables, train, evaluate):
+def test_only_in_training_does_an_image_depend_on_the_others_of_its_batch(variables, train, evaluate):
     pixels = images(8)
     others = np.concatenate([pixels[:1], images(7, seed=1)])
     np.testing.assert_allclose(evaluate(others)[0], evaluate(pixels)[0], rtol=0, atol=1e-5)
-    one_by_one = np.concatenate([evaluate(picture[None]) for picture in pixels])
+    one_by_one = np.concatenate([evaluate(image[None]) for image in pixels])
     np.testing.assert_allclose(one_by_one, evaluate(pixels), rtol=0, atol=1e-4)
     assert np.abs(train(variables, others)[0][0] - train(variables, pixels)[0][0]).max() > 1e-2
 
 
-def test_every_part_of_the_picture_reaches_the_feature_and_so_do_its_place_and_its_colours(evaluate):
-    [picture] = images(1)
-    changed = [np.roll(picture, 32, axis=0), np.roll(picture, 32, axis=1), picture[..., [1, 0, 2]], picture[..., ::-1]]
+def test_every_part_of_the_image_reaches_the_feature_and_so_do_its_place_and_its_colors(evaluate):
+    [image] = images(1)
+    changed = [np.roll(image, 32, axis=0), np.roll(image, 32, axis=1), image[..., [1, 0, 2]], image[..., ::-1]]
     for row in range(0, 64, 8):
         for column in range(0, 64, 8):
-            changed.append(picture.copy())
+            changed.append(image.copy())
             changed[-1][row : row + 8, column : column + 8] += 1
     for corner in (0, -1):  # a single pixel each
-        changed.append(picture.copy())
+        changed.append(image.copy())
         changed[-1][corner, corner] += 3
-    result = evaluate(np.stack([picture, *changed]))
+    result = evaluate(np.stack([image, *changed]))
     assert (np.abs(result[1:] - result[0]).max(axis=1) > 3e-4).all()
 
 

@@ -1,6 +1,7 @@
-"""Patches left out in training, and pictures of another size than the positions were made for."""
+"""Patches left out in training, and images of another size than the positions were made for."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -33,15 +34,19 @@ def encode():
     """A function of images, the patches that are kept, and whether the class token is carried apart."""
     variables = variables_of(VIT)
 
-    def run(images, kept=None, apart=False):
+    @functools.cache
+    def program(apart):
         model = CLIP(VIT, Execution(class_token_apart=apart))
+        return jax.jit(lambda images, kept: model.apply(variables, images, kept_patches=kept, method="encode_image"))
+
+    def run(images, kept=None, apart=False):
         kept = None if kept is None else jnp.int32(kept)
-        return model.apply(variables, jnp.float32(images), kept_patches=kept, method="encode_image")
+        return program(apart)(jnp.float32(images), kept)
 
     return run
 
 
-def pictures(size: int) -> np.ndarray:
+def make_images(size: int) -> np.ndarray:
     return np.random.default_rng(1).normal(size=(2, size, size, 3))
 
 
@@ -51,7 +56,7 @@ def test_a_fixed_share_of_the_patches_is_kept_but_at_least_one():
     assert num_kept_patches(4, 0.99) == 1
 
 
-def test_each_picture_keeps_patches_of_its_own_in_order_and_each_at_most_once():
+def test_each_image_keeps_patches_of_its_own_in_order_and_each_at_most_once():
     seeds = np.random.default_rng(0).integers(2**32, size=64, dtype=np.uint32)
     kept = np.asarray(choose_patches(seeds, 16, 0.5))
     assert kept.shape == (64, 8)
@@ -64,7 +69,7 @@ def test_each_picture_keeps_patches_of_its_own_in_order_and_each_at_most_once():
 
 
 def test_what_is_left_out_is_not_seen_and_what_is_kept_is(encode):
-    images, kept = pictures(32), [[0, 5, 10], [3, 6, 15]]
+    images, kept = make_images(32), [[0, 5, 10], [3, 6, 15]]
     before = encode(images, kept)
     unseen, seen = images.copy(), images.copy()
     unseen[0, :8, 8:16] += 1  # patch 1
@@ -77,20 +82,23 @@ def test_what_is_left_out_is_not_seen_and_what_is_kept_is(encode):
 @pytest.mark.parametrize("apart", [False, True])
 def test_to_keep_all_patches_is_to_leave_out_none(encode, apart):
     everything = np.tile(np.arange(16), (2, 1))
-    np.testing.assert_allclose(encode(pictures(32), everything, apart), encode(pictures(32)), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(encode(make_images(32), everything, apart), encode(make_images(32)), rtol=0, atol=1e-6)
 
 
 def test_patches_left_out_with_the_class_token_apart_are_left_out_alike(encode):
     kept = [[0, 5, 10], [3, 6, 15]]
-    np.testing.assert_allclose(encode(pictures(32), kept, apart=True), encode(pictures(32), kept), rtol=0, atol=1e-6)
-    assert np.abs(encode(pictures(32), kept) - encode(pictures(32))).max() > 1e-3
+    np.testing.assert_allclose(
+        encode(make_images(32), kept, apart=True), encode(make_images(32), kept), rtol=0, atol=1e-6
+    )
+    assert np.abs(encode(make_images(32), kept) - encode(make_images(32))).max() > 1e-3
 
 
 @pytest.mark.parametrize(("preset", "size"), [(VIT, 16), (VIT, 40), (RESNET, 64)])
-def test_pictures_of_another_size_are_embedded_as_by_a_model_made_for_that_size(preset, size):
+def test_images_of_another_size_are_embedded_as_by_a_model_made_for_that_size(preset, size):
     variables = variables_of(preset)
     other = dataclasses.replace(preset, vision=dataclasses.replace(preset.vision, image_size=size))
-    images = jnp.float32(pictures(size))
-    expected = CLIP(other).apply(at_image_size(variables, preset, other), images, method="encode_image")
-    result = CLIP(preset).apply(variables, images, method="encode_image")
+    images = jnp.float32(make_images(size))
+    encode = functools.partial(jax.jit, static_argnames="method")
+    expected = encode(CLIP(other).apply)(at_image_size(variables, preset, other), images, method="encode_image")
+    result = encode(CLIP(preset).apply)(variables, images, method="encode_image")
     np.testing.assert_allclose(result, expected, rtol=0, atol=1e-6)

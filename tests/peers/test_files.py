@@ -1,4 +1,4 @@
-"""What is written here, the other programs load without a flag, and compute the same from a picture and a text."""
+"""What is written here, the other programs load without a flag, and compute the same from an image and a text."""
 
 import dataclasses
 import re
@@ -36,7 +36,7 @@ TEXTS = ["a photo of a cat", "Two DOGS & a café, 1999!", "x"]
 
 
 @pytest.fixture(scope="module")
-def picture():
+def image():
     noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((300, 200), Image.Resampling.BICUBIC)
 
@@ -49,9 +49,9 @@ def model_folder(preset, folder):
     return clip_jax.load(folder)
 
 
-def assert_same(ours, picture, image_embeddings, text_embeddings, scale):
+def assert_same(ours, image, image_embeddings, text_embeddings, scale):
     for result, expected in (
-        (ours.encode_image(picture), image_embeddings),
+        (ours.encode_image(image), image_embeddings),
         (ours.encode_text(TEXTS), text_embeddings),
     ):
         expected = torch.nn.functional.normalize(expected).detach().numpy()
@@ -61,15 +61,15 @@ def assert_same(ours, picture, image_embeddings, text_embeddings, scale):
 
 
 @pytest.mark.parametrize("preset", [VIT, VIT_GELU, RESNET, SHORT], ids=["ViT", "gelu", "ResNet", "short"])
-def test_open_clip_loads_a_folder(preset, picture, tmp_path):
+def test_open_clip_loads_a_folder(preset, image, tmp_path):
     ours = model_folder(preset, tmp_path / "ours")
     assert convert([f"{tmp_path}/ours", f"{tmp_path}/theirs", "--to=open_clip"]) == 0
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}/theirs")
     tokenize = open_clip.get_tokenizer(f"local-dir:{tmp_path}/theirs")
     with torch.inference_mode():
-        image_embeddings = model.eval().encode_image(transform(picture)[None])
+        image_embeddings = model.eval().encode_image(transform(image)[None])
         text_embeddings = model.encode_text(tokenize(TEXTS))
-    assert_same(ours, picture, image_embeddings, text_embeddings, model.logit_scale)
+    assert_same(ours, image, image_embeddings, text_embeddings, model.logit_scale)
 
 
 def with_activation(preset, activation):
@@ -120,10 +120,10 @@ def test_the_printed_command_loads_a_file_in_open_clip(tmp_path, capsys):
     np.testing.assert_allclose(clip_jax.load(tmp_path / "ours").encode_text(tokens), theirs, rtol=0, atol=1e-4)
 
 
-def test_tensors_are_taken_as_arrays_are(picture, tmp_path):
+def test_tensors_are_taken_as_arrays_are(image, tmp_path):
     model = model_folder(SHORT, tmp_path / "ours")
-    pixels = torch.from_numpy(np.array(picture))
-    expected = model.encode_image(picture)
+    pixels = torch.from_numpy(np.array(image))
+    expected = model.encode_image(image)
     for images in (pixels, pixels[None], [pixels], pixels.permute(2, 0, 1).contiguous().permute(1, 2, 0)):
         np.testing.assert_array_equal(model.encode_image(images), expected)
     for wrong in (pixels.permute(2, 0, 1), pixels / 255, pixels.bfloat16(), (pixels / 255).requires_grad_()):
@@ -137,7 +137,7 @@ def test_tensors_are_taken_as_arrays_are(picture, tmp_path):
         model.encode_text(tokens.bfloat16())
 
 
-def test_open_clip_has_the_bias_of_a_sigmoid_loss(picture, tmp_path):
+def test_open_clip_has_the_bias_of_a_sigmoid_loss(image, tmp_path):
     model_folder(VIT, tmp_path / "plain")
     plain = read_weights(tmp_path / "plain")
     params = plain.variables["params"] | {"logit_bias": np.float32(-9.5)}
@@ -146,58 +146,58 @@ def test_open_clip_has_the_bias_of_a_sigmoid_loss(picture, tmp_path):
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}/theirs")
     assert model.logit_bias.item() == -9.5
     with torch.inference_mode():
-        image_embeddings = model.eval().encode_image(transform(picture)[None])
+        image_embeddings = model.eval().encode_image(transform(image)[None])
         text_embeddings = model.encode_text(open_clip.get_tokenizer(f"local-dir:{tmp_path}/theirs")(TEXTS))
-    assert_same(clip_jax.load(tmp_path / "ours"), picture, image_embeddings, text_embeddings, model.logit_scale)
+    assert_same(clip_jax.load(tmp_path / "ours"), image, image_embeddings, text_embeddings, model.logit_scale)
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32-quickgelu", "RN50-quickgelu"])
-def test_open_clip_loads_a_single_file_by_the_models_name(name, picture, tmp_path):
+def test_open_clip_loads_a_single_file_by_the_models_name(name, image, tmp_path):
     preset = open_clip_files.read_config({"model_cfg": open_clip.get_model_config(name)})
     assert preset in PRESETS.values()
     ours = model_folder(preset, tmp_path / "ours")
     assert convert([f"{tmp_path}/ours", f"{tmp_path}/theirs.safetensors", "--to=open_clip"]) == 0
     model, _, transform = open_clip.create_model_and_transforms(name, pretrained=f"{tmp_path}/theirs.safetensors")
     with torch.inference_mode():
-        image_embeddings = model.eval().encode_image(transform(picture)[None])
+        image_embeddings = model.eval().encode_image(transform(image)[None])
         text_embeddings = model.encode_text(open_clip.get_tokenizer(name)(TEXTS))
-    assert_same(ours, picture, image_embeddings, text_embeddings, model.logit_scale)
+    assert_same(ours, image, image_embeddings, text_embeddings, model.logit_scale)
 
 
 @pytest.mark.parametrize("preset", [VIT, VIT_GELU, SHORT], ids=["ViT", "gelu", "short"])
-def test_transformers_loads_a_folder(preset, picture, tmp_path):
+def test_transformers_loads_a_folder(preset, image, tmp_path):
     ours = model_folder(preset, tmp_path / "ours")
     assert convert([f"{tmp_path}/ours", f"{tmp_path}/theirs", "--to=huggingface"]) == 0
     model, report = transformers.CLIPModel.from_pretrained(tmp_path / "theirs", output_loading_info=True)
     assert not any(report.values())  # nothing missing, nothing left over
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     processor = transformers.CLIPProcessor.from_pretrained(tmp_path / "theirs")
-    inputs = processor(text=TEXTS, images=picture, return_tensors="pt", padding="max_length")
+    inputs = processor(text=TEXTS, images=image, return_tensors="pt", padding="max_length")
     tokens = clip_jax.tokenize(TEXTS, preset.text.context_length)
     until_the_end = np.cumsum(tokens == tokens.max(), axis=1) == 0
     assert inputs["input_ids"].shape == tokens.shape
     assert (inputs["input_ids"].numpy() == tokens)[until_the_end].all()
     with torch.inference_mode():
         output = model.eval()(**inputs)
-    assert_same(ours, picture, output.image_embeds, output.text_embeds, model.logit_scale)
+    assert_same(ours, image, output.image_embeds, output.text_embeds, model.logit_scale)
     theirs = output.logits_per_image.softmax(dim=1).numpy()
     # Its processor resizes with PyTorch instead of PIL, which moves pixels by a level here and there.
-    np.testing.assert_allclose(theirs, ours.classify(picture, TEXTS), rtol=0, atol=2e-3)
+    np.testing.assert_allclose(theirs, ours.classify(image, TEXTS), rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("preset", [VIT, RESNET], ids=["ViT", "ResNet"])
-def test_openais_program_loads_a_file(preset, picture, tmp_path):
+def test_openais_program_loads_a_file(preset, image, tmp_path):
     ours = model_folder(preset, tmp_path / "ours")
     assert convert([f"{tmp_path}/ours", f"{tmp_path}/theirs.pt", "--to=openai"]) == 0
     state = torch.load(tmp_path / "theirs.pt", weights_only=True)
     model = clip.model.build_model(state).float()
     transform = clip.clip._transform(model.visual.input_resolution)
     with torch.inference_mode():
-        image_embeddings = model.encode_image(transform(picture)[None])
+        image_embeddings = model.encode_image(transform(image)[None])
         text_embeddings = model.encode_text(clip.tokenize(TEXTS, preset.text.context_length))
     # build_model rounds the matrices to half precision.
     for result, expected in (
-        (ours.encode_image(picture), image_embeddings),
+        (ours.encode_image(image), image_embeddings),
         (ours.encode_text(TEXTS), text_embeddings),
     ):
         expected = torch.nn.functional.normalize(expected).numpy()

@@ -78,7 +78,7 @@ def test_classes_of_one_name_are_answered_as_by_an_arg_max():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_recall_is_clip_benchmarks_with_several_captions_a_picture(seed):
+def test_recall_is_clip_benchmarks_with_several_captions_per_image(seed):
     images, texts = unit_vectors(seed, 40), unit_vectors(seed + 100, 200)
     image_ids, text_ids = np.arange(40), np.arange(200) // 5
     scores = images @ texts.T

@@ -23,7 +23,7 @@ open_clip, transformers = (pytest.importorskip(name) for name in ("open_clip", "
 SHAPES = [(60, 41), (37, 90), (32, 32), (33, 32), (64, 63), (100, 20), (31, 33), (20, 15)]
 
 
-def picture(width, height):
+def make_image(width, height):
     noise = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(noise)
 
@@ -67,7 +67,7 @@ def check_folder(config, preprocess, folder):
     torch.save(open_clip.CLIP(**arguments).state_dict(), folder / "open_clip_pytorch_model.bin")
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     ours = clip_jax.load(folder, preprocessing="openai")
-    for image in (picture(60, 41), picture(37, 90).convert("RGBA")):
+    for image in (make_image(60, 41), make_image(37, 90).convert("RGBA")):
         with torch.inference_mode():
             expected = model.eval().encode_image(transform(image)[None], normalize=True).numpy()
         np.testing.assert_allclose(ours.encode_image(image), expected, rtol=0, atol=2e-5)
@@ -111,8 +111,8 @@ def test_each_preprocessing_of_the_pretrained_tags_gives_open_clips_embeddings(t
 def test_pixels_are_open_clips(mode, interpolation):
     values = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "resize_mode": mode, "interpolation": interpolation}
     for shape, fill_color in itertools.product(SHAPES, (0, 128)):
-        theirs = open_clip.image_transform(32, is_train=False, fill_color=fill_color, **values)(picture(*shape))
-        ours = prepared(picture(*shape), 32, Preprocessing(fill_color=fill_color, **values))
+        theirs = open_clip.image_transform(32, is_train=False, fill_color=fill_color, **values)(make_image(*shape))
+        ours = prepared(make_image(*shape), 32, Preprocessing(fill_color=fill_color, **values))
         np.testing.assert_allclose(ours, theirs.permute(1, 2, 0).numpy(), rtol=0, atol=1e-6)
 
 
@@ -121,7 +121,7 @@ def test_openais_pixels_are_open_clips_for_every_mode(image_mode):
     for resize_mode in ("shortest", "longest", "squash"):
         way = Preprocessing(resize_mode=resize_mode, fill_color=50)
         for shape in SHAPES:
-            image = picture(*shape).convert(image_mode)
+            image = make_image(*shape).convert(image_mode)
             theirs = open_clip.image_transform(32, is_train=False, resize_mode=resize_mode, fill_color=50)(image)
             np.testing.assert_allclose(prepared(image, 32, way), theirs.permute(1, 2, 0).numpy(), rtol=0, atol=1e-6)
 
@@ -154,8 +154,8 @@ def test_pixels_are_those_of_hugging_faces_processor_with_pillow(changes):
         (32, 32),
         (100, 20),
     ]:  # even margins: with odd ones its crop is a pixel beside ours
-        ours = prepared(picture(*shape), 32, preprocessing)
+        ours = prepared(make_image(*shape), 32, preprocessing)
         for config in (content, written):
             processor = transformers.CLIPImageProcessorPil(**config)
-            theirs = processor(picture(*shape), return_tensors="np")["pixel_values"][0]
+            theirs = processor(make_image(*shape), return_tensors="np")["pixel_values"][0]
             np.testing.assert_allclose(ours, theirs.transpose(1, 2, 0), rtol=0, atol=2e-5)

@@ -1,4 +1,4 @@
-"""Writes the products that ``tests/test_plan.py`` reads, by the installed libtpu: python tests/planning/record.py
+"""Writes the products that ``test_program.py`` reads, by the installed libtpu: python tests/planning/record.py
 
 ``product_*.txt.gz`` is a bfloat16 product of two 8,192 x 8,192 matrices for a generation. Needs ``[tpu]``, and no TPU.
 """

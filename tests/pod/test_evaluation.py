@@ -1,4 +1,4 @@
-"""An evaluation gives one process's results on any number of them, each reading only its own part of the pictures."""
+"""An evaluation gives one process's results on any number of them, each reading only its own part of the images."""
 
 import json
 import pathlib
@@ -13,7 +13,7 @@ EVALUATION = "--config.evaluation.tasks=emoji_unseen_both"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> pathlib.Path:
-    """41 labelled pictures and a task over them."""
+    """41 labeled images and a task over them."""
     folder, random = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     for name, count in (("cat", 17), ("dog", 24)):
         (folder / name).mkdir()
@@ -73,7 +73,7 @@ def test_what_one_host_cannot_read_is_told_by_all_and_what_it_knows_is_known_to_
     (torn / "cat").mkdir(parents=True)
     for number in range(12):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(torn / f"cat/{number:02}.png")
-    (torn / "cat/11.png").write_bytes(b"no picture")  # which the second host embeds
+    (torn / "cat/11.png").write_bytes(b"no image")  # which the second host embeds
     tasks = [
         {"name": "torn", "kind": "zero_shot", "source": f"image_folder:{torn}"},
         {"name": "one", "kind": "zero_shot", "source": f"image_folder:{data}"},
@@ -102,7 +102,7 @@ def test_a_pod_evaluates_during_training_as_one_process_does(trained, tmp_path):
         counts = one["tasks"]["emoji_unseen_both"]["counts"]
         assert counts == pod["tasks"]["emoji_unseen_both"]["counts"] == {"images": 205, "texts": 205}
         for metric, value in one["tasks"]["emoji_unseen_both"]["metrics"].items():
-            # The two trainings differ in the last bits, so a picture may change places with its neighbour.
+            # The two trainings differ in the last bits, so an image may change places with its neighbor.
             assert pod["tasks"]["emoji_unseen_both"]["metrics"][metric] == pytest.approx(value, abs=2.5 / 205), metric
 
 

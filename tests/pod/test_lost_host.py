@@ -104,7 +104,7 @@ def start_watched_hosts(seconds: list[float], folder: pathlib.Path) -> list[subp
     """Hosts that take a silence of 4 seconds for a loss; returns once all are watched."""
     hosts = [
         subprocess.Popen(
-            [sys.executable, "tests/pod/watched_host.py", str(busy), folder],
+            [sys.executable, "tests/helpers/watched_host.py", str(busy), folder],
             cwd=REPOSITORY,
             env=environment() | variables,
             text=True,

@@ -29,7 +29,7 @@ def records(workdir) -> list[dict]:
 
 
 def write_worse_shard(folder, every: int) -> str:
-    """Sixty pairs, of which one in ``every`` has a picture that is none."""
+    """Sixty pairs, of which one in ``every`` has an image that is none."""
     members = pair_members(range(60))
     members = [
         (name, b"nothing") if name.endswith(".png") and int(name[:6]) % every == every - 1 else (name, content)
@@ -60,7 +60,7 @@ def test_each_kind_of_bad_sample_is_counted_and_listed_by_name(capsys, tmp_path)
     expected = {
         "undecodable": "a",
         "empty_caption": "b",
-        "no_picture": "c",
+        "no_image": "c",
         "extreme_aspect_ratio": "d",
         "too_small": "e",
         "unsafe_name": "record 56",

@@ -1,4 +1,4 @@
-"""A training whose first steps see smaller pictures: when they grow, and that it may be ended at any step."""
+"""A training whose first steps see smaller images: when they grow, and that it may be ended at any step."""
 
 import shutil
 
@@ -20,7 +20,7 @@ ARGUMENTS = [
 
 @pytest.fixture
 def sizes(monkeypatch):
-    """The size of the pictures of each step that is taken from now on."""
+    """The size of the images of each step that is taken from now on."""
     seen, to_global_batch = [], loop.to_global_batch
 
     def noting(batch, mesh):
@@ -38,10 +38,8 @@ def undisturbed(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize(
-    "resumed_at", [pytest.param(0, marks=pytest.mark.slow), 2, 3, pytest.param(4, marks=pytest.mark.slow)]
-)
-def test_pictures_grow_after_the_first_steps_wherever_the_training_was_ended(undisturbed, tmp_path, sizes, resumed_at):
+@pytest.mark.parametrize("resumed_at", [2, *(pytest.param(step, marks=pytest.mark.slow) for step in (0, 3, 4))])
+def test_images_grow_after_the_first_steps_wherever_the_training_was_ended(undisturbed, tmp_path, sizes, resumed_at):
     workdir = tmp_path / "run"
     if resumed_at:
         shutil.copytree(undisturbed, workdir)
@@ -54,7 +52,7 @@ def test_pictures_grow_after_the_first_steps_wherever_the_training_was_ended(und
 
 
 @pytest.mark.slow
-def test_smaller_pictures_go_with_patch_dropout_and_accumulation(tmp_path, sizes):
+def test_smaller_images_go_with_patch_dropout_and_accumulation(tmp_path, sizes):
     more = ["--config.accumulation_steps=2", "--config.model.patch_dropout=0.5"]
     curves = []
     for number, arguments in enumerate((more[1:], more)):
@@ -70,6 +68,7 @@ def test_a_run_that_would_never_see_the_models_size_is_refused(tmp_path, capsys)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_training_at_one_size_takes_other_steps(undisturbed, tmp_path, sizes):
     arguments = [argument for argument in ARGUMENTS if "progressive" not in argument]
     assert main([*arguments, f"--workdir={tmp_path}"]) == 0

@@ -23,7 +23,7 @@ from clip_jax.training.optimizer import decay_mask, make_optimizer
 from clip_jax.training.state import abstract_state, abstract_variables, make_model, state_from_variables
 from clip_jax.training.step import make_train_step
 
-MESHES = [(8, 1), (2, 4)]
+MESHES = [pytest.param((8, 1), marks=pytest.mark.slow), (2, 4)]
 BATCH = 56  # and 28 and 7 in a part of it: sizes that nothing but the batch has
 
 
@@ -118,18 +118,18 @@ def test_a_step_moves_the_running_averages_and_not_as_parameters_with_a_gradient
 
 
 @pytest.mark.parametrize("batch_norm", ["global", "per_device"])
-def test_the_configs_batch_norm_is_what_a_step_normalises_by(config, start, stepped, mesh_of, batch_norm):
+def test_the_configs_batch_norm_is_what_a_step_normalizes_by(config, start, stepped, mesh_of, batch_norm):
     """The forward pass of a step; what each setting computes is told in the tests of the tower."""
     changed = config.copy_and_resolve_references()
     changed.model.vision.batch_norm = batch_norm
-    mesh = mesh_of((8, 1))
+    mesh = mesh_of((2, 4))
     model, arrays = make_model(changed, mesh), to_global_batch(batch(), mesh)
 
     def forward(variables, images):
         return model.apply(variables, images, train=True, mutable=["batch_stats"], method="encode_image")[1]
 
     updated = jax.jit(forward)(start, normalize_images(arrays["image"], Preprocessing()))["batch_stats"]["vision"]
-    stepped_to = stepped((8, 1))["state"].batch_stats["vision"]
+    stepped_to = stepped((2, 4))["state"].batch_stats["vision"]
     # The first norm sees the same input either way: the means of the parts have the batch's mean, their variances less.
     np.testing.assert_allclose(updated["bn1"]["mean"], stepped_to["bn1"]["mean"], rtol=1e-4, atol=1e-5)
     relative = np.abs(updated["stage4_first"]["bn3"]["variance"] / stepped_to["stage4_first"]["bn3"]["variance"] - 1)

@@ -72,10 +72,10 @@ def randomize(model: torch.nn.Module, image_size: int) -> None:
 
 
 def example_inputs(image_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Three pictures of four noisy colours each, and four texts of different lengths."""
+    """Three images of four noisy colors each, and four texts of different lengths."""
     random = np.random.default_rng(0)
-    colours = np.kron(random.integers(32, 224, (3, 2, 2, 3)), np.ones((1, image_size // 2, image_size // 2, 1), int))
-    images = np.uint8(colours + random.integers(-32, 32, colours.shape))
+    colors = np.kron(random.integers(32, 224, (3, 2, 2, 3)), np.ones((1, image_size // 2, image_size // 2, 1), int))
+    images = np.uint8(colors + random.integers(-32, 32, colors.shape))
     tokens = np.zeros((4, CONTEXT), np.int32)
     for row, length in zip(tokens, (2, 4, 7, CONTEXT), strict=True):
         row[:length] = [VOCABULARY - 2, *random.integers(1, VOCABULARY - 2, length - 2), VOCABULARY - 1]

@@ -291,13 +291,13 @@ def test_embeddings_follow_the_preprocessing(goldens, tmp_path):
         preset = dataclasses.replace(read.preset, preprocessing=Preprocessing((mean,) * 3, (std,) * 3))
         write_weights(Weights(preset, read.variables, "test"), tmp_path / name, "clip_jax")
         models[name] = clip_jax.load(tmp_path / name)
-    picture = np.random.default_rng(0).integers(51, 178, (24, 24, 3), dtype=np.uint8)
-    expected = models["plain"].encode_image(2 * (picture - 51))
-    np.testing.assert_allclose(models["half"].encode_image(picture), expected, rtol=0, atol=1e-5)
-    assert np.abs(models["plain"].encode_image(picture) - expected).max() > 1e-2
+    image = np.random.default_rng(0).integers(51, 178, (24, 24, 3), dtype=np.uint8)
+    expected = models["plain"].encode_image(2 * (image - 51))
+    np.testing.assert_allclose(models["half"].encode_image(image), expected, rtol=0, atol=1e-5)
+    assert np.abs(models["plain"].encode_image(image) - expected).max() > 1e-2
 
 
-def pictures_of_unusual_modes():
+def images_of_unusual_modes():
     noise = np.random.default_rng(0).integers(0, 256, (40, 60, 4), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -310,15 +310,15 @@ def pictures_of_unusual_modes():
 @pytest.mark.parametrize("name", ["turned", "alpha", "palette", "deep"])
 def test_openais_pixels_where_they_are_wanted(goldens, tmp_path, name):
     """Resized as stored, cropped, and made RGB last: what clip/clip.py does, one call after the other."""
-    picture = pictures_of_unusual_modes()[name]
-    picture.save(tmp_path / "picture.png", exif=picture.info.get("exif", b""))
+    image = images_of_unusual_modes()[name]
+    image.save(tmp_path / "image.png", exif=image.info.get("exif", b""))
     model, theirs = (
         clip_jax.load(goldens["openai_vit/archive"].path, preprocessing=choice) for choice in ("clip_jax", "openai")
     )
-    stored = Image.open(tmp_path / "picture.png").resize((36, 24), Image.Resampling.BICUBIC).crop((6, 0, 30, 24))
+    stored = Image.open(tmp_path / "image.png").resize((36, 24), Image.Resampling.BICUBIC).crop((6, 0, 30, 24))
     expected = model.encode_image(np.asarray(stored.convert("RGB")))
-    np.testing.assert_array_equal(theirs.encode_image(tmp_path / "picture.png"), expected)
-    np.testing.assert_array_equal(theirs.encode_image(Image.open(tmp_path / "picture.png")), expected)
-    assert np.abs(model.encode_image(tmp_path / "picture.png") - expected).max() > 1e-3
+    np.testing.assert_array_equal(theirs.encode_image(tmp_path / "image.png"), expected)
+    np.testing.assert_array_equal(theirs.encode_image(Image.open(tmp_path / "image.png")), expected)
+    assert np.abs(model.encode_image(tmp_path / "image.png") - expected).max() > 1e-3
     with pytest.raises(ValueError, match="preprocessing='pil' must be one of clip_jax, openai"):
         clip_jax.load(goldens["openai_vit/archive"].path, preprocessing="pil")

@@ -27,7 +27,7 @@ def test_a_model_is_recognised_and_embeds_like_the_peer_that_saved_it(goldens, n
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_answers_of_the_peers_tell_pictures_texts_and_activations_apart(goldens, name):
+def test_the_answers_of_the_peers_tell_images_texts_and_activations_apart(goldens, name):
     expected = goldens[name].expected
     for rows in (expected["image_embeddings"], expected["text_embeddings"]):
         first, second = np.triu_indices(len(rows), 1)

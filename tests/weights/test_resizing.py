@@ -24,10 +24,10 @@ def cubic(x: np.ndarray) -> np.ndarray:
 
 
 def resizing_matrix(before: int, after: int) -> np.ndarray:
-    """Float64 ``[after, before]``: bicubic, widened where it scales down, normalised where it meets an edge."""
+    """Float64 ``[after, before]``: bicubic, widened where it scales down, normalized where it meets an edge."""
     scale = before / after
-    centres = (np.arange(after) + 0.5) * scale - 0.5
-    weights = cubic((np.arange(before) - centres[:, None]) / max(scale, 1))
+    centers = (np.arange(after) + 0.5) * scale - 0.5
+    weights = cubic((np.arange(before) - centers[:, None]) / max(scale, 1))
     return weights / weights.sum(axis=1, keepdims=True)
 
 

@@ -65,7 +65,7 @@ class ArrayRecordSource:
         get = nested(record, name)
         image = next((value for field in self._fields.image if (value := get(field)) is not None), None)
         if image is None:
-            raise PairError(f"record {index} has no image in {', '.join(self._fields.image)}", "no_picture")
+            raise PairError(f"record {index} has no image in {', '.join(self._fields.image)}", "no_image")
         if not isinstance(image, bytes):
             raise PairError(f"record {index}: the image must be bytes")
         captions, proportions = self._fields.captions_of(get, name)

@@ -83,7 +83,7 @@ def open_image_folder(where: str) -> TableSource:
     for name in classes:
         images += sorted((path, name) for path in files if path.startswith(f"{name}/") and _is_image(path))
     if not images:
-        raise ValueError(_no_pictures(folder, files))
+        raise ValueError(_no_images(folder, files))
     empty = set(classes) - {name for _, name in images}
     skipped |= Counter({f"folder {name} without an image": 1 for name in empty})
     used = {path for path, _ in images}
@@ -137,11 +137,11 @@ def _files_below(folder: pathlib.Path) -> tuple[dict[str, Stamp], Counter]:
 def _images(folder: pathlib.Path, files: dict[str, Stamp]) -> list[str]:
     images = sorted(filter(_is_image, files))
     if not images:
-        raise ValueError(_no_pictures(folder, files))
+        raise ValueError(_no_images(folder, files))
     return images
 
 
-def _no_pictures(folder: pathlib.Path, files: dict[str, Stamp]) -> str:
+def _no_images(folder: pathlib.Path, files: dict[str, Stamp]) -> str:
     found = "; ".join(_notes(list(files), Counter())).replace("not used: ", "only ") or "it is empty"
     return f"no images below {folder}, {found}; supported are .jpg, .png, .webp and all else that Pillow reads"
 

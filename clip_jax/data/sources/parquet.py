@@ -89,7 +89,7 @@ class ParquetSource:
             image = image.get("bytes")
         if not isinstance(image, bytes):
             wanted = ", ".join(self._fields.image)
-            raise PairError(f"{name} has no image bytes in {wanted}{elsewhere}", "no_picture")
+            raise PairError(f"{name} has no image bytes in {wanted}{elsewhere}", "no_image")
         captions, proportions = self._fields.captions_of(get, name)
         return Pair(image, captions, name, self._fields.label_of(get), proportions)
 

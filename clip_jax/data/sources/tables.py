@@ -289,7 +289,7 @@ def _table_row(name: str, fields: Fields, get: Callable[[str], object]) -> Row:
     except PairError as error:
         return Row("", [], [], "", (error.reason, str(error)))
     if not isinstance(image, str) or not image.strip():
-        return Row("", [], [], "", ("no_picture", f"{name}: the {fields.image[0]} is empty"))
+        return Row("", [], [], "", ("no_image", f"{name}: the {fields.image[0]} is empty"))
     return make_row(image.strip(), name, fields, get)
 
 

@@ -75,7 +75,7 @@ class TFDSSource:
             raise PairError(f"{name} is damaged: {type(error).__name__}: {first_line(error)}") from None
         image = next((value for field in self._fields.image if isinstance(value := _find(record, field), bytes)), None)
         if image is None:
-            raise PairError(f"{name} has no image bytes in {', '.join(self._fields.image)}", "no_picture")
+            raise PairError(f"{name} has no image bytes in {', '.join(self._fields.image)}", "no_image")
         get = with_names(_texts_of(record), self._class_names, name)
         captions, proportions = self._fields.captions_of(get, name)
         return Pair(image, captions, name, self._fields.label_of(get), proportions)

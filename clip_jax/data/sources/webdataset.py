@@ -87,7 +87,7 @@ class WebDatasetSource:
         name = f"{path}: {key}"
         image_field = self._image_field(contents)
         if image_field is None:
-            raise PairError(f"{name} has no image, only {', '.join(contents)}", "no_picture")
+            raise PairError(f"{name} has no image, only {', '.join(contents)}", "no_image")
 
         def text(field: str, content: bytes) -> str:
             try:
@@ -122,7 +122,7 @@ class WebDatasetSource:
             fields = kind.split("/")
             used = {column_of(fields, field) for field in self._fields.names()[len(self._fields.image) :]}
             image_field = self._image_field(fields)
-            missing["no_picture"] += count * (image_field is None)
+            missing["no_image"] += count * (image_field is None)
             missing["empty_caption"] += count * (image_field is not None and used <= {None})
             unused.update({field: count for field in fields if field != image_field and field not in used})
         notes = [f"not used: files {name_some(f'.{field} ({count:,})' for field, count in unused.items())}"]

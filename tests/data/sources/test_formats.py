@@ -192,7 +192,7 @@ def test_missing_values_in_parquet_are_bad_samples_and_unused_columns_are_named(
     columns |= {"caption.en": ["x"] * 4, "width": [1] * 4}
     write_parquet(tmp_path / "a.parquet", columns)
     source = open_source(f"parquet:{tmp_path}/a.parquet")
-    assert captions_or_reasons(source) == ["no_picture", "no_picture", "empty_caption", ["d"]]
+    assert captions_or_reasons(source) == ["no_image", "no_image", "empty_caption", ["d"]]
     assert source.notes() == ["not used: columns texts, caption.en, width"]
     with pytest.raises(PairError, match=r"no image bytes in image, only the path a\.png"):
         source[1]
@@ -207,7 +207,7 @@ def test_unused_fields_of_array_records_are_named(tmp_path):
         writer.write(msgpack.packb(record))
     writer.close()
     source = open_source(f"array_record:{tmp_path}/pairs?caption=json.alt,captions")
-    assert captions_or_reasons(source) == [["b", "a"], "damaged_record", "no_picture"]
+    assert captions_or_reasons(source) == [["b", "a"], "damaged_record", "no_image"]
     assert source.notes() == ["not used: fields url (1 of 3 records)"]
 
 

@@ -102,7 +102,10 @@ def test_an_epoch_beyond_32_bits_is_a_permutation_of_the_whole_range(size):
     assert np.abs(counts - 1_250).max() < 6 * np.sqrt(1_250)
 
 
-@pytest.mark.parametrize("size", [65_536, 65_537, 65_538, 262_145])
+@pytest.mark.parametrize(
+    "size",
+    [65_536, 65_537, pytest.param(65_538, marks=pytest.mark.slow), pytest.param(262_145, marks=pytest.mark.slow)],
+)
 def test_every_epoch_is_a_permutation_also_where_grains_shuffle_is_not(size):
     indices = order(mixture_of(size), 3)
     epochs = [[indices[epoch * size + position] for position in range(size)] for epoch in range(2)]

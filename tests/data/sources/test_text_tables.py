@@ -40,7 +40,7 @@ BAD = "damaged_record"
         ("a.png\tone\r\nb.png\ttwo\u2028three\r\n", [["one"], ["two\u2028three"]]),
         ("a.png\tone\rtwo\nb.png\tx\x0cy\x85z", [["one\rtwo"], ["x\x0cy\x85z"]]),
         ("\n  \na.png\tone\n\n", [["one"]]),
-        ("\t\n", ["no_picture"]),
+        ("\t\n", ["no_image"]),
     ],
 )
 def test_each_line_of_a_tsv_is_a_row_and_quotes_are_characters(tmp_path, rows, expected):
@@ -62,14 +62,14 @@ def test_each_line_of_a_tsv_is_a_row_and_quotes_are_characters(tmp_path, rows, e
         ("a.png,one\rtwo\nb.png,x\n", [["one\rtwo"], ["x"]]),
         (b"a.png,caf\xe9\nb.png,caf\xc3\xa9\n", [BAD, ["café"]]),
         (b'a.png,"caf\xe9\nx"\nb.png,y\n', [BAD, BAD, ["y"]]),
-        ("a.png,\n,x\nnone.png,x\n", ["empty_caption", "no_picture", "unreadable_file"]),
+        ("a.png,\n,x\nnone.png,x\n", ["empty_caption", "no_image", "unreadable_file"]),
         ("image,caption\n", ["unreadable_file"]),
     ],
 )
 def test_a_damaged_row_of_a_csv_does_not_affect_others(tmp_path, rows, expected):
     source = read(tmp_path, "csv", b"image,caption\n" + (rows if isinstance(rows, bytes) else rows.encode()))
     assert captions_or_reasons(source) == expected
-    for reason in {BAD, "empty_caption", "no_picture"} & {one for one in expected if isinstance(one, str)}:
+    for reason in {BAD, "empty_caption", "no_image"} & {one for one in expected if isinstance(one, str)}:
         assert any(f"bad rows in all files: {reason} {expected.count(reason)}, such as" in n for n in source.notes())
 
 
@@ -108,7 +108,7 @@ def test_lines_of_json_are_pairs_or_bad_samples(tmp_path):
         b'{"image": "b.png", "capt',
     ]
     source = read(tmp_path, "jsonl", b"\n".join(lines))
-    assert captions_or_reasons(source) == [["x"], BAD, "no_picture", BAD, BAD, ["y"], BAD]
+    assert captions_or_reasons(source) == [["x"], BAD, "no_image", BAD, BAD, ["y"], BAD]
     assert source.notes()[0] == "not used: entries url"
 
 

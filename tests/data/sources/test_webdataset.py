@@ -108,7 +108,7 @@ def test_processes_can_build_the_same_index_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("members", "reason", "expected"),
     [
-        ([("a.txt", b"words")], "no_picture", "a has no image, only txt"),
+        ([("a.txt", b"words")], "no_image", "a has no image, only txt"),
         ([("a.jpg", b"1"), ("a.json", b"[" * 100_000)], "empty_caption", "txt is missing"),
         ([("a.jpg", b"1")], "empty_caption", "txt is missing or empty"),
         ([("a.jpg", b"1"), ("a.txt", b" \n")], "empty_caption", "txt is missing or empty"),
@@ -208,11 +208,11 @@ ODD = [
 def test_unused_members_are_counted_by_kind(tmp_path, kind):
     write_tar(tmp_path / "a.tar", ODD, kind)
     source = open_source(f"wds:{tmp_path}/a.tar?index={tmp_path}/index")
-    assert captions_or_reasons(source) == [["number 0"], ["number 1"], "empty_caption", ["b"], "no_picture"]
+    assert captions_or_reasons(source) == [["number 0"], ["number 1"], "empty_caption", ["b"], "no_image"]
     notes = source.notes()
     assert notes[0] == "not used: files .json (2), .cls (1), .outputs.txt (1), .png (1)"
     assert notes[1] == "not used: members without a dot (1), called __NAME__ (1), hidden (1)"
-    assert notes[2] == "bad records in all shards: no_picture 1, empty_caption 1"
+    assert notes[2] == "bad records in all shards: no_image 1, empty_caption 1"
     write_tar(tmp_path / "b.tar", ODD, kind)  # copies the index of the first shard
     both = open_source(f"wds:{tmp_path}/{{a,b}}.tar?index={tmp_path}/index")
     assert both.notes()[0] == "not used: files .json (4), .cls (2), .outputs.txt (2), .png (2)"

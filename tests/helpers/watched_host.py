@@ -1,6 +1,6 @@
 """A host of a pod that trains nothing, for the tests of the watch alone: it is busy for some seconds and leaves.
 
-    python tests/pod/watched_host.py SECONDS FOLDER
+    python tests/helpers/watched_host.py SECONDS FOLDER
 
 A host is taken for gone after 4 seconds of silence.
 """

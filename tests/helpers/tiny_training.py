@@ -1,14 +1,19 @@
 """A model that compiles in a second and a short training of it, for tests in this process and in others."""
 
+import functools
+
+import flax.linen as nn
 import jax
 import ml_collections
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from clip_jax.config import default_config
+from clip_jax.models.clip import CLIP, example_inputs
 from clip_jax.sharding import replicated, to_global_batch
 from clip_jax.training.optimizer import make_optimizer
-from clip_jax.training.state import create_state, make_model
+from clip_jax.training.state import TrainState, abstract_state, make_model
 from clip_jax.training.step import make_train_step
 
 BATCH_SIZE = 16
@@ -37,10 +42,28 @@ def tiny_batch(seed: int) -> dict[str, np.ndarray]:
     return {"image": images, "tokens": tokens.astype(np.int32), "seed": seeds}
 
 
+def initial_state(model: CLIP, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state of seed 0, as ``create_state`` returns it, without a program to compile for each mesh and loss."""
+    variables = _initial_variables(CLIP(model.preset, loss_parameters=model.loss_parameters))
+    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract_state(model, optimizer, mesh))
+    state = state._replace(params=variables["params"], batch_stats=variables.get("batch_stats", {}))
+    return jax.tree.map(
+        lambda array, leaf: jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index]),
+        state,
+        abstract_state(model, optimizer, mesh),
+    )
+
+
+@functools.cache
+def _initial_variables(model: CLIP) -> dict:
+    inputs = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), example_inputs(model.preset))
+    return jax.device_get(nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), *inputs)))
+
+
 def losses_and_parameters(config: ml_collections.ConfigDict, mesh: Mesh, steps: int) -> tuple[np.ndarray, dict]:
     """Trains on the devices of the mesh, all processes together; every process gets all of the result."""
     model, optimizer = make_model(config, mesh), make_optimizer(config.optimizer, 100)
-    state = create_state(model, optimizer, 0, mesh)
+    state = initial_state(model, optimizer, mesh)
     train_step = make_train_step(config, model, optimizer, mesh)
     losses, rows = [], BATCH_SIZE // jax.process_count()
     for step in range(steps):

@@ -20,7 +20,7 @@ from clip_jax.models.towers.vision_transformer import VisionTransformerPreset
 from clip_jax.weights import Weights
 from clip_jax.weights.tensor_files import read_tensors
 
-ARCHIVES = pathlib.Path(__file__).parent / "weights" / "golden"
+ARCHIVES = pathlib.Path(__file__).parent.parent / "weights" / "golden"
 OPENAI_VIT = CLIPPreset(
     32,
     VisionTransformerPreset(image_size=24, patch_size=8, width=128, num_layers=1, num_heads=2),

@@ -12,7 +12,7 @@ from importlib.metadata import version
 
 import numpy as np
 
-REPOSITORY = pathlib.Path(__file__).parent.parent
+REPOSITORY = pathlib.Path(__file__).parent.parent.parent
 DEADLINE = 300  # seconds; whatever takes longer is killed
 # Compilation is most of the time of most tests, and XLA's older emitters of loops compile 2.5 times as fast. In newer
 # versions than the locked one they crash.

@@ -19,7 +19,7 @@ from PIL import Image
 from shards import image_bytes, pair_members, write_tar
 from trial import QUICK_COMPILATION
 
-REPOSITORY = pathlib.Path(__file__).parent.parent
+REPOSITORY = pathlib.Path(__file__).parent.parent.parent
 DEADLINE = 300  # seconds for one block
 ROOTS = ("data", "mnt", "content", "usr/share/openclipart", "pairs.csv")
 

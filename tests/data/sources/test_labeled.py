@@ -60,7 +60,7 @@ def test_karpathys_annotations_give_the_images_of_a_split_with_all_sentences(tmp
     assert len(open_source(name)) == 3
     with pytest.raises(ValueError, match="has no images of the split 'dev'"):
         open_source(f"{name}&split=dev")
-    (tmp_path / "dataset.json").write_text('{"pictures": []}')
+    (tmp_path / "dataset.json").write_text('{"photos": []}')
     with pytest.raises(ValueError, match="not Karpathy's JSON of images with sentences: KeyError"):
         open_source(name)
 

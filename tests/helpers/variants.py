@@ -1,6 +1,6 @@
 """Trains a tiny model in every way that must make no difference; one process of a pod, or all there is of it.
 
-    python tests/variants.py RESULTS VARIANT...
+    python tests/helpers/variants.py RESULTS VARIANT...
 
 The first process writes what each variant came to into the folder RESULTS.
 """

@@ -52,7 +52,7 @@ BLOCKS = (
         'Task(\n    "square_colors"',
         "a line of the registry; tests/extending/test_adding_a_source_and_a_task.py executes it",
     ),
-    Skip("docs/design.md", '"""The paper', "tests/losses/test_adding_a_loss.py trains with it"),
+    Skip("docs/design.md", '"""The paper', "tests/extending/test_adding_a_loss.py trains with it"),
     Run("docs/evaluation.md", "python -m clip_jax.evaluate", writes=("evaluations/both/comparison.html",)),
     Skip("docs/pods.md", "pip install", "needs libtpu, which tests do without; tests/test_plan.py tries the command"),
     Run(

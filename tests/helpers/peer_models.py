@@ -54,7 +54,7 @@ def enliven(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def random_batch(preset: CLIPPreset, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Normalised images float32 ``[B, H, W, 3]`` of coarse and fine structure, and tokens int32 ``[B, L]``."""
+    """Normalized images float32 ``[B, H, W, 3]`` of coarse and fine structure, and tokens int32 ``[B, L]``."""
     random = np.random.default_rng(0)
     side, length, vocab_size = preset.vision.image_size, preset.text.context_length, preset.text.vocab_size
     coarse = random.normal(size=(size, 8, 8, 3)).repeat(-(-side // 8), axis=1).repeat(-(-side // 8), axis=2)
