@@ -1,4 +1,4 @@
-"""Measures clip_jax against open_clip (PyTorch) on one accelerator: training step, loss, embedding and start.
+"""Measures clip_jax against open_clip (PyTorch) on one accelerator: step, loss, embedding, time to the first step.
 
 python -m benchmarks.accelerator [--only=check,ceilings,step,loss,embed,start] [--models=ViT-L/14] [--minutes=N]
     [--resume] [--small] [--output=runs/accelerator.json]

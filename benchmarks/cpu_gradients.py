@@ -1,4 +1,4 @@
-"""Measures two optimizations for CPU: LayerNorm's written-out gradient, and merged leading axes in matrix products.
+"""Measures two optimizations for CPU: LayerNorm's hand-written gradient, and matrix products with merged batch axes.
 
     python -m benchmarks.cpu_gradients
 

@@ -1,4 +1,4 @@
-"""Analyzes the compiled training step and loss for a GPU, without a GPU: memory, bytes moved, kernels, least time.
+"""Analyzes the compiled training step and loss for a GPU, without a GPU: memory, bytes moved, kernels, minimum time.
 
 python -m benchmarks.gpu_program [--only=step,loss] [--models=ViT-L/14,...] [--remat=none,lite] [--forms] [--kinds=N]
 

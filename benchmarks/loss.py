@@ -1,4 +1,4 @@
-"""Measures peak memory and time of the contrastive loss alone on CPU: the blockwise form against open_clip's.
+"""Measures peak memory and time of the contrastive loss on CPU: clip_jax's blockwise form against open_clip's loss.
 
 pip install -e ".[peers]" && python -m benchmarks.loss [--batch-size=16384] [--block-size=512] [--rounds=3]
 

@@ -1,4 +1,4 @@
-"""Checks which peers are installed: a benchmark names a missing peer and measures the rest."""
+"""Checks whether the program that a benchmark compares with (its peer) is installed. Otherwise it is not measured."""
 
 import importlib.util
 import sys

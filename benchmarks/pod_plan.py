@@ -75,13 +75,13 @@ def format_row(model: str, topology: str, changes: dict, report: dict) -> str:
         topology,
         _words(changes) or "–",
         report["mesh"]["fsdp"],
-        figures.num_bytes(report["memory"]["all"]),
-        figures.number(report["compiled_to_model_flops"], 2),
-        figures.seconds(seconds["step"]),
-        f"≥ {figures.seconds(seconds['collectives_at_least'])}",
-        figures.share(report["model_flops_utilization"], 1),
-        figures.number(report["pairs_per_second"]),
-        figures.number(report["days"], 2),
+        figures.format_bytes(report["memory"]["all"]),
+        figures.format_number(report["compiled_to_model_flops"], 2),
+        figures.format_seconds(seconds["step"]),
+        f"≥ {figures.format_seconds(seconds['collectives_at_least'])}",
+        figures.format_share(report["model_flops_utilization"], 1),
+        figures.format_number(report["pairs_per_second"]),
+        figures.format_number(report["days"], 2),
     )
     return f"| {' | '.join(map(str, cells))} |"
 

@@ -1,4 +1,4 @@
-"""Measures the tokenizer on one core: distinct captions, at least 7 times as fast as OpenAI's SimpleTokenizer.
+"""Measures the tokenizer's speed on one core against OpenAI's SimpleTokenizer, on captions that never repeat.
 
     pip install -e ".[peers]"
     python -m benchmarks.tokenizer

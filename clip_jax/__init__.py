@@ -1,4 +1,4 @@
-"""Trains, checks, evaluates and uses CLIP models in JAX and Flax (arXiv 2103.00020)."""
+"""Trains, evaluates and uses CLIP models in JAX and Flax (arXiv 2103.00020)."""
 
 import importlib
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""The folder of files that the program can compute again, such as indexes and embeddings."""
+"""Returns the folder for cached files, such as indexes and embeddings, which the program can compute again."""
 
 import os
 import pathlib

@@ -39,7 +39,7 @@ def open_clip_arguments(name: str) -> str | None:
     return json.dumps(theirs if with_gelu else f"{theirs}-quickgelu")
 
 
-def use_of(name: str, params: dict, preprocessing: Preprocessing, destination: str, to: str) -> str:
+def loading_example(name: str, params: dict, preprocessing: Preprocessing, destination: str, to: str) -> str:
     """One line that shows how to load the model that was written."""
     path = json.dumps(destination, ensure_ascii=False)[1:-1]  # the quotes are added where it is used
     if not (to == "open_clip" and destination.endswith(".safetensors")):
@@ -96,7 +96,7 @@ def main(argv: list[str], program: str) -> int:
     write_weights(weights, arguments.destination, arguments.to)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(weights.variables["params"]))
     name, params = preset_name(weights.preset), weights.variables["params"]
-    use = use_of(name, params, weights.preset.preprocessing, arguments.destination, arguments.to)
+    use = loading_example(name, params, weights.preset.preprocessing, arguments.destination, arguments.to)
     print(f"{name}, {parameters:,} parameters, from {weights.format} to {arguments.destination}")
     print(f"Use it:  {use}")
     return DONE

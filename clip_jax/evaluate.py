@@ -1,4 +1,4 @@
-"""Scores a model on tasks: zero-shot classification, retrieval, linear probes and robustness to shift.
+"""Scores a model on tasks: zero-shot classification, retrieval, linear probes and robustness to distribution shift.
 
     python -m clip_jax.evaluate --model=runs/quickstart --tasks=ships --output=evaluations/quickstart
     python -m clip_jax.evaluate --list

@@ -11,7 +11,7 @@ PREFIX = ".unfinished-"  # temporary names are hidden so that a pattern such as 
 
 
 @contextlib.contextmanager
-def whole(path: str | os.PathLike, folder: str | os.PathLike | None = None) -> Iterator[pathlib.Path]:
+def atomic_path(path: str | os.PathLike, folder: str | os.PathLike | None = None) -> Iterator[pathlib.Path]:
     """Yields a temporary path. The file or folder that the block creates there is renamed to ``path`` at its end.
 
     If the block or the renaming raises, the temporary file or folder is removed. A kill leaves it. Several processes
@@ -48,11 +48,11 @@ def whole(path: str | os.PathLike, folder: str | os.PathLike | None = None) -> I
             unfinished.unlink()
 
 
-def write_whole(path: str | os.PathLike, content: str | bytes, folder: str | os.PathLike | None = None) -> None:
-    """Writes bytes, or text as UTF-8, to a file with :func:`whole`.
+def write_atomically(path: str | os.PathLike, content: str | bytes, folder: str | os.PathLike | None = None) -> None:
+    """Writes bytes, or text as UTF-8, to a file with :func:`atomic_path`.
 
     Raises:
       OSError: it cannot be written.
     """
-    with whole(path, folder) as unfinished:
+    with atomic_path(path, folder) as unfinished:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -1,4 +1,4 @@
-"""Appends to files of one JSON object per line whose last line a kill may have cut short."""
+"""Appends lines to files with one JSON object per line. If a kill has cut the last line short, ends that line first."""
 
 import os
 from typing import IO

@@ -75,7 +75,7 @@ class LoadedModel:
         variables = place_variables(unstack_layers(weights.variables), model, mesh)
         self.preset = weights.preset
         self.logit_scale = float(np.exp(variables["params"]["logit_scale"]))
-        self.embedder = Embedder(model, mesh, batch_size).with_variables(variables)
+        self.embedder = Embedder(model, mesh, batch_size).set_variables(variables)
         self.max_pixels, self.max_aspect_ratio = MAX_PIXELS, MAX_ASPECT_RATIO
         self._variables, self._batch_size, self._dtype, self._format = variables, batch_size, dtype, weights.format
         self._as_stored = preprocessing == "openai"

@@ -89,7 +89,7 @@ def _search(what: str, config: "ml_collections.ConfigDict", topology: "Topology"
       PlanError: nothing fits.
     """
     from clip_jax.planning.compiling import PlanError, compile_facts
-    from clip_jax.planning.figures import seconds
+    from clip_jax.planning.figures import format_seconds
     from clip_jax.planning.report import make_report
     from clip_jax.planning.searching import largest_batch, meshes_and_remats
 
@@ -97,7 +97,7 @@ def _search(what: str, config: "ml_collections.ConfigDict", topology: "Topology"
         name = f"batch {candidate.global_batch_size}, fsdp {candidate.mesh.fsdp}, remat {candidate.model.remat}"
         facts = compile_facts(candidate, topology, name)
         report = make_report(candidate, topology, facts)
-        result = f"{seconds(report['seconds']['step'])} a step" if report["fits"] else "does not fit"
+        result = f"{format_seconds(report['seconds']['step'])} a step" if report["fits"] else "does not fit"
         print(f"{name}: {result}", file=sys.stderr, flush=True)
         return facts
 

@@ -240,7 +240,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     load_pair = LoadPair(mixture, transform_of(data, model_preset(config), config.model.vision.image_size), cache)
     batches = Batches(load_pair, BATCH_SIZE, config.seed, workers=Workers(data.num_workers, data.num_threads))
     try:
-        feed = inspection.measure_feed(batches)
+        feed = inspection.measure_feed_speed(batches)
     finally:
         batches.close()
     images = f"images/s of {config.model.vision.image_size} x {config.model.vision.image_size}"

@@ -1,4 +1,4 @@
-"""Reads and writes the folder of a run without training: ``config.json``, parameters, the data's fingerprint.
+"""Reads and writes the files in a run's folder, for code that does not train: config, parameters, data fingerprint.
 
 A checkpoint that cannot be read is skipped, with a warning, for the one before it.
 """
@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from clip_jax.errors import FailedError, first_line
-from clip_jax.files import write_whole
+from clip_jax.files import write_atomically
 
 logger = logging.getLogger("clip_jax")
 
@@ -98,7 +98,7 @@ def write_config(workdir: epath.Path, text: str) -> None:
     """Writes ``config.json`` from the first process, atomically."""
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_whole(workdir / "config.json", text)
+        write_atomically(workdir / "config.json", text)
 
 
 def read_config(workdir: epath.Path) -> dict | None:

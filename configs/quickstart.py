@@ -1,4 +1,4 @@
-"""Trains a small CLIP from scratch on the included pairs, in minutes on two CPU cores.
+"""Trains a small CLIP from scratch on the included emoji images and captions, in minutes on two CPU cores.
 
 python -m clip_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 

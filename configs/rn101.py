@@ -1,4 +1,4 @@
-"""Trains RN101 as in the paper: batch 32,768, 32 epochs.
+"""Trains RN101 as in the CLIP paper: batch 32,768, 32 epochs.
 
 python -m clip_jax.main --config=configs/rn101.py --workdir=/mnt/shared/rn101 --config.data.source=...
 

@@ -1,4 +1,4 @@
-"""Trains RN50 as in the paper: batch 32,768, 32 epochs.
+"""Trains RN50 as in the CLIP paper: batch 32,768, 32 epochs.
 
 python -m clip_jax.main --config=configs/rn50.py --workdir=/mnt/shared/rn50 --config.data.source=...
 

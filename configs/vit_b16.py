@@ -1,4 +1,4 @@
-"""Trains ViT-B/16 as in the paper: batch 32,768, 32 epochs.
+"""Trains ViT-B/16 as in the CLIP paper: batch 32,768, 32 epochs.
 
 python -m clip_jax.main --config=configs/vit_b16.py --workdir=/mnt/shared/vit_b16 --config.data.source=...
 

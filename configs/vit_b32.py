@@ -1,4 +1,4 @@
-"""Trains ViT-B/32 as in the paper: batch 32,768, 32 epochs.
+"""Trains ViT-B/32 as in the CLIP paper: batch 32,768, 32 epochs.
 
 python -m clip_jax.main --config=configs/vit_b32.py --workdir=/mnt/shared/vit_b32 --config.data.source=...
 

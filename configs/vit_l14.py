@@ -1,4 +1,4 @@
-"""Trains ViT-L/14 as in the paper: batch 32,768, 32 epochs. Run this on every host of a pod:
+"""Trains ViT-L/14 as in the CLIP paper: batch 32,768, 32 epochs. Run this on every host of a pod:
 
 python -m clip_jax.main --config=configs/vit_l14.py --workdir=/mnt/shared/vit_l14 --config.data.source=...
 

@@ -1,4 +1,4 @@
-"""Trains ViT-L/14@336: one more epoch of the trained ViT-L/14 at 336 pixels and a low rate (section 2.5 of the paper).
+"""Trains ViT-L/14@336: the trained ViT-L/14, one more epoch at 336 pixels and a low learning rate (section 2.5).
 
 python -m clip_jax.main --config=configs/vit_l14_336.py --config.init_from=/mnt/shared/vit_l14 \\
     --workdir=/mnt/shared/vit_l14_336 --config.data.source=...

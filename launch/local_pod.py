@@ -1,9 +1,9 @@
-"""Runs clip_jax.main as a pod of several processes on this machine, each with its own CPU devices.
+"""Runs clip_jax.main as several processes on this machine, like the hosts of a pod, each with its own CPU devices.
 
     python launch/local_pod.py --processes=2 --devices=2 -- \
-        --config=configs/quickstart.py --config.steps=10 --workdir=runs/pod
+        --config=configs/quickstart.py --config.steps=10 --config.evaluation.tasks= --workdir=runs/pod
 
-This tries a training of several hosts without them. The output of the first process is printed unchanged, the lines of
+It tests a training of several hosts on one machine. The output of the first process is printed unchanged, the lines of
 the others start with their number. If a process fails, the others get time to notice and exit. Ctrl-C and SIGTERM are
 passed to all.
 """

@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 
-from trial import QUICK_COMPILATION
+from trial import GIVEN_CACHE, QUICK_COMPILATION
 
 # Read when JAX starts, so they have to stand here before its first import.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
@@ -13,8 +13,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="clip_jax_tests_")
 # Most of the time of most tests is compilation, of programs that other tests, workers of xdist and processes that tests
 # start compile as well. One folder for all of them, which the first process makes and removes.
-CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE or tempfile.mkdtemp(prefix="clip_jax_compiled_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = GIVEN_CACHE or tempfile.mkdtemp(prefix="clip_jax_compiled_")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # Programs as small as these take far longer to optimize than to run. The nightly tests optimize, as users do.
@@ -54,7 +53,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_unconfigure():
-    if not CACHE:
+    if not GIVEN_CACHE:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 

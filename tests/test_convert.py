@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 from trial import SMALL, losses, run
 
+from clip_jax.convert import loading_example
 from clip_jax.convert import main as convert
-from clip_jax.convert import use_of
 from clip_jax.main import main as train
 from clip_jax.main import parse_arguments
 from clip_jax.models.preprocessing import Preprocessing
@@ -94,7 +94,7 @@ def test_a_conversion_says_what_the_model_is_and_how_to_use_it(
     ],
 )
 def test_a_file_for_open_clip_is_used_by_open_clips_name(name, params, arguments):
-    use = use_of(name, params, Preprocessing(), 'a "b.safetensors', "open_clip")
+    use = loading_example(name, params, Preprocessing(), 'a "b.safetensors', "open_clip")
     assert use == f'open_clip.create_model_and_transforms({arguments}, pretrained="a \\"b.safetensors")'
 
 

@@ -4,14 +4,14 @@ import os
 
 import pytest
 
-from clip_jax.files import whole, write_whole
+from clip_jax.files import atomic_path, write_atomically
 
 
 def test_a_file_is_replaced_and_nothing_else_stays(tmp_path):
     file = tmp_path / "figures.json"
-    write_whole(file, "é")
+    write_atomically(file, "é")
     assert file.read_bytes() == "é".encode()
-    write_whole(file, b"\xff")
+    write_atomically(file, b"\xff")
     assert file.read_bytes() == b"\xff"
     assert os.listdir(tmp_path) == ["figures.json"]
 
@@ -19,7 +19,7 @@ def test_a_file_is_replaced_and_nothing_else_stays(tmp_path):
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_an_error_leaves_what_was_there(tmp_path, kind):
     def write(content: str) -> None:
-        with whole(tmp_path / "made.pt") as unfinished:
+        with atomic_path(tmp_path / "made.pt") as unfinished:
             assert unfinished.suffix == ".pt"
             if kind == "folder":
                 unfinished.mkdir()
@@ -42,7 +42,7 @@ def test_an_error_leaves_what_was_there(tmp_path, kind):
 
 def test_the_temporary_name_may_be_in_another_folder(tmp_path):
     (tmp_path / "parts").mkdir()
-    with whole(tmp_path / "pairs-0", folder=tmp_path / "parts") as unfinished:
+    with atomic_path(tmp_path / "pairs-0", folder=tmp_path / "parts") as unfinished:
         unfinished.write_text("x")
         assert os.listdir(tmp_path) == ["parts"]
         assert not list(tmp_path.glob("pairs-*"))
@@ -51,5 +51,5 @@ def test_the_temporary_name_may_be_in_another_folder(tmp_path):
 
 def test_an_error_of_the_disk_names_the_file_that_was_asked_for(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
-        write_whole(tmp_path / "none/file", "x")
+        write_atomically(tmp_path / "none/file", "x")
     assert caught.value.filename == str(tmp_path / "none/file")

@@ -362,7 +362,7 @@ def test_images_are_counted_after_the_warm_up():
             time.sleep(0.01)
             yield {"image": np.zeros((8, 2, 2, 3))}
 
-    feed = inspection.measure_feed(batches(), warm_up=0.1, measured=0.5)
+    feed = inspection.measure_feed_speed(batches(), warm_up=0.1, measured=0.5)
     assert 50 < feed.images_per_second <= 800
     assert feed.images_per_cpu_second is None or feed.images_per_cpu_second > feed.images_per_second
     assert feed.cores >= 1
@@ -374,8 +374,8 @@ def test_hosts_are_rounded_up(pairs_per_second, hosts):
 
 
 def test_bench_measures_the_pipeline_of_a_config(capsys, monkeypatch):
-    measure = functools.partial(inspection.measure_feed, warm_up=0.0, measured=0.2)
-    monkeypatch.setattr(inspection, "measure_feed", measure)
+    measure = functools.partial(inspection.measure_feed_speed, warm_up=0.0, measured=0.2)
+    monkeypatch.setattr(inspection, "measure_feed_speed", measure)
     arguments = ["--config=quickstart", "--config.data.num_workers=0", "--pairs-per-second=1000000"]
     assert prepare.main(["bench", "emoji:noto/held_out", *arguments]) == 0
     rate, *_, hosts = capsys.readouterr().out.splitlines()

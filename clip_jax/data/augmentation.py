@@ -1,4 +1,4 @@
-"""Augments training images at random: outlines, shape, colors and damage, as strong as the config sets them."""
+"""Augments training images at random: draws outlines, changes shape and colors, blurs, and erases a rectangle."""
 
 import dataclasses
 import functools

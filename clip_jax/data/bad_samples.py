@@ -1,4 +1,4 @@
-"""Counts the samples that cannot be used by reason, lists them in a file, and ends the run if there are too many."""
+"""Counts unusable samples by reason, lists them in a file, and ends the run if there are too many."""
 
 import json
 import pathlib

@@ -263,7 +263,7 @@ class Feed:
         return max(1, math.ceil(pairs_per_second / self.images_per_second))
 
 
-def measure_feed(
+def measure_feed_speed(
     batches: Iterator[dict[str, np.ndarray]], warm_up: float = WARM_UP, measured: float = MEASURED
 ) -> Feed:
     """Measures how fast batches are produced.

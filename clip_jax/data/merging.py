@@ -25,7 +25,7 @@ class Plan(NamedTuple):
     groups: list[list[int]]
 
 
-def plan_shards(notes: Iterable[dict], pairs_per_shard: int) -> dict[int, Plan]:
+def plan_merges(notes: Iterable[dict], pairs_per_shard: int) -> dict[int, Plan]:
     """Returns the plan of each shard with records to leave out or merge, by shard. Takes 40 bytes of memory per pair.
 
     Args:

@@ -18,12 +18,12 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
-from clip_jax.data.merging import Plan, plan_shards
+from clip_jax.data.merging import Plan, plan_merges
 from clip_jax.data.shards import Job, Settings, WriteError, write_shard
 from clip_jax.data.sources import Source
 from clip_jax.data.sources.buckets import Access, current_access, use_access
 from clip_jax.data.workers import end_with_parent
-from clip_jax.files import PREFIX, whole, write_whole
+from clip_jax.files import PREFIX, atomic_path, write_atomically
 
 FORMAT_VERSION = 2  # raise this when the same pairs would give other bytes: older conversions are then not continued
 EMPTY_PLAN = Plan([], [], [])
@@ -77,7 +77,7 @@ def write_records(
     if finished:
         return finished
     _run(job, {shard: EMPTY_PLAN for shard in range(job.shards) if job.note(shard) is None}, workers, progress)
-    plans = plan_shards(map(job.note, range(job.shards)), settings.pairs_per_shard)
+    plans = plan_merges(map(job.note, range(job.shards)), settings.pairs_per_shard)
     changed = {shard: plan for shard, plan in plans.items() if job.note(shard)["plan"] != list(plan)}
     _run(job, changed, workers, progress)
     manifest = _summarize(job) | {"license": settings.license, "conversion": conversion}
@@ -85,7 +85,7 @@ def write_records(
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in manifest["bad_samples"].items())
         raise WriteError(f"none of the {len(source):,} pairs of {source_name} can be used: {reasons}")
     content = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-    write_whole(folder / "manifest.json", content, folder=job.parts)
+    write_atomically(folder / "manifest.json", content, folder=job.parts)
     shutil.rmtree(job.parts)
     return manifest
 
@@ -111,7 +111,7 @@ def _open_folder(job: Job, conversion: dict) -> dict | None:
         raise ValueError(f"{job.folder} holds other files and no conversion to continue; choose a new folder")
     job.folder.mkdir(parents=True, exist_ok=True)
     job.parts.mkdir(exist_ok=True)
-    write_whole(started, json.dumps(conversion))
+    write_atomically(started, json.dumps(conversion))
     return None
 
 
@@ -142,7 +142,7 @@ def _summarize(job: Job) -> dict:
     """Writes ``bad_samples.jsonl`` and returns the part of the manifest that comes from the shards' notes."""
     totals, reasons, shards = Counter(pairs=0, captions=0, image_bytes=0, merged=0), Counter(), []
     with (
-        whole(job.folder / "bad_samples.jsonl", folder=job.parts) as unfinished,
+        atomic_path(job.folder / "bad_samples.jsonl", folder=job.parts) as unfinished,
         unfinished.open("w", encoding="utf-8") as lines,
     ):
         for shard in range(job.shards):

@@ -16,7 +16,7 @@ from clip_jax.data.images import ImageError, decode_image
 from clip_jax.data.merging import DIGEST_BYTES, Plan, merge
 from clip_jax.data.sources import Pair, PairError, Source
 from clip_jax.errors import FailedError, one_line
-from clip_jax.files import whole, write_whole
+from clip_jax.files import atomic_path, write_atomically
 
 SHARD_OPTIONS = "group_size:1,uncompressed"  # random access to single records; images are compressed already
 BUFFER = re.compile(r" <_io\.BytesIO object at 0x[0-9a-fA-F]+>")
@@ -140,7 +140,7 @@ def write_shard(job: Job, shard: int, plan: Plan, tick: Callable[[], None]) -> N
     duplicates, groups = set(plan.duplicates), {records[0]: records[1:] for records in plan.groups}
     known = _Usable.of_note(job.note(shard), set(plan.merged))
     path = job.shard_path(shard)
-    with whole(path, folder=job.parts) as unfinished, _Writer(unfinished) as writer:
+    with atomic_path(path, folder=job.parts) as unfinished, _Writer(unfinished) as writer:
         for record in job.records(shard):
             if record in known:
                 usable.add(record, *known[record])
@@ -180,7 +180,7 @@ def write_shard(job: Job, shard: int, plan: Plan, tick: Callable[[], None]) -> N
         "keys": b"".join(usable.keys),
         "images": b"".join(usable.images),
     }
-    write_whole(job.note_path(shard), msgpack.packb(note, unicode_errors="backslashreplace"))
+    write_atomically(job.note_path(shard), msgpack.packb(note, unicode_errors="backslashreplace"))
 
 
 class _Usable:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from clip_jax.evaluation.images import all_gather_objects
-from clip_jax.files import whole
+from clip_jax.files import atomic_path
 
 VERSION = 1  # of the computation; increase it when classifiers change
 # From class names and templates to weights float32 [C, D], one unit vector for each class.
@@ -37,7 +37,7 @@ def cached_classifier(classifier: Classifier, model: str, folder: pathlib.Path) 
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
-                with whole(file) as unfinished:
+                with atomic_path(file) as unfinished:
                     np.save(unfinished, weights)
         return weights
 

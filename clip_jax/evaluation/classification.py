@@ -13,12 +13,12 @@ from clip_jax.data.sources.fields import split_options
 from clip_jax.evaluation.cached import Classifier
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.images import Annotation, Images, open_on_all_hosts, read_annotations
-from clip_jax.evaluation.labels import check_names, choose_rows, match_classes, no_match
+from clip_jax.evaluation.labels import check_names, choose_rows, match_classes, no_match_message
 from clip_jax.evaluation.linear_probe import Split, linear_probe
-from clip_jax.evaluation.measuring import Extras, finite, under_corruptions
+from clip_jax.evaluation.measuring import Extras, require_finite, under_corruptions
 from clip_jax.evaluation.metrics import average_precision_11, roc_auc
 from clip_jax.evaluation.results import TaskResult
-from clip_jax.evaluation.similarity import copies, ties
+from clip_jax.evaluation.similarity import num_copies, num_ties
 from clip_jax.evaluation.task import Task
 from clip_jax.evaluation.zero_shot import (
     Prompts,
@@ -105,7 +105,7 @@ class ClassificationTask:
         found = dict.fromkeys(label for annotation in annotations for label in annotation.labels)
         matching = match_classes(found, self.class_names, self._labels)
         if matching.unknown and (not matching.index_of or not (other or self.task.other_classes)):
-            raise ValueError(no_match(matching.unknown, len(found), self.class_names, self._labels))
+            raise ValueError(no_match_message(matching.unknown, len(found), self.class_names, self._labels))
         answers = "cannot be its answers" if other else "remain possible answers"
         rows = choose_rows(annotations, matching, self.class_names, self._several, answers)
         return LabeledImages(images.select(rows.rows), rows.classes, rows.notes)
@@ -178,8 +178,8 @@ class ClassificationTask:
 
     def _measure(self, embedder: Embedder, weights: np.ndarray, images: Images) -> tuple[dict, dict, list[str]]:
         """Returns metrics, arrays of the result, and notes on images with equal embeddings."""
-        embeddings = finite(embedder.encode_image(images))
-        equal = copies(embeddings)
+        embeddings = require_finite(embedder.encode_image(images))
+        equal = num_copies(embeddings)
         notes = [f"{equal:,} of {len(embeddings):,} images have the same embedding as an earlier one"] if equal else []
         if self._several:
             classified = classify(embeddings, weights, embedder.logit_scale, self.class_names, None)
@@ -189,7 +189,7 @@ class ClassificationTask:
         metrics = self._with_mean(single_label_metrics(classified, labels))
         if self.task.metric == "roc_auc":
             metrics |= two_class_metrics(embeddings, weights, labels)
-        contradicting = ties(embeddings, labels)
+        contradicting = num_ties(embeddings, labels)
         if contradicting:
             notes.append(f"{contradicting:,} images have the same embedding as an image of another class")
         return metrics, classified._asdict() | {"labels": labels}, notes
@@ -251,8 +251,10 @@ class ClassificationTask:
         return splits, [f"linear probe, {note}" for split in splits for note in split.notes]
 
     def _probe(self, embedder: Embedder, splits: list[LabeledImages]) -> tuple[dict[str, float], list[str]]:
-        train, *validation = [Split(finite(embedder.image_features(split.images)), split.labels) for split in splits]
-        test = Split(finite(embedder.image_features(self.images)), self._label_array())
+        train, *validation = [
+            Split(require_finite(embedder.image_features(split.images)), split.labels) for split in splits
+        ]
+        test = Split(require_finite(embedder.image_features(self.images)), self._label_array())
         try:
             return linear_probe(train, test, len(self.class_names), embedder.mesh, *validation), []
         except ValueError as error:  # too few images or classes
@@ -294,7 +296,7 @@ def _same_names(class_names: Sequence[str]) -> list[str]:
 def _equal_classes(weights: np.ndarray, class_names: Sequence[str]) -> list[str]:
     """Returns a note on classes of different names with equal text embeddings: a tie counts as wrong."""
     _, name_of = np.unique(np.asarray(class_names), return_inverse=True)
-    equal = ties(weights, name_of)
+    equal = num_ties(weights, name_of)
     if not equal:
         return []
     return [
@@ -319,7 +321,7 @@ def read_shard_prompts(source: str) -> Prompts:
 
 def thumbnails(images: Images) -> np.ndarray:
     """Returns the images resized to at most 32 pixels: uint8 ``[M, S, S, 3]``."""
-    side = min(BASELINE_SIDE, images.like.shape[0])
+    side = min(BASELINE_SIDE, images.blank_image.shape[0])
     result = np.empty((len(images), side, side, 3), np.uint8)
     for index, image in enumerate(images):
         result[index] = Image.fromarray(image).resize((side, side), Image.Resampling.BOX)

@@ -55,7 +55,7 @@ class Embedder:
         self._image_features = compiled(image_features)
         self._encode_text = compiled(lambda variables, tokens: model.apply(variables, tokens, method="encode_text"))
 
-    def with_variables(self, variables: dict) -> "Embedder":
+    def set_variables(self, variables: dict) -> "Embedder":
         """Sets the ``params`` and ``batch_stats`` to embed with; nothing is compiled again."""
         self._variables = variables
         return self
@@ -152,4 +152,4 @@ def batch_size_for(rows: int, largest: int, devices: int) -> int:
 
 def _like_a_row(rows: Sequence[np.ndarray]) -> np.ndarray:
     """Of the shape and dtype of each of them."""
-    return rows[0] if isinstance(rows, np.ndarray) else rows.like
+    return rows[0] if isinstance(rows, np.ndarray) else rows.blank_image

@@ -47,7 +47,7 @@ class Images(Sequence):
         return len(self._rows)
 
     @property
-    def like(self) -> np.ndarray:
+    def blank_image(self) -> np.ndarray:
         """Zeros with the shape and dtype of an image."""
         return np.zeros((self._image_size, self._image_size, 3), np.uint8)
 

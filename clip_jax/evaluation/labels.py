@@ -117,7 +117,7 @@ def _check_one_to_one(index_of: dict[str, int], keys: Sequence[str]) -> None:
             )
 
 
-def no_match(unknown: Sequence[str], found: int, class_names: Sequence[str], labels: Sequence[str]) -> str:
+def no_match_message(unknown: Sequence[str], found: int, class_names: Sequence[str], labels: Sequence[str]) -> str:
     """Returns the error message for classes of the task's source that match nothing."""
     keys = list(labels or class_names)
     shown = []

@@ -1,4 +1,4 @@
-"""Shared by tasks of all kinds: optional measurements, scores under corruption, and a check of embeddings."""
+"""Code that all kinds of evaluation tasks share: optional measurements, corrupted images, a check of embeddings."""
 
 import dataclasses
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def under_corruptions(images: Images, measure: Callable[[Images], float]) -> dic
     return {name: [measure(images.map(corruption(name, strength))) for strength in STRENGTHS] for name in CORRUPTIONS}
 
 
-def finite(embeddings: np.ndarray) -> np.ndarray:
+def require_finite(embeddings: np.ndarray) -> np.ndarray:
     """Returns ``embeddings``, ``[M, D]``. Raises FloatingPointError if one is not finite."""
     wrong = np.count_nonzero(~np.isfinite(embeddings).all(axis=1))
     if wrong:

@@ -1,4 +1,4 @@
-"""The evaluation tasks that have names: the paper's 27 data sets and seven shifts, retrieval, and tasks that ship."""
+"""The evaluation tasks by name: the paper's 27 data sets, seven distribution shifts, retrieval, and included data."""
 
 import difflib
 

@@ -1,4 +1,4 @@
-"""Image-text retrieval: recall at 1, 5 and 10 in both directions (section 3.1, table 13 of the paper)."""
+"""Image-text retrieval: recall at 1, 5 and 10 in both directions (section 3.1, table 13 of the CLIP paper)."""
 
 import numpy as np
 

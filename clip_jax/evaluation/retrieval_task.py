@@ -9,9 +9,9 @@ from clip_jax.evaluation import retrieval
 from clip_jax.evaluation.cached import Classifier
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.images import Annotation, Images, open_on_all_hosts, read_annotations
-from clip_jax.evaluation.measuring import Extras, finite, under_corruptions
+from clip_jax.evaluation.measuring import Extras, require_finite, under_corruptions
 from clip_jax.evaluation.results import TaskResult
-from clip_jax.evaluation.similarity import ties
+from clip_jax.evaluation.similarity import num_ties
 from clip_jax.evaluation.task import Task
 from clip_jax.models.preprocessing import Preprocessing
 
@@ -59,7 +59,7 @@ class RetrievalTask:
 
     def score(self, embedder: Embedder, classifier: Classifier, extras: Extras) -> TaskResult:
         """Scores the embedder's model, without ``classifier``. Raises ValueError or FloatingPointError, one line."""
-        text_embeddings = finite(embedder.encode_text(self._texts))
+        text_embeddings = require_finite(embedder.encode_text(self._texts))
         metrics, arrays, notes = self._measure(embedder, text_embeddings, self.images)
         shift = {}
         if extras.synthetic_shift:
@@ -85,7 +85,7 @@ class RetrievalTask:
 
     def _measure(self, embedder: Embedder, text_embeddings: np.ndarray, images: Images) -> tuple[dict, dict, list[str]]:
         """Returns metrics, arrays of the result, and notes on equal embeddings: a tie counts as wrong."""
-        image_embeddings = finite(embedder.encode_image(images))
+        image_embeddings = require_finite(embedder.encode_image(images))
         ranks = {
             "image_to_text_rank": retrieval.retrieval_ranks(
                 image_embeddings, text_embeddings, self._image_ids, self._text_ids
@@ -95,10 +95,10 @@ class RetrievalTask:
             ),
         }
         equal = {
-            f"of {len(image_embeddings):,} images have the same embedding as an image with another text": ties(
+            f"of {len(image_embeddings):,} images have the same embedding as an image with another text": num_ties(
                 image_embeddings, self._image_ids
             ),
-            f"of {len(text_embeddings):,} texts have the same embedding as a text of another image": ties(
+            f"of {len(text_embeddings):,} texts have the same embedding as a text of another image": num_ties(
                 text_embeddings, self._text_ids
             ),
         }

@@ -1,4 +1,4 @@
-"""Effective robustness: a model's accuracy under a natural shift, above what its ImageNet accuracy predicts.
+"""Effective robustness: accuracy under a natural distribution shift, above what the ImageNet accuracy predicts.
 
 For models trained on ImageNet, the logits of the two accuracies are on a straight line, which gives the prediction.
 Source: section 3.3 and figure 13 of the paper, after Taori et al. (arXiv 2007.00644).

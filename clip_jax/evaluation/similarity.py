@@ -1,4 +1,4 @@
-"""Computes cosines of queries and candidates, with bitwise equal scores for equal candidates."""
+"""Computes cosine similarities of query and candidate embeddings. Equal candidates get exactly equal scores."""
 
 import hashlib
 
@@ -25,13 +25,13 @@ class Candidates:
         return scores if len(self._distinct) == len(self.index) else scores[:, self.index]
 
 
-def copies(embeddings: np.ndarray) -> int:
+def num_copies(embeddings: np.ndarray) -> int:
     """Returns how many rows of ``embeddings``, ``[C, D]``, equal an earlier row."""
     index = Candidates(embeddings).index
     return len(index) - len(np.unique(index))
 
 
-def ties(embeddings: np.ndarray, ids: np.ndarray) -> int:
+def num_ties(embeddings: np.ndarray, ids: np.ndarray) -> int:
     """Returns how many rows of ``embeddings``, ``[C, D]``, equal a row with another id; ``ids`` is int ``[C]``."""
     index = Candidates(embeddings).index
     pairs = np.unique(np.stack([index, ids]), axis=1)  # each embedding with each of its ids, once

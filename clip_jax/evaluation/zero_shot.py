@@ -1,4 +1,4 @@
-"""Zero-shot classification (sections 3.1.2 and 3.1.4 of the paper), and a baseline that compares pixels."""
+"""Zero-shot classification (sections 3.1.2 and 3.1.4 of the CLIP paper), and a baseline that compares pixels."""
 
 import json
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""The interface of a loss: its parameters, its keys of the config, its value, and its limits after an update.
+"""The interface of a loss: its config keys, its learned parameters with their limits, and its value for a batch.
 
 docs/design.md, "How to add a loss", has a worked example.
 """

@@ -1,7 +1,7 @@
 """The softmax loss for batches whose similarities do not fit into memory: a device holds one block of them at a time.
 
 The texts pass through all devices once for the denominators of the softmax, and once more for the gradients. The
-gradients are written out, because differentiating the first pass would keep every block in memory.
+gradients are written by hand, because differentiating the first pass would keep every block in memory.
 """
 
 import functools

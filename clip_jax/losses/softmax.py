@@ -1,4 +1,7 @@
-"""The contrastive loss of the paper (arXiv 2103.00020, section 2.3 and figure 3), and its gathered form."""
+"""The contrastive loss of the CLIP paper (arXiv 2103.00020, section 2.3 and figure 3).
+
+In the "gather" form, each device gathers the texts of all devices. The "blockwise" form is in losses/blockwise.py.
+"""
 
 import dataclasses
 import functools

@@ -1,1 +1,1 @@
-"""The two towers of CLIP as pure Flax modules."""
+"""The CLIP model as Flax modules: an image tower and a text tower (its two encoders), and their settings."""

@@ -1,4 +1,4 @@
-"""Chooses how the towers and the loss are computed on each kind of device. Modules get the result as one field.
+"""Chooses how the towers and the loss are computed on each kind of device. The result is an :class:`Execution`.
 
 ============================ ======= ======= ======== =================================================================
 choice                       CPU     TPU     GPU      why

@@ -81,7 +81,7 @@ def nearest_types(family: str, size: int) -> str:
     return " and ".join(f"{family}-{one} ({sizes[one]})" for one in near if one is not None)
 
 
-def unsold_size(name: str) -> str | None:
+def unsold_size_message(name: str) -> str | None:
     """The error text for a well-formed name with a size that Google does not have; None for any other word."""
     found = re.fullmatch(r"(\w+)-(\d+)", name)
     if not found or found[1] not in _FAMILIES:

@@ -1,10 +1,10 @@
-"""Suggests how to make a step fit into memory, with what each change saves. Nothing here compiles."""
+"""Suggests changes that make a training step fit into memory, and estimates how many bytes each change saves."""
 
 import math
 from typing import NamedTuple
 
 from clip_jax.models.execution import REMAT_POLICIES
-from clip_jax.planning.figures import num_bytes
+from clip_jax.planning.figures import format_bytes
 from clip_jax.planning.topologies import GENERATIONS, Topology, named_slices, parse_topology
 
 MAX_PARTS = 64  # the largest suggested factor for accumulation_steps
@@ -53,7 +53,7 @@ def advice(report: dict) -> list[str]:
         *_more_memory(report),
     ]
     worth_a_line = [one for one in found if one[0] >= need.available / 100] or found
-    return [f"{words} {num_bytes(saved)}: {option}" for saved, words, option in sorted(worth_a_line, reverse=True)]
+    return [f"{words} {format_bytes(saved)}: {option}" for saved, words, option in sorted(worth_a_line, reverse=True)]
 
 
 Saving = tuple[float, str, str]  # bytes on one device, the change in words, and the option

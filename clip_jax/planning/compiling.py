@@ -16,7 +16,7 @@ import time
 import ml_collections
 
 from clip_jax.cache import cache_folder
-from clip_jax.files import write_whole
+from clip_jax.files import write_atomically
 from clip_jax.planning.topologies import Topology
 
 PACKAGE = pathlib.Path(__file__).parent.parent
@@ -99,7 +99,7 @@ def compile_facts(config: ml_collections.ConfigDict, topology: Topology, what: s
     path = cache_folder("plan") / f"{cache_key(config, topology)}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(facts))
+        write_atomically(path, json.dumps(facts))
     except OSError as error:
         print(f"not kept for the next time: {error}", file=sys.stderr)
     return facts

@@ -1,4 +1,4 @@
-"""The flops that a step needs by formula, without recomputation, padding or other overhead of an implementation.
+"""Computes by formula how many flops a training step needs, without recomputation, padding or other overhead.
 
 Matrix products and convolutions count, with two flops for each multiply-add, as is usual for model flops utilization.
 Each of a product's two gradients costs as much as the product, so a step costs three forward passes, except for the

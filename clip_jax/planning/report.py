@@ -7,9 +7,14 @@ import ml_collections
 
 from clip_jax.models.presets import model_preset
 from clip_jax.planning.advice import advice
-from clip_jax.planning.figures import flops as in_flops
-from clip_jax.planning.figures import num_bytes, number, share, span
-from clip_jax.planning.figures import seconds as in_seconds
+from clip_jax.planning.figures import (
+    format_bytes,
+    format_flops,
+    format_number,
+    format_seconds,
+    format_share,
+    format_span,
+)
 from clip_jax.planning.model_flops import step_flops
 from clip_jax.planning.program import PARTS
 from clip_jax.planning.topologies import Topology
@@ -194,33 +199,34 @@ def format_report(report: dict) -> list[str]:
         )
     )
     lines += [
-        f"Model flops utilization {share(report['model_flops_utilization'], 1)}, {number(report['pairs_per_second'])} "
-        f"pairs/s ({number(report['pairs_per_second'] / report['chips'], 1)} a chip)",
-        f"The config's run: {run}, {span(report['days'] * 86_400)}"
-        + (f", cost {number(report['cost'], 2)}" if "cost" in report else ""),
+        f"Model flops utilization {format_share(report['model_flops_utilization'], 1)}, "
+        f"{format_number(report['pairs_per_second'])} pairs/s "
+        f"({format_number(report['pairs_per_second'] / report['chips'], 1)} a chip)",
+        f"The config's run: {run}, {format_span(report['days'] * 86_400)}"
+        + (f", cost {format_number(report['cost'], 2)}" if "cost" in report else ""),
     ]
     return lines
 
 
 def _format_memory_and_work(report: dict) -> list[str]:
     memory, device = report["memory"], _device(report)
-    lines = [f"It fits: {num_bytes(memory['all'])} of {num_bytes(report['hbm_bytes'])} HBM on each {device}"]
-    lines += [f"  {name:22} {num_bytes(size):>12}" for name, size in memory.items() if name != "all" and size]
+    lines = [f"It fits: {format_bytes(memory['all'])} of {format_bytes(report['hbm_bytes'])} HBM on each {device}"]
+    lines += [f"  {name:22} {format_bytes(size):>12}" for name, size in memory.items() if name != "all" and size]
     flops = report["model_flops"]
-    parts = ", ".join(f"{name} {share(size, flops['all'])}" for name, size in flops.items() if name != "all")
+    parts = ", ".join(f"{name} {format_share(size, flops['all'])}" for name, size in flops.items() if name != "all")
     lines += [
         "",
-        f"Flops on each {device}: the model needs {in_flops(flops['all'])} ({parts})",
-        f"  compiled: {in_flops(report['compiled_flops'])} in matrix products, "
-        f"{number(report['compiled_to_model_flops'], 3)} times the model's",
-        f"  to and from HBM: {num_bytes(report['bytes_accessed'])}, "
-        f"{in_seconds(report['bytes_accessed_seconds'])} at its published bandwidth",
+        f"Flops on each {device}: the model needs {format_flops(flops['all'])} ({parts})",
+        f"  compiled: {format_flops(report['compiled_flops'])} in matrix products, "
+        f"{format_number(report['compiled_to_model_flops'], 3)} times the model's",
+        f"  to and from HBM: {format_bytes(report['bytes_accessed'])}, "
+        f"{format_seconds(report['bytes_accessed_seconds'])} at its published bandwidth",
         "",
         "Collectives in a step      count        bytes  overlapping  at least  of it not hidden",
     ]
     lines += [
-        f"  {one['kind']:22} {one['count']:7,} {num_bytes(one['bytes']):>12} {one['overlapping']:12,} "
-        f"{in_seconds(one['seconds_at_least']):>9} {in_seconds(one['exposed_seconds']):>18}"
+        f"  {one['kind']:22} {one['count']:7,} {format_bytes(one['bytes']):>12} {one['overlapping']:12,} "
+        f"{format_seconds(one['seconds_at_least']):>9} {format_seconds(one['exposed_seconds']):>18}"
         for one in report["collectives"]
     ] or ["  none"]
     return lines
@@ -230,9 +236,9 @@ def _format_seconds(report: dict) -> list[str]:
     seconds = report["seconds"]
     lines = [
         "",
-        f"Predicted step: {in_seconds(seconds['step'])}, of which the compiler estimates "
-        f"{in_seconds(seconds['compute'])} for computing; collectives add at least "
-        f"{in_seconds(seconds['collectives_at_least'])}",
+        f"Predicted step: {format_seconds(seconds['step'])}, of which the compiler estimates "
+        f"{format_seconds(seconds['compute'])} for computing; collectives add at least "
+        f"{format_seconds(seconds['collectives_at_least'])}",
     ]
     by_part = report["seconds_by_part"]
     lines.append(
@@ -242,7 +248,7 @@ def _format_seconds(report: dict) -> list[str]:
     lines.append("  by work:  " + _shares(report["seconds_by_work"], seconds["compute"]))
     lines.append("  costliest operations:")
     lines += [
-        f"    {in_seconds(one['seconds']):>9} {share(one['seconds'], seconds['compute']):>6}  "
+        f"    {format_seconds(one['seconds']):>9} {format_share(one['seconds'], seconds['compute']):>6}  "
         f"{' '.join(filter(None, (one['part'], one['direction'])))}: {one['operation']} ({one['work']})"
         for one in report["costliest"]
     ]
@@ -250,7 +256,9 @@ def _format_seconds(report: dict) -> list[str]:
 
 
 def _shares(seconds: dict[str, float], whole: float) -> str:
-    return ", ".join(f"{name} {in_seconds(value)} ({share(value, whole)})" for name, value in seconds.items())
+    return ", ".join(
+        f"{name} {format_seconds(value)} ({format_share(value, whole)})" for name, value in seconds.items()
+    )
 
 
 def left_out(report: dict) -> list[str]:
@@ -284,16 +292,19 @@ def _format_too_large(report: dict) -> list[str]:
     state = sum(memory.values())
     needed, available = out["needed_bytes"], out["available_bytes"] or report["hbm_bytes"]
     if needed is None:
-        first = f"It does not fit into the {num_bytes(available)} of HBM on each {device}"
+        first = f"It does not fit into the {format_bytes(available)} of HBM on each {device}"
     elif out["temporaries_only"]:
         first = (
-            f"It does not fit: temporaries alone need {num_bytes(needed)} of the {num_bytes(available)} of HBM on each "
-            f"{device}, and {num_bytes(state)} are taken already"
+            f"It does not fit: temporaries alone need {format_bytes(needed)} of the {format_bytes(available)} of HBM "
+            f"on each {device}, and {format_bytes(state)} are taken already"
         )
     else:
-        first = f"It does not fit: {num_bytes(needed)} are needed of the {num_bytes(available)} of HBM on each {device}"
-    lines = [first, *(f"  {name:22} {num_bytes(size):>12}" for name, size in memory.items() if size)]
+        first = (
+            f"It does not fit: {format_bytes(needed)} are needed of the {format_bytes(available)} of HBM "
+            f"on each {device}"
+        )
+    lines = [first, *(f"  {name:22} {format_bytes(size):>12}" for name, size in memory.items() if size)]
     if report["largest"]:
         lines += ["", f"The largest places in each {device}'s HBM, and the largest array in each:"]
-        lines += [f"  {num_bytes(one['num_bytes']):>12}  {one['shape']}  {one['name']}" for one in report["largest"]]
+        lines += [f"  {format_bytes(one['num_bytes']):>12}  {one['shape']}  {one['name']}" for one in report["largest"]]
     return [*lines, "", "What to change:", *(f"  - {line}" for line in advice(report))]

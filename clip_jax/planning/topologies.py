@@ -12,7 +12,7 @@ import dataclasses
 import math
 import re
 
-from clip_jax.planning.accelerator_types import ACCELERATOR_TYPES, accelerator_type, near_matches, unsold_size
+from clip_jax.planning.accelerator_types import ACCELERATOR_TYPES, accelerator_type, near_matches, unsold_size_message
 
 GIB = 2**30
 
@@ -91,7 +91,7 @@ def parse_topology(name: str, flag: str = "--topology") -> Topology:
     generation_name, _, shape = topology.partition(":")
     generation = GENERATIONS.get(generation_name)
     if generation is None or not re.fullmatch("x".join([r"[1-9]\d{0,3}"] * generation.axes), shape):
-        raise ValueError(f"{flag}={name}: {unsold_size(name) or _no_such_slice(name)}")
+        raise ValueError(f"{flag}={name}: {unsold_size_message(name) or _no_such_slice(name)}")
     return Topology(topology, generation, tuple(int(size) for size in shape.split("x")))
 
 

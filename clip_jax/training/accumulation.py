@@ -1,4 +1,4 @@
-"""Computes the gradient of a whole batch with the activations of one part of it in memory (GradCache).
+"""Computes the gradient of a batch in parts, so that memory holds the activations of one part at a time (GradCache).
 
 The contrastive loss compares every image with every text, so gradients of parts cannot be added up. Instead:
 

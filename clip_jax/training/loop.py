@@ -211,7 +211,7 @@ class Evaluator:
     def __call__(self, progress: Progress, final: bool = False) -> Results:
         """Evaluates the state, and writes ``eval/<step>.json`` and the metrics; ``final`` adds the baseline."""
         run, step = self._run, progress.step
-        embedder = self._embedder.with_variables(progress.state.variables)
+        embedder = self._embedder.set_variables(progress.state.variables)
         extras = Extras(baseline=final)
         results = run.evaluations.score(
             embedder, classifier_of(embedder), str(run.workdir), run.config.model.name, extras

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW with warm-up, cosine schedule and weight decay (section 2.5 and table 18 of the paper)."""
+"""The optimizer: AdamW with warm-up, cosine schedule and weight decay (section 2.5 and table 18 of the CLIP paper)."""
 
 import dataclasses
 

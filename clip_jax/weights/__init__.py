@@ -1,4 +1,4 @@
-"""Reads and writes weights in OpenAI's, open_clip's and Hugging Face's formats, and as runs; values do not change."""
+"""Reads and writes weights as OpenAI's, open_clip's and Hugging Face's files or as a run's folder, without changes."""
 
 import dataclasses
 import hashlib
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from clip_jax.files import whole
+from clip_jax.files import atomic_path
 from clip_jax.models.preprocessing import Preprocessing
 from clip_jax.models.presets import PRESETS, CLIPPreset, preset_from_dict
 from clip_jax.weights import huggingface, huggingface_tokenizer, open_clip, openai
@@ -245,7 +245,7 @@ def write_weights(weights: Weights, destination: str | os.PathLike, format: str)
     if target.exists():
         raise FileExistsError(f"{target} is there already; choose another name")
     nearest = next(folder for folder in target.absolute().parents if folder.exists())
-    with whole(target, folder=nearest) as unfinished:
+    with atomic_path(target, folder=nearest) as unfinished:
         if not single_file:
             unfinished.mkdir()
         variables, preset = weights.variables, weights.preset

@@ -1,4 +1,4 @@
-"""Changes the image size of a trained model: resizes its image tower's positions, and changes nothing else."""
+"""Changes the image size of a trained model: resizes the image tower's positional embedding and nothing else."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from clip_jax.files import whole
+from clip_jax.files import atomic_path
 
 STORAGE_DTYPES = {
     "torch.DoubleStorage": np.dtype("<f8"),
@@ -276,7 +276,7 @@ def write_torch_file(path: str | os.PathLike, tensors: Mapping[str, np.ndarray])
     program = b"\x80\x02ccollections\nOrderedDict\n)R"
     for key, (name, tensor) in enumerate(tensors.items()):
         program += _pickled_entry(name, str(key), tensor)
-    with whole(path) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
+    with atomic_path(path) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
         archive.writestr(zipfile.ZipInfo("archive/data.pkl"), program + b".")
         archive.writestr(zipfile.ZipInfo("archive/byteorder"), b"little")
         for key, tensor in enumerate(tensors.values()):

@@ -50,7 +50,7 @@ def one_by_one(model, variables_of):
 
 @pytest.fixture(scope="module")
 def embedder(model, variables_of, mesh_of):
-    return Embedder(model, mesh_of((4, 2)), batch_size=13).with_variables(variables_of(0))  # not divisible by 8
+    return Embedder(model, mesh_of((4, 2)), batch_size=13).set_variables(variables_of(0))  # not divisible by 8
 
 
 def images_of(count):
@@ -81,12 +81,12 @@ def test_texts_embed_as_one_by_one_and_one_too_long_is_cut(one_by_one, embedder)
 def test_the_parameters_last_set_are_those_that_embed(variables_of, embedder):
     images = images_of(3)
     first = embedder.encode_image(images)
-    assert np.abs(embedder.with_variables(variables_of(1)).encode_image(images) - first).max() > 1e-2
-    np.testing.assert_array_equal(embedder.with_variables(variables_of(0)).encode_image(images), first)
+    assert np.abs(embedder.set_variables(variables_of(1)).encode_image(images) - first).max() > 1e-2
+    np.testing.assert_array_equal(embedder.set_variables(variables_of(0)).encode_image(images), first)
 
 
 def test_one_device_and_eight_embed_alike(model, variables_of, embedder, mesh_of):
-    alone = Embedder(model, mesh_of((1, 1)), batch_size=4).with_variables(variables_of(0))
+    alone = Embedder(model, mesh_of((1, 1)), batch_size=4).set_variables(variables_of(0))
     images = images_of(9)
     np.testing.assert_allclose(alone.encode_image(images), embedder.encode_image(images), rtol=0, atol=2e-6)
 

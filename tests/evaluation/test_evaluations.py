@@ -37,7 +37,7 @@ def embedder_on(mesh_of):
     """A function from the shape of a mesh to a small model on it, always with the same parameters."""
     model = CLIP(PRESET)
     variables = nn.meta.unbox(model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 16), jnp.int32)))
-    return functools.cache(lambda shape: Embedder(model, mesh_of(shape), batch_size=24).with_variables(variables))
+    return functools.cache(lambda shape: Embedder(model, mesh_of(shape), batch_size=24).set_variables(variables))
 
 
 @pytest.fixture(scope="module")
@@ -417,7 +417,7 @@ def test_embeddings_that_are_not_finite_are_reported_in_one_line(embedder_on, fo
     variables = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 16), jnp.int32))
     variables = nn.meta.unbox(variables)
     variables["params"]["vision"]["projection"]["kernel"] *= np.nan
-    embedder = Embedder(model, mesh_of((4, 2)), batch_size=24).with_variables(variables)
+    embedder = Embedder(model, mesh_of((4, 2)), batch_size=24).set_variables(variables)
     evaluations = Evaluations([colors_task()], 16, str(folders))
     (failed,) = evaluations.score(embedder, lambda names, templates: np.eye(3, 16), "model", "tiny").missing
     assert failed.reason.startswith("37 of 37 embeddings are not finite")

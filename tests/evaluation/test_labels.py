@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from clip_jax.evaluation.images import Annotation
-from clip_jax.evaluation.labels import check_names, choose_rows, match_classes, no_match, plain
+from clip_jax.evaluation.labels import check_names, choose_rows, match_classes, no_match_message, plain
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_invalid_names_are_an_error_of_one_line(names, labels, message):
 
 
 def test_the_message_has_the_labels_and_the_closest_names():
-    message = no_match(["Wrenn", "owl", "x", "y", "z"], 7, ["robin", "Wren", "owls"], [])
+    message = no_match_message(["Wrenn", "owl", "x", "y", "z"], 7, ["robin", "Wren", "owls"], [])
     assert message.startswith(
         "5 of its 7 classes match none of the task's 3 class names: 'Wrenn' (did you mean 'Wren'?), 'owl' (did you "
         "mean 'owls'?), 'x' and 2 more; "

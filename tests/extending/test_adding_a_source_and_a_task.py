@@ -76,7 +76,7 @@ def test_the_task_of_the_documents_is_found_by_its_name_and_scored(monkeypatch, 
     model = make_model(tiny_config, mesh_of((1, 1)))
     inputs = np.zeros((1, 16, 16, 3), np.float32), np.zeros((1, 16), np.int32)
     variables = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), *inputs))
-    embedder = Embedder(model, mesh_of((1, 1)), batch_size=100).with_variables(variables)
+    embedder = Embedder(model, mesh_of((1, 1)), batch_size=100).set_variables(variables)
     (result,) = evaluations.score(embedder, classifier_of(embedder), "model", "tiny").tasks
     assert result.counts == {"images": 300, "classes": 3}
     np.testing.assert_array_equal(result.arrays["labels"][:4], [0, 1, 2, 0])

@@ -13,6 +13,7 @@ from importlib.metadata import version
 import numpy as np
 
 REPOSITORY = pathlib.Path(__file__).parent.parent.parent
+GIVEN_CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR")  # of compiled programs; the tests make one otherwise
 DEADLINE = 300  # seconds; whatever takes longer is killed
 # Compilation is most of the time of most tests, and XLA's older emitters of loops compile 2.5 times as fast. In newer
 # versions than the locked one they crash.

@@ -1,4 +1,4 @@
-"""Builds the pairs in this package: emoji in eight styles with captions made of their names and keywords.
+"""Builds the data set in this package: emoji images in eight styles, with captions made of their names and keywords.
 
     pip install -e ".[dev]"
     python -m clip_jax.data.emoji.build

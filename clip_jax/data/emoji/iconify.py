@@ -1,4 +1,4 @@
-"""Reads the drawings in Iconify's packages, and finds which emoji each of them shows."""
+"""Reads emoji drawings from Iconify's npm packages of icons, and finds which emoji each drawing shows."""
 
 import json
 import pathlib

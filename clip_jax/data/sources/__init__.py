@@ -1,4 +1,4 @@
-"""Opens sources of pairs: random access by index to encoded images and their captions.
+"""Opens data sets of images with captions. An open data set is a source: ``source[i]`` is an image and its captions.
 
 A source is one string, ``kind:where?option=value&...``; several are joined by `` + ``:
 

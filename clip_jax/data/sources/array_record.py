@@ -1,4 +1,4 @@
-"""Reads pairs from ArrayRecord files: those of ``python -m clip_jax.prepare``, and the emoji in this package."""
+"""Reads images with captions from ArrayRecord files: those of ``clip_jax.prepare``, and the emoji in this package."""
 
 import json
 import os

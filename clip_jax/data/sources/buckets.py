@@ -91,7 +91,7 @@ def filesystem(protocol: str) -> fsspec.AbstractFileSystem:
             "connect_timeout": _access.timeout,
             "read_timeout": _access.timeout,
             "max_pool_connections": _access.connections,
-            "retries": {"max_attempts": 0},  # ask() retries
+            "retries": {"max_attempts": 0},  # call_with_retries() retries
         }
     try:
         found = fsspec.filesystem(protocol, **options)
@@ -104,7 +104,7 @@ def filesystem(protocol: str) -> fsspec.AbstractFileSystem:
     return found
 
 
-def ask(path: str, method: str, *arguments, **options):
+def call_with_retries(path: str, method: str, *arguments, **options):
     """Calls a method of the path's filesystem with the time limit and the retries of this process.
 
     Raises:
@@ -175,10 +175,13 @@ def _explained(path: str, error: Exception) -> BucketError:
 
 
 def read_remote(path: str, start: int, length: int) -> bytes:
-    """Reads ``length`` bytes of a file, or fewer at its end, in requests of at most 8 MiB. Raises as :func:`ask`."""
+    """Reads ``length`` bytes of a file, or fewer at its end, in requests of at most 8 MiB.
+
+    Raises as :func:`call_with_retries`.
+    """
     pieces, end = [], start + length
     for offset in range(start, end, PIECE):
-        pieces.append(ask(path, "cat_file", path, start=offset, end=min(end, offset + PIECE)))
+        pieces.append(call_with_retries(path, "cat_file", path, start=offset, end=min(end, offset + PIECE)))
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 

@@ -1,4 +1,4 @@
-"""Reads scikit-learn's handwritten digits: 1,797 images of 8 x 8 pixels, for a task that takes one second."""
+"""Reads scikit-learn's handwritten digits: 1,797 images of 8 x 8 pixels, for an evaluation that takes one second."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Chooses the fields of a record that are its image, captions and class, by the options of a source's name.
+"""Chooses which fields of a record are its image, captions and class, by the options in the source's name.
 
 ``image=png,jpg``: the first of these fields that a record has. ``caption=txt:3,json.alt:1``: captions come from all of
 these fields that a record has, in these proportions. ``json.alt`` is the field of that name or, without one, the

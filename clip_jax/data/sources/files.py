@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple
 import braceexpand
 
 from clip_jax.data.sources.base import PairError, ShardError
-from clip_jax.data.sources.buckets import RemoteFile, ask, is_remote, read_remote
+from clip_jax.data.sources.buckets import RemoteFile, call_with_retries, is_remote, read_remote
 
 ENDS = 1 << 16  # bytes
 BUFFER = 1 << 20  # bytes
@@ -45,7 +45,7 @@ def expand(where: str) -> list[str]:
         if glob.has_magic(pattern) and (is_remote(pattern) or not os.path.exists(pattern)):
             if is_remote(pattern):
                 protocol = pattern.partition("://")[0]
-                found = sorted(f"{protocol}://{path}" for path in ask(pattern, "glob", pattern))
+                found = sorted(f"{protocol}://{path}" for path in call_with_retries(pattern, "glob", pattern))
             else:
                 found = sorted(glob.glob(pattern))
         else:
@@ -70,7 +70,7 @@ def _split_outside_braces(where: str) -> list[str]:
 def stamp(path: str) -> Stamp:
     """Returns the stamp of a file. Raises FileNotFoundError or another OSError with the file's name."""
     if is_remote(path):
-        details = ask(path, "info", path)
+        details = call_with_retries(path, "info", path)
         if details.get("type") == "directory":
             raise IsADirectoryError(f"{path} is a folder, not a file")
         if details.get("size") is None:
@@ -164,7 +164,7 @@ def open_file(path: str) -> BinaryIO:
 def read_whole(path: str) -> bytes:
     """Returns a file's content. Raises OSError, also if it is not a regular file."""
     if is_remote(path):
-        return ask(path, "cat_file", path)
+        return call_with_retries(path, "cat_file", path)
     with open_file(path) as file:
         return file.read()
 

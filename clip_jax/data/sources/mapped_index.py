@@ -1,4 +1,4 @@
-"""Keeps large tables about a source on disk. They are built once, and memory-mapped by all processes of a machine.
+"""Stores the index of a data source on disk, such as where each record is. All processes of a machine memory-map it.
 
 An index is a folder of ``.npy`` arrays with a ``meta.json``, by default below ``$XDG_CACHE_HOME/clip_jax/index``.
 """
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from clip_jax.cache import cache_folder
-from clip_jax.files import whole
+from clip_jax.files import atomic_path
 
 
 class Tables(NamedTuple):
@@ -66,7 +66,7 @@ def open_or_build(kind: str, name: str, content: str, folder: str, build: Callab
         pass  # it does not exist, or is damaged
     meta, arrays = build(_newest(parent, f"{kind}-{name}-"))
     try:
-        with whole(path) as unfinished:
+        with atomic_path(path) as unfinished:
             unfinished.mkdir(parents=True)
             for key, array in arrays.items():
                 np.save(unfinished / f"{key}.npy", array)

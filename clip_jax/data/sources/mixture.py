@@ -1,4 +1,4 @@
-"""Joins several sources to one, and schedules in which proportions they are drawn."""
+"""Joins several sources into one, and decides which source each pair is drawn from, by given proportions."""
 
 import bisect
 import fractions

@@ -1,4 +1,4 @@
-"""Reads pairs from Parquet files as Hugging Face writes them: a column of images as bytes, or as ``{bytes, path}``.
+"""Reads images with captions from Parquet files as Hugging Face writes them. Images are bytes or ``{bytes, path}``.
 
 Parquet has no random access below a row group, so every image costs the reading of its group; the last few are cached.
 If groups hold more than some tens of images, convert them once to ArrayRecord (``python -m clip_jax.prepare``).

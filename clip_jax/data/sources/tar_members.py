@@ -1,4 +1,4 @@
-"""Reads the members of a tar file: of a whole file with the standard library, and of one record from its bytes."""
+"""Reads the members of a tar file: all of them by the standard library, or those of one record from its bytes."""
 
 import io
 import tarfile

@@ -1,4 +1,4 @@
-"""Reads pairs from TensorFlow Datasets that are prepared as ArrayRecord files. TensorFlow is not needed.
+"""Reads images with captions from TensorFlow Datasets that are prepared as ArrayRecord files, without TensorFlow.
 
 Nested fields are named with slashes: ``tfds:coco_captions/train?image=image&text=captions/text``.
 """

@@ -1,4 +1,4 @@
-"""Compares a model with published numbers: a table for each task, and plots of the natural shifts of ImageNet."""
+"""Compares a model with published numbers: a table for each task, and plots under natural distribution shifts."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The registry of towers, the only list of them. docs/design.md shows how to add one."""
+"""The registry of image towers and text towers (CLIP's two encoders). docs/design.md shows how to add a tower."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -1,4 +1,6 @@
-"""The interface of a tower's description, which all other modules use without knowing which tower it is.
+"""The interface of image and text towers: a tower's config fields, checks, flops and Flax module.
+
+Other modules use only this interface.
 
 A description is a frozen dataclass. Its fields are the keys of ``config.model.vision`` or ``config.model.text``, and
 are saved with a run: the names of the fields identify the tower. Fields of type int must be positive.

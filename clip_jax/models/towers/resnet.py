@@ -1,4 +1,4 @@
-"""The ResNet image tower of CLIP (section 2.4 of the paper).
+"""The ResNet image tower of CLIP (section 2.4 of the CLIP paper).
 
 He et al.'s ResNet (arXiv 1512.03385) with three changes: a stem of three convolutions (ResNet-D, arXiv 1812.01187),
 average pooling before every strided step instead of a stride (arXiv 1904.11486), and attention instead of global

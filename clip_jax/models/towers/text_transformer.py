@@ -1,4 +1,4 @@
-"""The text tower: a GPT-2 style transformer; the end-of-text token gives the features (section 2.4 of the paper)."""
+"""The text tower: a GPT-2 style transformer; the end-of-text token gives the features (CLIP paper, section 2.4)."""
 
 import dataclasses
 

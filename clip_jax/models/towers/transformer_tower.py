@@ -1,4 +1,4 @@
-"""The base class of both transformer towers: checks, flops, and fields from the shapes of parameters."""
+"""The base class of both transformer towers: checks, flops, and config fields inferred from the shapes of weights."""
 
 from clip_jax.models.activations import ACTIVATIONS
 from clip_jax.models.execution import Execution

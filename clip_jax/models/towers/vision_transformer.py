@@ -1,4 +1,4 @@
-"""The image tower: a Vision Transformer as CLIP has it (section 2.4 of the paper)."""
+"""The image tower: a Vision Transformer as CLIP has it (section 2.4 of the CLIP paper)."""
 
 import dataclasses
 import functools
