@@ -22,3 +22,7 @@ def assert_trees_close(result, expected, rtol):
         np.testing.assert_allclose(a, b, rtol=0, atol=rtol * max(np.abs(b).max(), 1e-4))
 
     jax.tree.map(check, result, expected)
+
+
+def assert_all_close(result, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), result, expected)

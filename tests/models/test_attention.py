@@ -1,84 +1,12 @@
-"""The parts of a block against their formulas in float64."""
+"""Attention and its projections with their written gradients, against the plain formulas in float64."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trees import assert_all_close
 
 from clip_jax.models.attention import attention, into_heads, out_of_heads
-from clip_jax.models.execution import Execution
-from clip_jax.models.layers import LayerNorm, layer_norm, matrix_product
-from clip_jax.models.transformer import quick_gelu
-
-
-def test_quick_gelu_is_x_times_the_sigmoid_of_1_702_x():
-    x = np.linspace(-8, 8, 101)
-    np.testing.assert_allclose(quick_gelu(jnp.float32(x)), x / (1 + np.exp(-1.702 * x)), rtol=2e-5, atol=1e-7)
-    assert abs(quick_gelu(jnp.float32(1.0)) - jax.nn.gelu(jnp.float32(1.0))) > 1e-3  # not the exact one
-
-
-def plain_layer_norm(x, scale, bias, epsilon):
-    mean = x.mean(axis=-1, keepdims=True)
-    variance = jnp.square(x - mean).mean(axis=-1, keepdims=True)
-    return (x - mean) / jnp.sqrt(variance + epsilon) * scale + bias
-
-
-def layer_norm_case(shape, spread):
-    random = np.random.default_rng(0)
-    x = random.normal(0.5, 1, shape) * spread
-    scale, bias = random.normal(1, 0.5, shape[-1]), random.normal(0, 1, shape[-1])
-    return (x, scale, bias), random.normal(0, 1, shape)
-
-
-# Where the spread is 1e-3 the variance is a tenth of epsilon, so that another epsilon is another function.
-@pytest.mark.parametrize("spread", [1e-3, 1.0, 30.0])
-@pytest.mark.parametrize("shape", [(5, 16), (2, 3, 16)])
-def test_layer_norm_and_its_written_gradient_are_those_of_the_plain_formula(shape, spread):
-    arguments, cotangent = layer_norm_case(shape, spread)
-    with jax.enable_x64(True):
-        expected, backward = jax.vjp(lambda *a: plain_layer_norm(*a, 1e-5), *map(jnp.asarray, arguments))
-        expected_gradients = backward(jnp.asarray(cotangent))
-        assert expected.dtype == jnp.float64
-    result, backward = jax.vjp(layer_norm, *(jnp.float32(a) for a in arguments))
-    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
-    for gradient, reference in zip(backward(jnp.float32(cotangent)), expected_gradients, strict=True):
-        assert gradient.shape == reference.shape
-        np.testing.assert_allclose(gradient, reference, rtol=1e-4, atol=1e-5 * np.abs(reference).max())
-
-
-@pytest.mark.parametrize("epsilon", [1e-6, 1e-12])
-def test_another_epsilon_is_another_function_where_a_row_hardly_varies(epsilon):
-    arguments, _ = layer_norm_case((5, 16), 1e-3)
-    result = layer_norm(*(jnp.float32(a) for a in arguments))
-    other = plain_layer_norm(*(jnp.float32(a) for a in arguments), epsilon)
-    assert np.abs(result - other).max() > 0.1
-
-
-def test_layer_norm_of_a_row_without_variation_has_finite_gradients():
-    gradients = jax.grad(lambda *a: layer_norm(*a).sum(), argnums=(0, 1, 2))(jnp.ones((2, 8)), jnp.ones(8), jnp.ones(8))
-    assert all(np.isfinite(gradient).all() for gradient in gradients)
-
-
-def test_layer_norm_in_bfloat16_computes_in_float32():
-    x = jnp.bfloat16(np.random.default_rng(0).normal(100, 1, (4, 64)))  # bfloat16 squares would lose the variance
-    module = LayerNorm(Execution(dtype=jnp.bfloat16))
-    params = module.init(jax.random.key(0), x)
-    result = module.apply(params, x)
-    assert result.dtype == jnp.bfloat16
-    expected = plain_layer_norm(np.float64(x), 1.0, 0.0, 1e-5)
-    np.testing.assert_allclose(np.float64(result), expected, rtol=2**-8, atol=1e-4)
-
-
-@pytest.mark.parametrize("leading", [(), (5,), (2, 3), (2, 3, 2)])
-def test_matrix_product_and_its_gradients_are_those_of_a_matrix_product(leading):
-    random = np.random.default_rng(0)
-    x, kernel = random.normal(size=(*leading, 4)), random.normal(size=(4, 6))
-    cotangent = random.normal(size=(*leading, 6))
-    result, backward = jax.vjp(matrix_product, jnp.float32(x), jnp.float32(kernel))
-    of_x, of_kernel = backward(jnp.float32(cotangent))
-    np.testing.assert_allclose(result, x @ kernel, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(of_x, cotangent @ kernel.T, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(of_kernel, x.reshape(-1, 4).T @ cotangent.reshape(-1, 6), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("which", [(0, 1, 2), (0,), (1, 2)])
@@ -103,10 +31,6 @@ def test_the_way_out_of_heads_and_its_gradients_are_those_of_einsum():
     expected, plain_backward = jax.vjp(lambda x, kernel: jnp.einsum("bhdl,hdw->blw", x, kernel), *arguments)
     cotangent = jnp.float32(random.normal(size=result.shape))
     assert_all_close((result, backward(cotangent)), (expected, plain_backward(cotangent)))
-
-
-def assert_all_close(result, expected):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), result, expected)
 
 
 HEADS = (2, 3, 4)  # batch, heads, and the width of each
@@ -135,6 +59,8 @@ def in_parts(array, lengths):
 
 
 CAUSAL = np.triu(np.ones((7, 7), bool))  # keys before queries
+
+
 UNTIL = np.arange(7)[:, None] <= np.array([2, 6])[:, None, None]  # [B, keys, 1]: two texts that end at 2 and at 6
 
 

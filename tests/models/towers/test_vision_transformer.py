@@ -1,4 +1,4 @@
-"""Patches left out in training, and images of another size than the positions were made for."""
+"""Patches that are left out of a Vision Transformer, and images of another size than its positions were made for."""
 
 import dataclasses
 import functools
@@ -11,7 +11,6 @@ import pytest
 
 from clip_jax.models.clip import CLIP
 from clip_jax.models.execution import Execution
-from clip_jax.models.patch_dropout import choose_patches, num_kept_patches
 from clip_jax.models.presets import CLIPPreset
 from clip_jax.models.towers.resnet import ResNetPreset
 from clip_jax.models.towers.text_transformer import TextTransformerPreset
@@ -19,7 +18,11 @@ from clip_jax.models.towers.vision_transformer import VisionTransformerPreset
 from clip_jax.weights.resizing import at_image_size
 
 TEXT = TextTransformerPreset(width=8, num_layers=1, num_heads=1, context_length=4, vocab_size=16)
+
+
 VIT = CLIPPreset(16, VisionTransformerPreset(32, 8, width=32, num_layers=2, num_heads=2), TEXT)
+
+
 RESNET = CLIPPreset(16, ResNetPreset(96, 8, (1, 1, 1, 1), 4), TEXT)
 
 
@@ -48,24 +51,6 @@ def encode():
 
 def make_images(size: int) -> np.ndarray:
     return np.random.default_rng(1).normal(size=(2, size, size, 3))
-
-
-def test_a_fixed_share_of_the_patches_is_kept_but_at_least_one():
-    assert [num_kept_patches(256, share) for share in (0.0, 0.5, 0.75)] == [256, 128, 64]
-    assert [num_kept_patches(49, 0.5), num_kept_patches(100, 0.9), num_kept_patches(50, 0.8)] == [24, 10, 10]
-    assert num_kept_patches(4, 0.99) == 1
-
-
-def test_each_image_keeps_patches_of_its_own_in_order_and_each_at_most_once():
-    seeds = np.random.default_rng(0).integers(2**32, size=64, dtype=np.uint32)
-    kept = np.asarray(choose_patches(seeds, 16, 0.5))
-    assert kept.shape == (64, 8)
-    assert (np.diff(kept, axis=1) > 0).all()
-    assert kept.min() == 0 and kept.max() == 15
-    assert len(np.unique(kept, axis=0)) > 50
-    np.testing.assert_array_equal(kept[::-1], choose_patches(seeds[::-1].copy(), 16, 0.5))
-    # Every patch has the same chance: 32 of 64, give or take four standard deviations.
-    assert (np.abs(np.bincount(kept.ravel(), minlength=16) - 32) < 16).all()
 
 
 def test_what_is_left_out_is_not_seen_and_what_is_kept_is(encode):
