@@ -105,15 +105,13 @@ def write(path: pathlib.Path, variables: dict, preset: CLIPPreset) -> None:
     ]
     if other:
         raise WeightsError(
-            f"OpenAI's program does not support the preprocessing {', '.join(other)}; write --to=clip_jax"
+            f"OpenAI's program has no option for the preprocessing {', '.join(other)}; write --to=clip_jax"
         )
     for name, tower in (("vision", preset.vision), ("text", preset.text)):
         for key, wanted in (("activation", "quick_gelu"), ("mlp_ratio", 4.0)):
             value = getattr(tower, key, wanted) or wanted  # a ResNet has neither
             if value != wanted:
-                raise WeightsError(
-                    f"OpenAI's program does not support {key}={value} in the {name} tower; write for open_clip"
-                )
+                raise WeightsError(f"OpenAI's program has no {name} tower with {key}={value}; write --to=open_clip")
         if tower.head_width != HEAD_WIDTH:
-            raise WeightsError(f"OpenAI's program does not support heads other than 64 wide, as in the {name} tower")
+            raise WeightsError(f"OpenAI's program has no {name} tower whose heads are not 64 wide; write --to=clip_jax")
     write_torch_file(path, to_tensors(variables, TABLE, preset))
