@@ -52,7 +52,7 @@ test-newest: $(NEWEST_VENV)/.test  ## the same with the newest versions of every
 	$(NEWEST_VENV)/bin/python -m pytest $(IN_PARALLEL) -m "not slow" $(FAST_TESTS)
 
 test-peers: $(PEERS_VENV)/.peers  ## compare with PyTorch's CLIPs, live
-	$(PEERS_VENV)/bin/python -m pytest -m "not slow" tests/peers
+	$(PEERS_VENV)/bin/python -m pytest $(IN_PARALLEL) -m "not slow" tests/peers
 
 test-peers-nightly: $(PEERS_VENV)/.peers  ## the largest models with every peer as well
 	$(PEERS_VENV)/bin/python -m pytest tests/peers

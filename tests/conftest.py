@@ -33,6 +33,7 @@ ocp.type_handlers.get_type_handler(jax.Array)._min_slice_bytes_for_replica_paral
 # The files that take longest. Each process of xdist takes one file at a time, in this order; a long file that came
 # last would run alone.
 LONGEST_FIRST = (
+    "tests/peers/test_architectures.py",
     "tests/test_documents.py",
     "tests/pod/test_equality.py",
     "tests/pod/test_lost_host.py",

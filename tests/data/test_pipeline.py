@@ -10,7 +10,7 @@ from PIL import Image
 from clip_jax.data.bad_samples import REASONS
 from clip_jax.data.decoded_cache import DecodedCache
 from clip_jax.data.images import Augmentation
-from clip_jax.data.pipeline import Batches, Host, InputError, LoadPair, Transform, Workers
+from clip_jax.data.pipeline import Batches, Host, InputError, LoadPair, Transform, Workers, draw_caption
 from clip_jax.data.sources import Mixture, Pair, open_source
 
 
@@ -69,6 +69,11 @@ def test_batches_have_the_documented_shapes_and_dtypes():
     assert batch["image"].dtype == np.uint8
     assert batch["tokens"].shape == (4, 16)
     assert batch["tokens"].dtype == np.int32
+
+
+def test_an_example_states_which_source_it_is_from():
+    load = LoadPair(Mixture(["a", "b"], [Numbered(), Numbered()]), Transform(8, 16, Augmentation()))
+    assert [load(index, np.random.default_rng(0))["source"] for index in (0, 10, 11, 21)] == [0, 0, 1, 1]
 
 
 def test_another_seed_gives_another_order():
@@ -155,6 +160,18 @@ def test_a_source_of_only_broken_images_is_an_error(num_workers):
     with pytest.raises(InputError, match="11 samples in a row"):
         take(stream, 1)
     stream.close()
+
+
+@pytest.mark.parametrize(
+    ("proportions", "drawn", "caption"),
+    [([0, 1], 0.0, "b"), ([1, 0], 0.999, "a"), ([1, 1], 0.5, "b"), ([3, 1], 0.7, "a")],
+)
+def test_a_caption_is_drawn_by_its_proportion_and_never_if_that_is_0(proportions, drawn, caption):
+    class Drawn:
+        def random(self) -> float:
+            return drawn
+
+    assert draw_caption(Pair(b"", ["a", "b"], "", proportions=proportions), Drawn()) == caption
 
 
 def test_each_visit_draws_one_of_the_captions():

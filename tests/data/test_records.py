@@ -193,11 +193,12 @@ def test_complete_shards_are_not_written_again(tmp_path, monkeypatch):
     assert 0 not in drawn[drawn.index("again") :]
 
 
-def test_a_truncated_shard_is_written_again(tmp_path):
+@pytest.mark.parametrize("size", [100, 1_000_000])
+def test_a_shard_of_another_size_is_written_again(tmp_path, size):
     with pytest.raises(Killed):
         write_records(ten_pairs(), "ten", tmp_path / "cut", Settings(pairs_per_shard=4), progress=end_when_done)
     shard = tmp_path / "cut/pairs-00000.array_record"
-    os.truncate(shard, 100)
+    os.truncate(shard, size)
     write_records(ten_pairs(), "ten", tmp_path / "cut", Settings(pairs_per_shard=4))
     write_records(ten_pairs(), "ten", tmp_path / "whole", Settings(pairs_per_shard=4))
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")

@@ -26,7 +26,6 @@ from typing import NamedTuple
 REPOSITORY = pathlib.Path(__file__).parent.parent.parent
 NOT_COPIED = shutil.ignore_patterns(".git", ".venv*", "runs", "build", "*.egg-info", "__pycache__", ".*_cache")
 DEADLINE = 1800  # seconds for the tests of a level, and for all tests
-SHOWN_TESTS = 3
 
 
 class Fault(NamedTuple):
@@ -100,7 +99,7 @@ def run_tests(tree: pathlib.Path, tests: list[str], *options: str) -> list[str]:
     return failed
 
 
-def try_fault(fault: Fault, tree: pathlib.Path, whole: bool) -> Outcome:
+def try_fault(fault: Fault, tree: pathlib.Path, whole: bool, names: int) -> Outcome:
     """Plants the fault in the tree, runs the tests and removes the fault."""
     started = time.monotonic()
     path = locate(fault, tree)
@@ -109,7 +108,7 @@ def try_fault(fault: Fault, tree: pathlib.Path, whole: bool) -> Outcome:
     try:
         own = [name for name in fault.tests if (tree / name).exists()]
         own = own or [f"tests/{path.relative_to(tree / 'clip_jax').parts[0]}"]  # an older version has other files
-        caught = run_tests(tree, own, f"--maxfail={SHOWN_TESTS}")
+        caught = run_tests(tree, own, f"--maxfail={names}")
         by = "own level" if caught else ""
         if whole and not caught:
             others = [f"--deselect={name}" for name in own]
@@ -124,6 +123,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="faults whose file or text contains this")
     parser.add_argument("--own", action="store_true", help="only the tests of the fault's own level")
+    parser.add_argument("--names", type=int, default=3, help="how many failing tests to name before the run ends")
     parser.add_argument("--tree", type=pathlib.Path, default=REPOSITORY, help="the version of the repository to test")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) // 2), help="faults at a time")
     options = parser.parse_args()
@@ -140,7 +140,7 @@ def main() -> int:
             with lock:
                 tree = free.pop()
             try:
-                caught, by, seconds = try_fault(fault, tree, whole=not options.own)
+                caught, by, seconds = try_fault(fault, tree, not options.own, options.names)
                 verdict = f"caught by {by}: {', '.join(caught)}" if caught else "SURVIVED"
             except LookupError as error:
                 by, seconds, verdict = "not in this version", 0.0, f"not in this version: {error}"

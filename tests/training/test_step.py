@@ -21,7 +21,7 @@ from clip_jax.sharding import batch_sharding, to_global_batch
 from clip_jax.training.accumulation import join_parts, split_into_parts
 from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.state import abstract_state, configured_mesh, create_state, make_model
-from clip_jax.training.step import make_train_step
+from clip_jax.training.step import losses_by_source, make_train_step
 
 MESHES = [*(pytest.param(shape, marks=pytest.mark.slow) for shape in ((8, 1), (4, 2))), (2, 4), (1, 8)]
 STEPS = 8
@@ -201,6 +201,16 @@ def test_the_temperature_is_kept_between_1_and_100(trained, before, after):
     state, metrics = run["step"](*fresh(run, logit_scale=np.float32(before)))  # the rate of the first step is 0
     assert state.params["logit_scale"] == pytest.approx(after, rel=1e-6)
     assert metrics["logit_scale"] == pytest.approx(math.exp(before), rel=1e-5)
+
+
+def test_the_temperature_is_learned(trained):
+    run = trained((2, 4))
+    assert abs(run["state"].params["logit_scale"] - run["start"].params["logit_scale"]) > 1e-4
+
+
+def test_the_loss_of_a_source_is_the_mean_over_its_own_pairs():
+    losses = losses_by_source(jnp.float32([1, 2, 4, 8]), jnp.int32([0, 2, 0, 2]), ("a", "b", "c"))
+    assert (losses["loss/a"], losses["loss/c"]) == (2.5, 5) and np.isnan(losses["loss/b"])
 
 
 def test_the_old_state_is_given_up_to_the_new_one(trained):
