@@ -95,7 +95,7 @@ def test_each_image_is_read_once(one_by_one, embedder):
     images, read = images_of(37), []
 
     class Images(Sequence):
-        like = images[0]
+        blank_image = images[0]
 
         def __len__(self):
             return len(images)

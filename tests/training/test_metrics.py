@@ -1,6 +1,11 @@
-"""The training time of a run, over all processes that took part in it."""
+"""What a run's metrics record: its training time over all processes, each step once, and only finite losses."""
 
-from clip_jax.training.metrics import StepLog, training_seconds
+import json
+import math
+
+import pytest
+
+from clip_jax.training.metrics import StepLog, read_metrics, training_seconds
 
 
 class Writer:
@@ -25,3 +30,22 @@ def test_the_training_time_goes_on_from_the_processes_before(monkeypatch):
     history = [{"step": 2, "seconds": 50.0}, *writer.records, {"step": 6, "odd/top_1": 0.5}]
     assert [training_seconds(history, step) for step in (1, 2, 3, 4, 6)] == [0, 50.0, 50.0, 70.0, 80.0]
     assert training_seconds([{"step": 1, "loss": 1.0}], 1) == 0  # a run from before the times were kept
+
+
+def test_a_step_that_was_run_twice_has_its_later_record(tmp_path):
+    records = [
+        {"step": 1, "loss": 4.0},
+        {"step": 2, "loss": 3.0},
+        {"step": 2, "odd/top_1": 0.5},
+        {"step": 2, "loss": 2.5},
+    ]
+    lines = [json.dumps(record) for record in records]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 3, "lo']) + "\n")
+    assert read_metrics(tmp_path) == [records[0], records[3], records[2]]
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient_norm"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_is_an_error(name, value):
+    with pytest.raises(FloatingPointError, match=rf"{name} is {value} at step 7"):
+        StepLog.check_finite(7, {"loss": 1.0, "gradient_norm": 1.0, name: value})
