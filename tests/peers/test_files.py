@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 import clip_jax
+from clip_jax.convert import loading_example
 from clip_jax.convert import main as convert
-from clip_jax.convert import use_of
 from clip_jax.models.preprocessing import Preprocessing
 from clip_jax.models.presets import PRESETS, CLIPPreset
 from clip_jax.models.towers.resnet import ResNetPreset
@@ -84,7 +84,7 @@ def with_activation(preset, activation):
 @pytest.mark.parametrize("name", PRESETS)
 def test_open_clip_knows_the_name_that_is_printed_as_the_same_architecture(name, activation):
     preset = with_activation(PRESETS[name], activation)
-    use = use_of(preset_name(preset), {}, Preprocessing(), "a.safetensors", "open_clip")
+    use = loading_example(preset_name(preset), {}, Preprocessing(), "a.safetensors", "open_clip")
     configs = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
     printed = re.match(r'open_clip.create_model_and_transforms\("(.+?)"(, force_quick_gelu=True)?, pretrained=', use)
     if printed:
