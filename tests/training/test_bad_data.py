@@ -29,7 +29,7 @@ def records(workdir) -> list[dict]:
 
 
 def write_worse_shard(folder, every: int) -> str:
-    """Sixty pairs, of which one in ``every`` has an image that is none."""
+    """Sixty pairs. One image in ``every`` is not a valid image."""
     members = pair_members(range(60))
     members = [
         (name, b"nothing") if name.endswith(".png") and int(name[:6]) % every == every - 1 else (name, content)
