@@ -2,99 +2,47 @@
 
 python -m benchmarks.accelerator_measurements '{"part": "step", "side": "clip_jax", ...}'
 
-clip_jax runs the code that trains and embeds, built from a config. PyTorch runs open_clip's model as open_clip's
-training script does: bfloat16 by autocast, the default attention, fused AdamW, and the script's settings for
-convolutions and float32 products. Each side's inputs are on the device in the form that it takes. For PyTorch these are
-normalized pixels in bfloat16, to which autocast would convert them anyway.
+The side of clip_jax is here: the code that trains and embeds, built from a config. The other is in
+:mod:`benchmarks.accelerator_pytorch`. Each side's inputs are on the device in the form that it takes.
 """
 
 import contextlib
-import importlib
 import importlib.metadata
 import json
 import math
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import ml_collections
 import numpy as np
 import optax
 
+from benchmarks.accelerator_pytorch import (
+    import_torch,
+    open_clip_embedding,
+    open_clip_loss,
+    open_clip_start,
+    open_clip_step,
+    torch_ceiling,
+)
+from benchmarks.accelerator_timing import (
+    LOGIT_SCALE,
+    NotThereError,
+    config_of,
+    inputs_to_embed,
+    run_of,
+    status_of,
+    timed,
+    with_pairs,
+)
 from benchmarks.random_data import random_batch
-from clip_jax.config import default_config
 from clip_jax.models.presets import model_preset
 
 STEPS_OF_SCHEDULE = 1_000
-WARM_UP = 3  # runs, the first of which compiles; two if they are slow
-LONG_SECONDS = 4.0
-ROUND_SECONDS = 0.25  # minimal length of a round, so that waiting for the device after each run does not count
-MAX_RUNS = 10  # in a round, since each queued run may use its own memory
-LEAST_ROUNDS = 3
 CHECK_TOLERANCE = 0.02  # bfloat16 differs from float32 by about a tenth of this
-LOGIT_SCALE = float(np.log(1 / 0.07))
-COPIES = 4  # batches in one call of embedding, so that reading one can overlap with computing the next
-PIXELS_AT_ONCE = 256  # images that are normalized together, so that this does not determine the peak memory
-OUT_OF_MEMORY = ("resource_exhausted", "out of memory", "outofmemory", "can't allocate memory", "memoryerror")
-
-
-class NotThereError(Exception):
-    """A measurement is impossible on this machine; the message states what is missing."""
-
-
-def status_of(error: BaseException) -> str:
-    """Returns "not there: …", "does not fit" or "failed: …", in one line."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    if isinstance(error, ImportError | NotThereError):
-        return f"not there: {error}"
-    if any(sign in text.lower() for sign in OUT_OF_MEMORY):
-        return "does not fit"
-    return f"failed: {text[:200]}"
-
-
-def config_of(case: dict, setting: dict) -> ml_collections.ConfigDict:
-    """Returns the config of ``case["model"]`` with the batch size, remat, form and loss of ``setting``."""
-    config = default_config(case["model"])
-    config.global_batch_size = setting["batch_size"]
-    for name in ("remat", "scan_unroll", "fused_attention"):
-        config.model[name] = setting.get(name, config.model[name])
-    config.loss.form = setting.get("loss", config.loss.form)
-    return config
-
-
-def timed(run: Callable[[], Any], wait: Callable[[Any], Any], spec: dict, warmed_up: Callable[[], dict] = dict) -> dict:
-    """Returns ``{"seconds": of one run, "rounds": ...}``, the median over rounds; a round ends when the device is done.
-
-    ``wait`` blocks until the result of ``run`` is ready. ``spec["rounds"]`` and ``spec["round_limit_s"]`` limit the
-    rounds, and ``spec["finish_by"]``, in seconds since 1970, the end. The result includes what ``warmed_up`` returns
-    after the first runs: peak memory, before several runs are queued.
-    """
-    for count in range(WARM_UP):
-        start = time.perf_counter()
-        wait(run())
-        estimate = time.perf_counter() - start
-        if count and estimate > LONG_SECONDS:
-            break
-    extra = warmed_up()
-    runs = min(math.ceil(min(ROUND_SECONDS, spec["round_limit_s"] / spec["rounds"]) / estimate), MAX_RUNS)
-    seconds: list[float] = []
-    begin = time.perf_counter()
-    while len(seconds) < spec["rounds"]:
-        used = time.perf_counter() - begin
-        if len(seconds) >= LEAST_ROUNDS and used > spec["round_limit_s"]:
-            break
-        if seconds and time.time() + 2 * runs * seconds[-1] > spec["finish_by"]:
-            break
-        start = time.perf_counter()
-        for _ in range(runs):
-            output = run()
-        wait(output)
-        seconds.append((time.perf_counter() - start) / runs)
-    return {"seconds": statistics.median(seconds), "rounds": len(seconds), "runs_a_round": runs, **extra}
 
 
 # The machine
@@ -138,26 +86,6 @@ def probe(spec: dict) -> dict:
     return found
 
 
-def import_torch(platform: str) -> tuple[Any, str]:
-    """Returns PyTorch, and its name for the device that JAX calls ``platform``.
-
-    Raises:
-      NotThereError: PyTorch does not find that device.
-      ImportError: it is not installed.
-    """
-    importlib.import_module("benchmarks.peers")  # must come before open_clip
-    import torch
-
-    if platform == "cpu":
-        return torch, "cpu"
-    if platform != "gpu" or not torch.cuda.is_available():
-        raise NotThereError(f"PyTorch {torch.__version__} finds no {platform}")
-    torch.backends.cuda.matmul.allow_tf32 = True  # both as in open_clip's training script
-    torch.backends.cudnn.benchmark = True
-    torch.cuda.set_device(0)
-    return torch, "cuda"
-
-
 def jax_peak() -> dict:
     import jax
 
@@ -170,13 +98,6 @@ def program_peak(compiled: Any) -> dict:
     memory = compiled.memory_analysis()
     sizes = memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes
     return {"peak_bytes": sum(sizes) - memory.alias_size_in_bytes}
-
-
-def torch_waits(torch: Any, target: str) -> tuple[Callable[[Any], None], Callable[[], dict]]:
-    """Returns a function that waits for the device, and one that reads its peak memory."""
-    if target == "cpu":
-        return lambda _: None, lambda: {"peak_bytes": None}
-    return lambda _: torch.cuda.synchronize(), lambda: {"peak_bytes": torch.cuda.max_memory_allocated()}
 
 
 # The ceilings of the device
@@ -195,23 +116,6 @@ def jax_ceiling(spec: dict) -> dict:
     keys = jax.random.split(jax.random.key(0))
     left, right = (jax.random.normal(key, (size, size), jnp.bfloat16) for key in keys)
     result = timed(run_of(jax.jit(jnp.matmul), left, right), jax.block_until_ready, spec)
-    return result | {"rate": 2 * size**3 / result["seconds"]}
-
-
-def run_of(function: Callable, *inputs: Any) -> Callable[[], Any]:
-    return lambda: function(*inputs)
-
-
-def torch_ceiling(spec: dict) -> dict:
-    torch, target = import_torch(spec["platform"])
-    wait, _ = torch_waits(torch, target)
-    size = spec["case"]["size"]
-    if spec["case"]["what"] == "copy":
-        x = torch.ones(size // 4, device=target)
-        result = timed(run_of(torch.empty_like(x).copy_, x), wait, spec)
-        return result | {"rate": 2 * size / result["seconds"]}
-    left, right = (torch.randn(size, size, device=target, dtype=torch.bfloat16) for _ in range(2))
-    result = timed(run_of(torch.matmul, left, right), wait, spec)
     return result | {"rate": 2 * size**3 / result["seconds"]}
 
 
@@ -249,93 +153,12 @@ def our_trainer(spec: dict) -> Trainer:
     return Trainer(step, lambda: state)
 
 
-def open_clip_model(spec: dict) -> tuple[Any, Any, str]:
-    """Returns open_clip's model of ``spec["model_cfg"]`` on the device, PyTorch, and the device."""
-    torch, target = import_torch(spec["platform"])
-    import open_clip
-
-    return open_clip.CLIP(**spec["model_cfg"]).to(target), torch, target
-
-
-def pixels_for_torch(torch: Any, images: Any, spec: dict) -> Any:
-    """Converts uint8 ``[B, S, S, 3]`` to normalized bfloat16 ``[B, 3, S, S]`` on the same device."""
-    mean, std = (torch.tensor(spec[name], device=images.device).view(1, 3, 1, 1) for name in ("mean", "std"))
-    return ((images.permute(0, 3, 1, 2).float() / 255 - mean) / std).to(torch.bfloat16)
-
-
-def open_clip_trainer(spec: dict) -> Callable[[], Any]:
-    model, torch, target = open_clip_model(spec)
-    import open_clip
-
-    config = config_of(spec["case"], spec["setting"])
-    if spec["setting"]["checkpointing"]:
-        model.set_grad_checkpointing()
-    layout = torch.channels_last if spec["setting"].get("channels_last") else torch.contiguous_format
-    model = model.to(memory_format=layout)
-    forward = torch.compile(model.train()) if spec["setting"]["compiled"] else model.train()
-    loss_fn = open_clip.ClipLoss()
-    settings = config.optimizer
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": settings.weight_decay}],
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-        fused=True,
-    )
-    batch = random_batch(model_preset(config), config.global_batch_size)
-    tokens = torch.from_numpy(batch["tokens"]).long().to(target)
-    size = config.model.vision.image_size
-    pixels = torch.empty(config.global_batch_size, 3, size, size, device=target, dtype=torch.bfloat16)
-    for start in range(0, len(pixels), PIXELS_AT_ONCE):
-        part = slice(start, start + PIXELS_AT_ONCE)
-        pixels[part] = pixels_for_torch(torch, torch.from_numpy(batch["image"][part]).to(target), spec)
-
-    pixels = pixels.to(memory_format=layout)
-
-    def step() -> Any:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(target, dtype=torch.bfloat16):
-            image_features, text_features, logit_scale = forward(pixels, tokens)
-            loss = loss_fn(image_features, text_features, logit_scale)
-        loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, math.log(100))
-        return loss
-
-    return step
-
-
-def with_pairs(spec: dict, result: dict, loss: float) -> dict:
-    from clip_jax.planning.model_flops import step_flops
-
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss}")
-    batch_size = spec["setting"]["batch_size"]
-    preset = model_preset(config_of(spec["case"], spec["setting"]))
-    flops = sum(step_flops(preset, batch_size).values())
-    return result | {"rate": batch_size / result["seconds"], "model_flops": flops, "loss": loss}
-
-
 def our_step(spec: dict) -> dict:
     import jax
 
     step = our_trainer(spec).step
     result = timed(step, jax.block_until_ready, spec, jax_peak)
     return with_pairs(spec, result, float(step()["loss"]))
-
-
-def open_clip_step(spec: dict) -> dict:
-    step = open_clip_trainer(spec)
-    torch, target = import_torch(spec["platform"])
-    wait, peak = torch_waits(torch, target)
-    wait(step())
-    if target == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # without the memory that compilation used; JAX's peak cannot be reset
-    result = timed(step, wait, spec, peak)
-    return with_pairs(spec, result, step().item())
 
 
 # The fastest form has the gradients of the plain one
@@ -378,13 +201,6 @@ def our_start(spec: dict) -> dict:
     return {"seconds": seconds, "rate": 1 / seconds}
 
 
-def open_clip_start(spec: dict) -> dict:
-    step = open_clip_trainer(spec)
-    step().item()
-    seconds = time.time() - spec["started"]
-    return {"seconds": seconds, "rate": 1 / seconds}
-
-
 # The loss alone
 
 
@@ -406,43 +222,7 @@ def our_loss(spec: dict) -> dict:
     return result | {"rate": 1 / result["seconds"], "loss": float(function(*inputs)[0][0])}
 
 
-def open_clip_loss(spec: dict) -> dict:
-    torch, target = import_torch(spec["platform"])
-    import open_clip
-
-    from benchmarks.loss import embeddings
-
-    setting = spec["setting"]
-    # In open_clip's training, autocast converts the similarities to bfloat16.
-    torch.backends.cuda.matmul.allow_tf32 = setting["precision"] == "tf32"
-    loss_fn = torch.compile(open_clip.ClipLoss()) if setting["compiled"] else open_clip.ClipLoss()
-    arrays = *embeddings(spec["case"]["pairs"], spec["case"]["width"]), np.float32(LOGIT_SCALE)
-    images, texts, logit_scale = leaves = [torch.tensor(x, device=target, requires_grad=True) for x in arrays]
-
-    def run() -> Any:
-        for leaf in leaves:
-            leaf.grad = None
-        with torch.autocast(target, dtype=torch.bfloat16, enabled=setting["precision"] == "bfloat16"):
-            loss = loss_fn(images, texts, logit_scale.exp())
-        loss.backward()
-        return loss
-
-    wait, peak = torch_waits(torch, target)
-    wait(run())
-    if target == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # without the memory that compilation used
-    result = timed(run, wait, spec, peak)
-    return result | {"rate": 1 / result["seconds"], "loss": run().item()}
-
-
 # Embedding
-
-
-def inputs_to_embed(spec: dict) -> np.ndarray:
-    """Returns several batches of uint8 images or of tokens."""
-    preset = model_preset(config_of(spec["case"], spec["setting"]))
-    batch = random_batch(preset, COPIES * spec["setting"]["batch_size"])
-    return batch["image" if spec["case"]["input"] == "images" else "tokens"]
 
 
 def our_embedding(spec: dict) -> dict:
@@ -458,29 +238,6 @@ def our_embedding(spec: dict) -> dict:
     encode = embedder.encode_image if spec["case"]["input"] == "images" else embedder.encode_tokens
     inputs = inputs_to_embed(spec)
     result = timed(run_of(encode, inputs), lambda _: None, spec, jax_peak)  # no waiting: the results are numpy arrays
-    return result | {"rate": len(inputs) / result["seconds"]}
-
-
-def open_clip_embedding(spec: dict) -> dict:
-    model, torch, target = open_clip_model(spec)
-    images = spec["case"]["input"] == "images"
-    encode = model.eval().encode_image if images else model.eval().encode_text
-    encode = torch.compile(encode) if spec["setting"]["compiled"] else encode
-    inputs = torch.from_numpy(inputs_to_embed(spec))
-    if target == "cuda":
-        inputs = inputs.pin_memory()  # as open_clip's data loader does
-
-    def run() -> np.ndarray:
-        results = []
-        with torch.inference_mode(), torch.autocast(target, dtype=torch.bfloat16):
-            for batch in inputs.split(spec["setting"]["batch_size"]):
-                batch = batch.to(target, non_blocking=True)
-                batch = pixels_for_torch(torch, batch, spec) if images else batch.long()
-                results.append(encode(batch, normalize=True))
-            return torch.cat(results).float().cpu().numpy()
-
-    _, peak = torch_waits(torch, target)
-    result = timed(run, lambda _: None, spec, peak)
     return result | {"rate": len(inputs) / result["seconds"]}
 
 

@@ -1,4 +1,4 @@
-"""Functions, arguments and files of ``clip_jax/`` stay small, and no module asks which tower or loss it has."""
+"""Functions, arguments and files stay small, and no module asks which tower or loss it has."""
 
 import ast
 import pathlib
@@ -8,6 +8,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted((ROOT / "clip_jax").rglob("*.py"))
+OTHER_FILES = sorted(file for folder in ("benchmarks", "configs", "launch") for file in (ROOT / folder).rglob("*.py"))
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ARGUMENTS = 450, 60, 6
 ASKS_FOR_A_TOWER = re.compile(r"isinstance\([^()]*(ResNet|Transformer)Preset|\"stage_sizes\" in")
 ASKS_FOR_A_LOSS = re.compile(r"loss\.kind\s*(==|!=|in\b)|(==|!=)\s*\"(softmax|sigmoid)\"")
@@ -29,6 +30,11 @@ def test_files_and_functions_are_small(file):
     found = functions(file)
     assert not [one.name for one in found if one.end_lineno - one.lineno >= MAX_FUNCTION_LINES]
     assert not [one.name for one in found if number_of_arguments(one) > MAX_ARGUMENTS and one.name != "__init__"]
+
+
+@pytest.mark.parametrize("file", OTHER_FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_files_outside_the_package_are_small(file):
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from trial import QUICK_COMPILATION
 
 from benchmarks import accelerator
 from benchmarks.accelerator import Bench, Duel, measure_all, next_batch, plan, refusal, run_alone
-from benchmarks.accelerator_measurements import NotThereError, config_of, status_of, timed
 from benchmarks.accelerator_report import best, label, left_out, number, ratio, summarize, tables, with_shares
+from benchmarks.accelerator_timing import NotThereError, config_of, status_of, timed
 from clip_jax.losses.softmax import FORMS
 from clip_jax.models.execution import REMAT_POLICIES
 
