@@ -70,9 +70,9 @@ device_description_str: "NVIDIA H200"
 BATCH_SIZE = {"ViT-L/14": 256, "ViT-B/16": 1_024, "ViT-B/32": 1_024, "RN50": 1_024}
 
 
-def one_product(x, kernel, bias, num_heads, which):
+def one_product(x, kernel, bias, num_heads, which, execution):
     """Computes queries, keys and values by one product, unlike ``attention.into_heads_by_position``."""
-    thirds = jnp.split(layers.matrix_product(x, kernel) + bias, 3, axis=2)
+    thirds = jnp.split(layers.matrix_product(x, kernel, execution) + bias, 3, axis=2)
     return tuple(thirds[i].reshape(*x.shape[:2], num_heads, -1) for i in which)
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from clip_jax.models.execution import Execution
 from clip_jax.models.layers import Linear, matrix_product, shard_batch
 
 Segments = tuple[jax.Array, ...]  # arrays that are attended to as if they were concatenated along the sequence
@@ -25,7 +26,7 @@ class QueryKeyValue(Linear):
         """
         kernel, bias = self.parameters(x.shape[-1])
         split = into_heads_by_position if self.execution.fused_attention else into_heads
-        projected = split(x, kernel, bias, num_heads, which)
+        projected = split(x, kernel, bias, num_heads, which, self.execution)
         return tuple(checkpoint_name(shard_batch(y, self.execution), "qkv") for y in projected)
 
 
@@ -38,58 +39,55 @@ class AttentionOutput(Linear):
         if self.execution.fused_attention:
             x = x.reshape(*x.shape[:2], -1)  # [B, L, heads * D]
             kernel, bias = self.parameters(x.shape[-1])
-            y = matrix_product(x, kernel) + bias
+            y = matrix_product(x, kernel, self.execution) + bias
         else:
             _, num_heads, head_width, _ = x.shape
             kernel, bias = self.parameters(num_heads * head_width)
-            y = out_of_heads(x, kernel.reshape(num_heads, head_width, -1)) + bias
+            y = out_of_heads(x, kernel.reshape(num_heads, head_width, -1), self.execution) + bias
         return checkpoint_name(shard_batch(y, self.execution), "attention_output")
 
 
-# On CPU the two functions below multiply plain matrices, for the reason given in ``layers.matrix_product``.
-
-
-def into_heads(x: jax.Array, kernel: jax.Array, bias: jax.Array, num_heads: int, which: Sequence[int]) -> Segments:
+def into_heads(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, num_heads: int, which: Sequence[int], execution: Execution
+) -> Segments:
     """Returns requested thirds of ``[B, L, W]`` times ``[W, 3 * W]`` plus ``[3 * W]``: ``[B, heads, D, L]`` each."""
-
-    def merged(x, kernel, bias):
+    if execution.merge_leading_axes:
         # Always one product: to use a third of the kernel, it would first have to be copied.
-        y = matrix_product(x, kernel) + bias
-        thirds = jnp.split(y, 3, axis=2)
+        thirds = jnp.split(matrix_product(x, kernel, execution) + bias, 3, axis=2)
         return tuple(thirds[i].reshape(*x.shape[:2], num_heads, -1).transpose(0, 2, 3, 1) for i in which)
-
-    def apart(x, kernel, bias):
-        kernel, bias = (array.reshape(*array.shape[:-1], 3, num_heads, -1) for array in (kernel, bias))
-        return tuple(jnp.einsum("blw,whd->bhdl", x, kernel[:, i]) + bias[i, :, :, None] for i in which)
-
-    return jax.lax.platform_dependent(x, kernel, bias, cpu=merged, default=apart)
+    kernel, bias = (array.reshape(*array.shape[:-1], 3, num_heads, -1) for array in (kernel, bias))
+    return tuple(jnp.einsum("blw,whd->bhdl", x, kernel[:, i]) + bias[i, :, :, None] for i in which)
 
 
-def out_of_heads(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def out_of_heads(x: jax.Array, kernel: jax.Array, execution: Execution) -> jax.Array:
     """Returns ``[B, heads, D, L]`` times ``[heads, D, W]``: ``[B, L, W]``."""
-
-    def merged(x, kernel):
-        batch, _, _, length = x.shape
-        y = x.transpose(0, 3, 1, 2).reshape(batch * length, -1) @ kernel.reshape(-1, kernel.shape[-1])
-        return y.reshape(batch, length, -1)
-
-    return jax.lax.platform_dependent(
-        x, kernel, cpu=merged, default=lambda x, kernel: jnp.einsum("bhdl,hdw->blw", x, kernel)
-    )
+    if not execution.merge_leading_axes:
+        return jnp.einsum("bhdl,hdw->blw", x, kernel)
+    batch, _, _, length = x.shape
+    y = x.transpose(0, 3, 1, 2).reshape(batch * length, -1) @ kernel.reshape(-1, kernel.shape[-1])
+    return y.reshape(batch, length, -1)
 
 
-def into_heads_by_position(x: jax.Array, kernel: jax.Array, bias: jax.Array, num_heads: int, which: Sequence[int]):
+def into_heads_by_position(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, num_heads: int, which: Sequence[int], execution: Execution
+) -> Segments:
     """Returns the same as :func:`into_heads`, but ``[B, L, heads, D]`` each.
 
     Each third is a product of its own, which saves a GPU copies out of a shared result and of gradients into one.
     """
     kernels, biases = jnp.split(kernel, 3, axis=1), jnp.split(bias, 3)
-    thirds = (matrix_product(x, kernels[i]) + biases[i] for i in which)
+    thirds = (matrix_product(x, kernels[i], execution) + biases[i] for i in which)
     return tuple(y.reshape(*x.shape[:2], num_heads, -1) for y in thirds)
 
 
-@jax.custom_vjp
-def attention(queries: Segments, keys: Segments, values: Segments, mask: jax.Array | None = None) -> Segments:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attention(
+    queries: Segments,
+    keys: Segments,
+    values: Segments,
+    mask: jax.Array | None = None,
+    sums_by_product: bool = False,
+) -> Segments:
     """Softmax attention of all queries to all keys, as if the segments of each were one sequence.
 
     A TPU pads the last two axes of an array to multiples of 8 and 128. One sequence of a class token and 256 patches
@@ -106,6 +104,7 @@ def attention(queries: Segments, keys: Segments, values: Segments, mask: jax.Arr
       values: of the same shapes as the keys.
       mask: bool, broadcast to ``[B, heads, K, Q]``: True where a query attends to a key. Only with one segment of
         queries and one of keys. None: each query attends to all keys.
+      sums_by_product: see ``Execution.sums_by_product``.
 
     Returns:
       ``[B, heads, D, Q]`` for each segment of the queries, in its dtype. Scores are rounded to that dtype;
@@ -113,7 +112,7 @@ def attention(queries: Segments, keys: Segments, values: Segments, mask: jax.Arr
 
     Source: arXiv 2205.14135, section 3.1 and algorithm 4.
     """
-    return _attention_forward(queries, keys, values, mask)[0]
+    return _attention_forward(queries, keys, values, mask, sums_by_product)[0]
 
 
 def _scaled(query: jax.Array) -> jax.Array:
@@ -132,42 +131,33 @@ def _sum(arrays: Iterable[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.add, arrays)
 
 
-def _mix(exponentials: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _mix(exponentials: jax.Array, value: jax.Array, sums_by_product: bool) -> tuple[jax.Array, jax.Array]:
     """Returns values ``[B, heads, D, K]`` times exponentials ``[B, heads, K, Q]``, and the sums over K, in float32."""
-
-    def summed(exponentials, value):
-        mixed = jnp.einsum("bhkq,bhdk->bhdq", exponentials.astype(value.dtype), value)
-        return mixed.astype(jnp.float32), exponentials.sum(axis=2, keepdims=True)
-
-    def with_ones(exponentials, value):
-        # An additional feature of ones gives the sums in the same product, without another pass.
-        value = jnp.concatenate([value, jnp.ones_like(value[:, :, :1])], axis=2)
-        mixed = jnp.einsum(
-            "bhkq,bhdk->bhdq", exponentials.astype(value.dtype), value, preferred_element_type=jnp.float32
-        )
-        return mixed[:, :, :-1], mixed[:, :, -1:]
-
     if value.shape[3] == 1:
         return exponentials * value.astype(jnp.float32), exponentials
-    if exponentials.shape[3] == 1:
-        return summed(exponentials, value)
-    # Chosen at lowering, as in ``layers.matrix_product``.
-    return jax.lax.platform_dependent(exponentials, value, cpu=summed, default=with_ones)
+    if exponentials.shape[3] == 1 or not sums_by_product:
+        mixed = jnp.einsum("bhkq,bhdk->bhdq", exponentials.astype(value.dtype), value)
+        return mixed.astype(jnp.float32), exponentials.sum(axis=2, keepdims=True)
+    # An additional feature of ones gives the sums in the same product, without another pass.
+    value = jnp.concatenate([value, jnp.ones_like(value[:, :, :1])], axis=2)
+    mixed = jnp.einsum("bhkq,bhdk->bhdq", exponentials.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    return mixed[:, :, :-1], mixed[:, :, -1:]
 
 
-def _attention_forward(queries, keys, values, mask):
+def _attention_forward(queries, keys, values, mask, sums_by_product):
     results, log_sums = [], []
     for query in map(_scaled, queries):
         scores = [_scores(query, key, mask) for key in keys]
         highest = functools.reduce(jnp.maximum, (segment.max(axis=2, keepdims=True) for segment in scores))
         exponentials = [jnp.exp(segment - highest) for segment in scores]
-        mixed, total = jax.tree.map(lambda *terms: _sum(terms), *map(_mix, exponentials, values))
+        parts = [_mix(*pair, sums_by_product) for pair in zip(exponentials, values, strict=True)]
+        mixed, total = jax.tree.map(lambda *terms: _sum(terms), *parts)
         results.append(checkpoint_name((mixed / total).astype(query.dtype), "attended"))
         log_sums.append(checkpoint_name(highest + jnp.log(total), "softmax_log_sum"))
     return tuple(results), (queries, keys, values, mask, tuple(results), tuple(log_sums))
 
 
-def _attention_backward(saved, gradients):
+def _attention_backward(sums_by_product, saved, gradients):
     queries, keys, values, mask, results, log_sums = saved
     dq = []
     dk, dv = ([[] for _ in keys] for _ in range(2))

@@ -8,6 +8,8 @@ fused_attention              no      no      yes      a step of ViT-L/14 in at l
 all layers in one scan step  no      no      yes      at least 215 ms, in 58 GiB instead of 94 if nothing is recomputed
 row_major                    no      no      yes      at least 190 ms
 separate products            no      no      yes      for queries, keys and values: at least 184 ms
+merge_leading_axes           yes     no      no       gradients that contract two axes are slow: docs/performance.md
+sums_by_product              no      yes     yes      one pass over the exponentials instead of two
 loss_block_size              1,024   1,024   8,192    32,768 pairs in at least 16.4 ms; by 4,096 20.2, by 1,024 27.6
 similarity_precision         float32 float32 TF32     a GPU's matrix units have no float32: docs/design.md
 embedding_gradient_precision float32 float32 bfloat16 32,768 pairs in at least 16.4 ms, by TF32 20.0
@@ -49,6 +51,11 @@ class Execution:
         optimize across layers, which is faster for small models on CPU.
       fused_attention: attention by cuDNN, for GPUs, in bfloat16.
       class_token_apart: a Vision Transformer's class token is a separate segment from its patches, for TPUs.
+      merge_leading_axes: products of activations with kernels are products of two matrices. XLA's CPU kernels are slow
+        for a gradient that contracts two axes (``benchmarks/cpu_gradients.py``). On a TPU merging would copy if the
+        length is not a multiple of 8.
+      sums_by_product: the sums of the softmax come from the product with the values, which get one more feature of
+        ones.
       row_major: ``layers.shard_batch`` also fixes the memory layout of activations, for GPUs.
       batch_sharding: how the first axis of every activation is split over devices; None lets the compiler choose.
       loss_block_size: the blockwise loss computes ``[loss_block_size, loss_block_size]`` logits at a time.
@@ -63,6 +70,8 @@ class Execution:
     scan_unroll: int = 1
     fused_attention: bool = False
     class_token_apart: bool = False
+    merge_leading_axes: bool = True
+    sums_by_product: bool = False
     row_major: bool = False
     batch_sharding: jax.sharding.NamedSharding | None = None
     loss_block_size: int = 1_024
@@ -71,17 +80,21 @@ class Execution:
 
 
 _CPU = Execution()
-_TPU = Execution(class_token_apart=True)
+_TPU = Execution(class_token_apart=True, merge_leading_axes=False, sums_by_product=True)
 _GPU = Execution(
     fused_attention=True,
     scan_unroll=ALL_LAYERS,
+    merge_leading_axes=False,
+    sums_by_product=True,
     row_major=True,
     loss_block_size=8_192,
     similarity_precision=jax.lax.DotAlgorithmPreset.TF32_TF32_F32,
     embedding_gradient_precision=jax.lax.DotAlgorithmPreset.BF16_BF16_F32,
 )
 # GPUs older than Ampere or not by NVIDIA have no TF32, and no attention by cuDNN.
-_OTHER_GPU = Execution(scan_unroll=ALL_LAYERS, row_major=True, loss_block_size=8_192)
+_OTHER_GPU = Execution(
+    scan_unroll=ALL_LAYERS, merge_leading_axes=False, sums_by_product=True, row_major=True, loss_block_size=8_192
+)
 
 
 def execution_on(device: jax.Device) -> Execution:

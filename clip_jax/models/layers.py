@@ -113,18 +113,11 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel, bias = self.parameters(x.shape[-1])
-        return shard_batch(matrix_product(x, kernel) + bias, self.execution)
+        return shard_batch(matrix_product(x, kernel, self.execution) + bias, self.execution)
 
 
-def matrix_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Returns ``[..., in]`` times ``[in, out]``.
-
-    On CPU the leading axes are merged: XLA's CPU kernels are slow for a gradient that contracts two axes
-    (``benchmarks/cpu_gradients.py``). On a TPU merging would copy if the length isn't a multiple of 8. The choice is
-    made at lowering: a module may be built on one kind of device and lowered for another.
-    """
-
-    def merged(x, kernel):
-        return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
-
-    return jax.lax.platform_dependent(x, kernel, cpu=merged, default=jnp.matmul)
+def matrix_product(x: jax.Array, kernel: jax.Array, execution: Execution) -> jax.Array:
+    """Returns ``[..., in]`` times ``[in, out]``; see ``Execution.merge_leading_axes``."""
+    if not execution.merge_leading_axes:
+        return jnp.matmul(x, kernel)
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])

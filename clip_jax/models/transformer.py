@@ -133,7 +133,7 @@ class ResidualAttentionBlock(nn.Module):
         if execution.fused_attention:
             attended = (fused_attention(*queries, *keys, *values, mask),)
         else:
-            attended = attention(queries, keys, values, mask)
+            attended = attention(queries, keys, values, mask, execution.sums_by_product)
         segments = tuple(x + attention_output(y) for x, y in zip(segments, attended, strict=True))
         segments = tuple(x + fc2(activation(checkpoint_name(fc1(ln_2(x)), "fc1"))) for x in segments)
         return tuple(shard_batch(x, execution) for x in segments)

@@ -7,10 +7,16 @@ import pytest
 from trees import assert_all_close
 
 from clip_jax.models.attention import attention, into_heads, out_of_heads
+from clip_jax.models.execution import Execution
+
+MERGED = pytest.mark.parametrize("merge_leading_axes", [True, False])
+SUMS = pytest.mark.parametrize("sums_by_product", [False, True])
 
 
+@MERGED
 @pytest.mark.parametrize("which", [(0, 1, 2), (0,), (1, 2)])
-def test_queries_keys_and_values_and_their_gradients_are_those_of_plain_products(which):
+def test_queries_keys_and_values_and_their_gradients_are_those_of_plain_products(which, merge_leading_axes):
+    execution = Execution(merge_leading_axes=merge_leading_axes)
     random = np.random.default_rng(0)
     x, kernel, bias = (jnp.float32(random.normal(size=shape)) for shape in ((2, 5, 12), (12, 36), (36,)))
 
@@ -18,16 +24,18 @@ def test_queries_keys_and_values_and_their_gradients_are_those_of_plain_products
         thirds = jnp.split(x @ kernel + bias, 3, axis=2)
         return tuple(thirds[i].reshape(2, 5, 3, 4).transpose(0, 2, 3, 1) for i in which)
 
-    result, backward = jax.vjp(lambda *a: into_heads(*a, 3, which), x, kernel, bias)
+    result, backward = jax.vjp(lambda *a: into_heads(*a, 3, which, execution), x, kernel, bias)
     expected, plain_backward = jax.vjp(plain, x, kernel, bias)
     cotangent = tuple(jnp.float32(random.normal(size=part.shape)) for part in expected)
     assert_all_close((result, backward(cotangent)), (expected, plain_backward(cotangent)))
 
 
-def test_the_way_out_of_heads_and_its_gradients_are_those_of_einsum():
+@MERGED
+def test_the_way_out_of_heads_and_its_gradients_are_those_of_einsum(merge_leading_axes):
+    execution = Execution(merge_leading_axes=merge_leading_axes)
     random = np.random.default_rng(0)
     arguments = [jnp.float32(random.normal(size=shape)) for shape in ((2, 3, 4, 5), (3, 4, 6))]
-    result, backward = jax.vjp(out_of_heads, *arguments)
+    result, backward = jax.vjp(lambda *a: out_of_heads(*a, execution), *arguments)
     expected, plain_backward = jax.vjp(lambda x, kernel: jnp.einsum("bhdl,hdw->blw", x, kernel), *arguments)
     cotangent = jnp.float32(random.normal(size=result.shape))
     assert_all_close((result, backward(cotangent)), (expected, plain_backward(cotangent)))
@@ -64,12 +72,13 @@ CAUSAL = np.triu(np.ones((7, 7), bool))  # keys before queries
 UNTIL = np.arange(7)[:, None] <= np.array([2, 6])[:, None, None]  # [B, keys, 1]: two texts that end at 2 and at 6
 
 
+@SUMS
 @pytest.mark.parametrize("lengths", [(7,), (1, 6), (1, 2, 4)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_attention_of_any_parts_is_that_of_the_formula_head_by_head(lengths, dtype):
+def test_attention_of_any_parts_is_that_of_the_formula_head_by_head(lengths, dtype, sums_by_product):
     heads = random_heads(7)
     queries, keys, values = (jax.tree.map(dtype, in_parts(array, lengths)) for array in heads)
-    parts = attention(queries, keys, values)
+    parts = attention(queries, keys, values, None, sums_by_product)
     assert [part.shape[3] for part in parts] == list(lengths)
     assert {part.dtype for part in parts} == {jnp.dtype(dtype)}
     expected = attention_by_loops(*heads, np.ones((2, 7, 7), bool))
@@ -99,13 +108,16 @@ def plain_attention(queries, keys, values, visible):
     [((1, 6), (1, 6), None), ((7,), (7,), CAUSAL), ((1,), (1, 6), None), ((1,), (7,), UNTIL[:, None])],
     ids=["class token apart", "causal", "one query of two parts", "one query until its end"],
 )
-def test_the_written_gradients_of_attention_are_those_of_the_plain_formula_in_float64(queries, keys, visible):
+@SUMS
+def test_the_written_gradients_of_attention_are_those_of_the_plain_formula_in_float64(
+    queries, keys, visible, sums_by_product
+):
     query, _, _ = random_heads(sum(queries), seed=1)
     _, key, value = random_heads(sum(keys), seed=2)
     cotangent = np.random.default_rng(3).normal(size=query.shape)
     visible = None if visible is None else jnp.asarray(visible)
     arguments = in_parts(query, queries), in_parts(key, keys), in_parts(value, keys)
-    _, backward = jax.vjp(lambda *parts: attention(*parts, visible), *arguments)
+    _, backward = jax.vjp(lambda *parts: attention(*parts, visible, sums_by_product), *arguments)
     gradients = backward(in_parts(cotangent, queries))
     with jax.enable_x64(True):
         wide = jax.tree.map(jnp.float64, arguments)

@@ -61,12 +61,14 @@ def test_layer_norm_in_bfloat16_computes_in_float32():
     np.testing.assert_allclose(np.float64(result), expected, rtol=2**-8, atol=1e-4)
 
 
+@pytest.mark.parametrize("merge_leading_axes", [True, False])
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3), (2, 3, 2)])
-def test_matrix_product_and_its_gradients_are_those_of_a_matrix_product(leading):
+def test_matrix_product_and_its_gradients_are_those_of_a_matrix_product(leading, merge_leading_axes):
+    execution = Execution(merge_leading_axes=merge_leading_axes)
     random = np.random.default_rng(0)
     x, kernel = random.normal(size=(*leading, 4)), random.normal(size=(4, 6))
     cotangent = random.normal(size=(*leading, 6))
-    result, backward = jax.vjp(matrix_product, jnp.float32(x), jnp.float32(kernel))
+    result, backward = jax.vjp(lambda *a: matrix_product(*a, execution), jnp.float32(x), jnp.float32(kernel))
     of_x, of_kernel = backward(jnp.float32(cotangent))
     np.testing.assert_allclose(result, x @ kernel, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(of_x, cotangent @ kernel.T, rtol=1e-5, atol=1e-5)

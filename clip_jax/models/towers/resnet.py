@@ -143,7 +143,7 @@ class Convolution(nn.Module):
         )
         kernel = self.param("kernel", init, (size, size, channels, self.features)).astype(self.execution.dtype)
         if size == 1:
-            y = matrix_product(x, kernel[0, 0])
+            y = matrix_product(x, kernel[0, 0], self.execution)
         else:
             y = jax.lax.conv_general_dilated(
                 x, kernel, (self.stride,) * 2, [(size // 2,) * 2] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
