@@ -90,8 +90,10 @@ def _state_of(variables: dict, optimizer: optax.GradientTransformation) -> Train
     return TrainState(jnp.zeros((), jnp.int32), variables["params"], variables["batch_stats"], opt_state)
 
 
-def _init_state(model: CLIP, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    return _state_of(_init_variables(model, key), optimizer)
+@functools.lru_cache(maxsize=4)  # tracing the initialization takes half a second, and a compiled function keeps it
+def _initializer(model: CLIP, optimizer: optax.GradientTransformation) -> Callable[[jax.Array], TrainState]:
+    """Returns the function from a key to a new state, in boxes with its logical axes."""
+    return jax.jit(lambda key: _state_of(_init_variables(model, key), optimizer))
 
 
 def _abstract(init: Callable[[jax.Array], Any], mesh: Mesh):
@@ -108,10 +110,9 @@ def abstract_variables(model: CLIP, mesh: Mesh) -> dict:
     return _abstract(lambda key: _init_variables(model, key), mesh)
 
 
-@functools.lru_cache(maxsize=4)  # a training calls it three times, and tracing the initialization takes a second
 def abstract_state(model: CLIP, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Returns shapes, dtypes and shardings of the state, for restoring and compiling; computes no arrays."""
-    return _abstract(lambda key: _init_state(model, optimizer, key), mesh)
+    return _abstract(_initializer(model, optimizer), mesh)
 
 
 def abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -129,7 +130,8 @@ def abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, j
 def create_state(model: CLIP, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
     """Returns a new state. Each device creates its own share, so no device needs memory for all of it."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
-    init = jax.jit(lambda key: nn.meta.unbox(_init_state(model, optimizer, key)), out_shardings=shardings)
+    initializer = _initializer(model, optimizer)
+    init = jax.jit(lambda key: nn.meta.unbox(initializer(key)), out_shardings=shardings)
     return init(jax.random.key(seed))
 
 
