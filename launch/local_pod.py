@@ -1,6 +1,6 @@
 """Runs clip_jax.main as several processes on this machine, like the hosts of a pod, each with its own CPU devices.
 
-    python launch/local_pod.py --processes=2 --devices=2 -- \
+    python launch/local_pod.py --processes=2 --devices=1 -- \
         --config=configs/quickstart.py --config.steps=10 --config.evaluation.tasks= --workdir=runs/pod
 
 It tests a training of several hosts on one machine. The output of the first process is printed unchanged, the lines of

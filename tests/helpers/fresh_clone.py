@@ -18,6 +18,7 @@ from goldens import unpack
 from PIL import Image
 from shards import image_bytes, pair_members, write_tar
 from trial import QUICK_COMPILATION
+from warm_python import warm_python
 
 REPOSITORY = pathlib.Path(__file__).parent.parent.parent
 DEADLINE = 300  # seconds for one block
@@ -53,7 +54,7 @@ def get_config():
 PYTHON = """#!{python} -SI
 import os, re, sys
 words = [re.sub(r"(?<![\\w.~/])/(?=({roots})\\b)", "{root}/", word) for word in sys.argv[1:]]
-os.execv("{python}", ["{python}", *words])
+os.execv("{warm}", ["{warm}", *words])
 """
 
 # Checks what would be installed, without a package index.
@@ -125,7 +126,7 @@ class Clone:
         (self.folder / "tests/test_one.py").write_text("def test_one():\n    import clip_jax\n")
 
     def _write_programs(self, folder: pathlib.Path) -> None:
-        values = {"python": sys.executable, "root": self.root, "roots": "|".join(ROOTS)}
+        values = {"python": sys.executable, "warm": warm_python(), "root": self.root, "roots": "|".join(ROOTS)}
         environment = self.folder / ".venv"
         for path, text in [
             (folder / "python", PYTHON),

@@ -6,11 +6,11 @@ import pathlib
 import signal
 import socket
 import subprocess
-import sys
 import time
 from importlib.metadata import version
 
 import numpy as np
+from warm_python import warm_python
 
 REPOSITORY = pathlib.Path(__file__).parent.parent.parent
 GIVEN_CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR")  # of compiled programs; the tests make one otherwise
@@ -58,10 +58,15 @@ def pod_variables(processes: int) -> list[dict[str, str]]:
     return [shared | {"JAX_PROCESS_ID": str(index)} for index in range(processes)]
 
 
-def start(*arguments: str, devices: int = 1, module: str = "clip_jax.main", **variables: str) -> subprocess.Popen:
-    """Starts ``python -m MODULE`` in a process group of its own, with more variables in its environment."""
+def start(
+    *arguments: str, devices: int = 1, module: str = "clip_jax.main", python: str = "", **variables: str
+) -> subprocess.Popen:
+    """Starts ``python -m MODULE`` in a process group of its own, with more variables in its environment.
+
+    The process is a child of the one that is returned, unless ``python`` names an interpreter.
+    """
     return subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
+        [python or warm_python(), "-m", module, *arguments],
         cwd=REPOSITORY,
         env=environment(devices) | variables,
         stdout=subprocess.PIPE,

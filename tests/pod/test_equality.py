@@ -5,13 +5,13 @@ import itertools
 import os
 import pickle
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 from trees import assert_trees_close
 from trial import REPOSITORY, environment, pod_variables
 from variants import Variant, train
+from warm_python import warm_python
 
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
 LAYOUTS = [(1, 8), (2, 4), (4, 2)]  # processes, and the devices of each
@@ -40,7 +40,7 @@ FEW = [
 def train_in_processes(processes: int, devices: int, variants: list[Variant], folder) -> dict[Variant, tuple]:
     """What each variant came to, by a pod of this many processes, which is ended with the deadline at the latest."""
     path = {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests/helpers")])}
-    command = [sys.executable, "tests/helpers/variants.py", str(folder), *(variant.name for variant in variants)]
+    command = [warm_python(), "tests/helpers/variants.py", str(folder), *(variant.name for variant in variants)]
     pod = []
     try:
         for index, place in enumerate(pod_variables(processes) if processes > 1 else [{}]):

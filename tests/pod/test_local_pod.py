@@ -1,10 +1,10 @@
 """Several processes and devices train as one does."""
 
 import subprocess
-import sys
 
 import pytest
 from trial import DEADLINE, REPOSITORY, SMALL, assert_same_curve, environment, losses, run, wait_for_step
+from warm_python import warm_python
 
 STEPS = "--config.steps=40"
 
@@ -12,7 +12,7 @@ STEPS = "--config.steps=40"
 def start_pod(processes: int, devices: int, *arguments: str) -> subprocess.Popen:
     launcher = ["launch/local_pod.py", f"--processes={processes}", f"--devices={devices}", "--grace=20", "--"]
     return subprocess.Popen(
-        [sys.executable, *launcher, *arguments],
+        [warm_python(), *launcher, *arguments],
         cwd=REPOSITORY,
         env=environment(),
         text=True,

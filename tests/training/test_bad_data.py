@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -114,7 +115,8 @@ def test_a_shard_deleted_during_the_run_ends_it_with_its_name_and_a_checkpoint(c
 def test_a_worker_that_is_killed_ends_the_run_with_a_line_and_a_checkpoint(tmp_path):
     source = write_shards(tmp_path, shards=2, pairs=30)
     flags = arguments(source, tmp_path / "run", "--config.steps=100000")
-    process = start(*[flag for flag in flags if "num_workers" not in flag], "--config.data.num_workers=2")
+    flags = [*(flag for flag in flags if "num_workers" not in flag), "--config.data.num_workers=2"]
+    process = start(*flags, python=sys.executable)
     try:
         wait_for_step(process, 5)
         threads = pathlib.Path(f"/proc/{process.pid}/task").iterdir()
