@@ -36,12 +36,13 @@ test-mutation: $(VENV)/.test  ## which tests catch each of many planted faults; 
 
 # The short unit tests of every subsystem: two minutes on two cores. With the newest versions of all libraries they show
 # whether one of these breaks something.
-FAST_TESTS = tests/data/sources tests/data/test_images.py tests/data/test_crops.py tests/data/test_tokenizer.py tests/evaluation/test_labels.py \
-	tests/evaluation/test_metrics.py tests/evaluation/test_registry.py tests/evaluation/test_retrieval.py \
-	tests/evaluation/test_robustness.py tests/launch/test_gke_jobset.py tests/losses tests/models/test_attention.py tests/models/test_layers.py \
-	tests/models/test_execution.py tests/models/test_clip.py tests/test_lock.py \
-	tests/test_relative_paths.py tests/test_run_folder.py tests/training/test_metrics.py \
-	tests/training/test_optimizer.py tests/test_sharding.py \
+FAST_TESTS = \
+	tests/data/sources tests/data/test_crops.py tests/data/test_images.py tests/data/test_tokenizer.py \
+	tests/evaluation/test_labels.py tests/evaluation/test_metrics.py tests/evaluation/test_registry.py \
+	tests/evaluation/test_retrieval.py tests/evaluation/test_robustness.py tests/launch/test_gke_jobset.py \
+	tests/losses tests/models/test_attention.py tests/models/test_clip.py tests/models/test_execution.py \
+	tests/models/test_layers.py tests/test_lock.py tests/test_relative_paths.py tests/test_run_folder.py \
+	tests/test_sharding.py tests/training/test_metrics.py tests/training/test_optimizer.py \
 	tests/training/test_step.py::test_a_batch_seen_again_and_again_is_learnt_by_heart \
 	tests/weights/test_mistakes.py tests/weights/test_reading.py tests/weights/test_round_trips.py
 

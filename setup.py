@@ -57,7 +57,7 @@ setup(
             "pytest",
             "hypothesis",
             "pytest-timeout",
-            "pytest-xdist",  # on both of two cores: 16 minutes instead of 25
+            "pytest-xdist",  # on several cores
             "tensorflow-datasets>=4.9.9",
             "importlib_resources",  # with which tensorflow-datasets prepares a data set
             "pyarrow",

@@ -1,5 +1,6 @@
-"""Eight virtual CPU devices and an empty cache for every test; what tests of towers and steps share."""
+"""Eight virtual CPU devices and an empty cache for the tests; what tests of towers and steps share."""
 
+import math
 import os
 import shutil
 import tempfile
@@ -25,6 +26,8 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny_training
 from jax.sharding import AxisType, Mesh
+
+all_devices = jax.devices  # also where ``one_device`` has replaced it
 
 # Eight devices hold eight copies of most arrays, and orbax lets each of them save a slice. Thousands of slices of a few
 # bytes take a second for each checkpoint; the limit turns this off for small arrays.
@@ -71,10 +74,22 @@ def mesh_of():
     """A function from a shape ``(data, fsdp)`` to a mesh of the first ``data * fsdp`` devices."""
 
     def make(shape: tuple[int, int]) -> Mesh:
-        devices = np.array(jax.devices()[: shape[0] * shape[1]]).reshape(shape)
+        devices = np.array(all_devices()[: math.prod(shape)]).reshape(shape)
         return Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """For tests of whole commands, which trace and compile for eight devices twice as long as for one."""
+    first = all_devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("devices", "local_devices"):
+            patch.setattr(jax, name, lambda *_: first)
+        for name in ("device_count", "local_device_count"):
+            patch.setattr(jax, name, lambda *_: 1)
+        yield
 
 
 @pytest.fixture(scope="module")

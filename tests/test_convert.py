@@ -24,6 +24,8 @@ from clip_jax.training.preparation import prepare, read_initial_variables
 from clip_jax.weights import Weights, read_weights
 from clip_jax.weights.resizing import at_image_size
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def goldens(tmp_path_factory):
@@ -264,7 +266,7 @@ def test_a_resnet_is_trained_used_and_converted(tmp_path, capsys, monkeypatch):
     (tmp_path / "small_resnet.py").write_text(RESNET)
     workdir = tmp_path / "run"
     arguments = [f"--config={tmp_path}/small_resnet.py", "--config.model.vision.stage_sizes=1,2,1,1"]
-    # In a process of its own, since this one's eight devices take four times as long to compile for.
+    # In a process of its own, which does not optimize the program in the nightly tests either.
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     run(*arguments, f"--workdir={workdir}")
     assert sorted(losses(workdir)) == [1, 2, 3]

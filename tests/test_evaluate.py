@@ -10,6 +10,8 @@ from trial import SMALL
 from clip_jax.evaluate import main
 from clip_jax.main import main as train
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,6 +12,8 @@ from clip_jax.config import check_same_run, load_config_file, to_json, validate
 from clip_jax.main import main, parse_arguments
 from clip_jax.models.presets import get_preset, model_preset
 from clip_jax.training.preparation import prepare
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 QUICKSTART = "--config=configs/quickstart.py"
 
@@ -217,7 +220,10 @@ def test_the_config_of_a_published_model_without_data_says_how_to_name_some(caps
     assert "--config.data.source=folder:" in mistake(capsys, "--config=configs/vit_l14.py")
 
 
-def test_a_batch_that_the_devices_cannot_share_is_told_with_sizes_that_fit(capsys, tmp_path, image_folder):
+def test_a_batch_that_the_devices_cannot_share_is_told_with_sizes_that_fit(
+    capsys, monkeypatch, mesh_of, tmp_path, image_folder
+):
+    monkeypatch.setattr(jax, "devices", lambda: list(mesh_of((8, 1)).devices.flat))
     arguments = [*small_vit_l14(f"folder:{image_folder}", tmp_path / "run"), "--config.global_batch_size=12"]
     assert "8 or 16 can" in mistake(capsys, *arguments)
     assert "does not divide the 8 devices" in mistake(capsys, *arguments, "--config.mesh.fsdp=3")

@@ -16,6 +16,8 @@ from clip_jax.convert import main as convert
 from clip_jax.main import main as train
 from clip_jax.predict import main as predict
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

@@ -15,6 +15,8 @@ from clip_jax.predict import main as predict
 from clip_jax.training.preparation import check_workdir, read_initial_variables
 from clip_jax.weights import read_weights
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 PATHS = ["{name}", "./{name}", "{name}/", "../home/{name}", "link/{name}", "link/../home/{name}", "~/{name}"]
 
 

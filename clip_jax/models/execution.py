@@ -8,14 +8,14 @@ fused_attention              no      no      yes      a step of ViT-L/14 in at l
 all layers in one scan step  no      no      yes      at least 215 ms, in 58 GiB instead of 94 if nothing is recomputed
 row_major                    no      no      yes      at least 190 ms
 separate products            no      no      yes      for queries, keys and values: at least 184 ms
-merge_leading_axes           yes     no      no       gradients that contract two axes are slow: docs/performance.md
+merge_leading_axes           yes     no      no       on a CPU, gradients that contract two axes are slow
 sums_by_product              no      yes     yes      one pass over the exponentials instead of two
 loss_block_size              1,024   1,024   8,192    32,768 pairs in at least 16.4 ms; by 4,096 20.2, by 1,024 27.6
 similarity_precision         float32 float32 TF32     a GPU's matrix units have no float32: docs/design.md
 embedding_gradient_precision float32 float32 bfloat16 32,768 pairs in at least 16.4 ms, by TF32 20.0
 ============================ ======= ======= ======== =================================================================
 
-The choices for GPUs come from the compiler's program for one H200, for a step of 256 pairs with remat lite
+The other choices for GPUs come from the compiler's program for one H200, for a step of 256 pairs with remat lite
 (``python -m benchmarks.gpu_program --forms``, docs/performance.md). The times are lower bounds computed from its
 kernels; nothing has been timed yet. On a TPU, by the compiler's estimate, loss blocks of 512 take a fifth longer than
 1,024, and blocks of 2,048 take as long. The separate products are in ``attention.into_heads_by_position``.
@@ -51,11 +51,11 @@ class Execution:
         optimize across layers, which is faster for small models on CPU.
       fused_attention: attention by cuDNN, for GPUs, in bfloat16.
       class_token_apart: a Vision Transformer's class token is a separate segment from its patches, for TPUs.
-      merge_leading_axes: products of activations with kernels are products of two matrices. XLA's CPU kernels are slow
-        for a gradient that contracts two axes (``benchmarks/cpu_gradients.py``). On a TPU merging would copy if the
-        length is not a multiple of 8.
-      sums_by_product: the sums of the softmax come from the product with the values, which get one more feature of
-        ones.
+      merge_leading_axes: all axes of the activations but the last are merged before a product with parameters, for
+        CPUs: XLA is slow there at a gradient that contracts two axes (``benchmarks/cpu_gradients.py``). On a TPU,
+        merging copies if the length is not a multiple of 8.
+      sums_by_product: the product of a softmax's exponentials with the values also computes the softmax's denominators,
+        by a feature of ones that is appended to the values. Without effect in fused attention.
       row_major: ``layers.shard_batch`` also fixes the memory layout of activations, for GPUs.
       batch_sharding: how the first axis of every activation is split over devices; None lets the compiler choose.
       loss_block_size: the blockwise loss computes ``[loss_block_size, loss_block_size]`` logits at a time.

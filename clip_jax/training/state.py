@@ -90,7 +90,7 @@ def _state_of(variables: dict, optimizer: optax.GradientTransformation) -> Train
     return TrainState(jnp.zeros((), jnp.int32), variables["params"], variables["batch_stats"], opt_state)
 
 
-@functools.lru_cache(maxsize=4)  # tracing the initialization takes half a second, and a compiled function keeps it
+@functools.lru_cache(maxsize=4)  # tracing takes half a second, and the function keeps its trace
 def _initializer(model: CLIP, optimizer: optax.GradientTransformation) -> Callable[[jax.Array], TrainState]:
     """Returns the function from a key to a new state, in boxes with its logical axes."""
     return jax.jit(lambda key: _state_of(_init_variables(model, key), optimizer))

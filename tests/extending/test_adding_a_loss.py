@@ -24,6 +24,8 @@ from clip_jax.planning.topologies import parse_topology
 from clip_jax.training.accumulation import loss_and_gradients
 from clip_jax.weights import WeightsError, read_weights, write_weights
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 NAME = "two_temperatures"
 LOSS = [f"--config.loss.kind={NAME}", "--config.loss.max_scale=20"]
 

@@ -23,6 +23,8 @@ from clip_jax.evaluation.task import Task
 from clip_jax.evaluation.zero_shot import classifier_of
 from clip_jax.training.state import make_model
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 DESIGN = REPOSITORY / "docs/design.md"
 
 

@@ -24,6 +24,8 @@ from clip_jax.training.state import abstract_state, make_model
 from clip_jax.weights import Weights, WeightsError, read_weights, write_weights
 from clip_jax.weights.resizing import at_image_size
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 DOCUMENT = pathlib.Path(__file__).parent.parent.parent / "docs" / "design.md"
 SETTINGS = (
     "--config.data.source=emoji:noto/held_out",

@@ -63,7 +63,8 @@ def start(
 ) -> subprocess.Popen:
     """Starts ``python -m MODULE`` in a process group of its own, with more variables in its environment.
 
-    The process is a child of the one that is returned, unless ``python`` names an interpreter.
+    Unless ``python`` names an interpreter, what is returned is the client of ``warm_python``: SIGHUP, SIGINT and
+    SIGTERM go to the training and its workers, SIGKILL ends them, and other signals do not reach them.
     """
     return subprocess.Popen(
         [python or warm_python(), "-m", module, *arguments],
@@ -85,12 +86,14 @@ def finish(process: subprocess.Popen) -> str:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """``kill -9`` for the process and everything that it started."""
+    """``kill -9`` for the process and everything that it started. All have ended when it returns."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         return
     process.wait()
+    if process.stdout and not process.stdout.closed:
+        process.stdout.read()  # to the end, which comes when the last process that could write to it has ended
 
 
 def run(*arguments: str, devices: int = 1) -> str:

@@ -2,10 +2,13 @@
 
     python tests/helpers/warm_python_server.py SOCKET PROGRAM
 
-It ends when its standard input is closed. It neither starts threads nor touches a device, so that a fork is whole.
+It ends when its standard input is closed. It uses no device, and its only other threads are those of OpenBLAS and
+jemalloc, which handle forks. All forks have the server's hash seed: where each host must have its own, start Python.
 """
 
+import contextlib
 import importlib
+import json
 import os
 import pathlib
 import runpy
@@ -14,6 +17,7 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping
+from typing import NamedTuple
 
 LIBRARIES = (
     "flax.linen",
@@ -28,34 +32,37 @@ LIBRARIES = (
     "pyarrow.parquet",
     "tensorboardX",
 )
-# JAX reads its other variables when it is imported; a process with other values of these needs an import of its own.
-READ_LATER = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+# Variables that Python or a library has read by the time of the fork.
+READ_BEFORE = ("JAX_", "PYTHON", "LC_", "LANG", "LD_", "TF_", "OMP_", "OPENBLAS_", "GLIBC_", "MPL")
+READ_LATER = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "PYTHONPATH", "PYTHONUNBUFFERED")
 
 
-def read_at_import(variables: Mapping[str, str]) -> dict[str, str]:
-    return {name: variables[name] for name in variables if name.startswith("JAX_") and name not in READ_LATER}
+def read_before(variables: Mapping[str, str]) -> dict[str, str]:
+    return {name: variables[name] for name in variables if name.startswith(READ_BEFORE) and name not in READ_LATER}
 
 
-class Request:
+class Request(NamedTuple):
     """What a process of its own would have found: its folder, its words, its variables and its three files."""
 
-    def __init__(self, connection: socket.socket):
-        length, self.files, _, _ = socket.recv_fds(connection, 8, 3)
-        message = b""
-        while len(message) < int.from_bytes(length, "big"):
-            message += connection.recv(2**20)
-        folder, words, variables = message.decode("utf-8", "surrogateescape").split("\1")
-        self.folder = folder
-        self.words = words.split("\0")[1:]
-        self.variables = dict(variable.split("=", 1) for variable in variables.split("\0"))
+    folder: str
+    words: list[str]
+    variables: dict[str, str]
+    files: list[int]
 
     def can_be_forked(self) -> bool:
         runs_python = bool(self.words) and (self.words[0] == "-m" or self.words[0].endswith(".py"))
-        return runs_python and read_at_import(self.variables) == read_at_import(os.environ)
+        return runs_python and read_before(self.variables) == read_before(os.environ)
 
-    def close(self) -> None:
-        for file in self.files:
-            os.close(file)
+
+def receive(connection: socket.socket) -> Request:
+    length, files, _, _ = socket.recv_fds(connection, 8, 3)
+    text = connection.recv(int.from_bytes(length, "big"), socket.MSG_WAITALL)
+    return Request(*json.loads(text), files)
+
+
+def send(connection: socket.socket, number: int) -> None:
+    with contextlib.suppress(OSError):  # the client is gone, which the watcher notices
+        connection.sendall(number.to_bytes(8, "big"))
 
 
 def serve(listener: socket.socket) -> Request:
@@ -70,37 +77,37 @@ def serve(listener: socket.socket) -> Request:
             reap()
             continue
         listener.close()
-        request = Request(connection)
+        request = receive(connection)
         if not request.can_be_forked():
-            connection.sendall(b"0")
+            send(connection, 0)
             os._exit(0)
         if not (process := os.fork()):
             os.setsid()
+            send(connection, os.getpid())
             connection.close()
             return request
-        request.close()
+        for file in request.files:
+            os.close(file)
         watch(process, connection)
 
 
 def reap() -> None:
     """Clears away the watchers that have ended."""
-    try:
+    with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
-    except ChildProcessError:
-        pass
 
 
 def watch(process: int, connection: socket.socket) -> None:
-    """Tells the client how the process ended; kills the process and what it started if the client is gone first."""
-    connection.sendall(b"%d" % process)
+    """Tells the client 1 + the status with which the process ended; kills the process if the client is gone."""
     ended = os.pidfd_open(process)
     ready, _, _ = select.select([connection, ended], [], [])
     if ended not in ready:
-        os.killpg(process, signal.SIGKILL)
+        os.kill(process, signal.SIGKILL)
     _, status = os.waitpid(process, 0)
-    if ended in ready:
-        connection.sendall(b"%d" % status)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process, signal.SIGKILL)
+    send(connection, 1 + status)
     os._exit(0)
 
 
@@ -113,7 +120,8 @@ def become(request: Request, program: str) -> None:
         os.dup2(file, number)
         os.close(file)
     sys.stdin = os.fdopen(0, closefd=False)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     sys.executable = program
     path = request.variables.get("PYTHONPATH", "")
     sys.path[:0] = [os.path.abspath(folder) for folder in path.split(os.pathsep) if folder]

@@ -226,6 +226,7 @@ def value_and_gradients(tiny):
         {"remat": "attention"},
         {"class_token_apart": True},
         {"class_token_apart": True, "remat": "lite"},
+        {"merge_leading_axes": False, "sums_by_product": True},
     ],
     ids=str,
 )
@@ -234,6 +235,13 @@ def test_how_layers_are_computed_changes_neither_function_nor_gradients(value_an
     assert all(np.abs(gradient).max() > 0 for gradient in jax.tree.leaves(expected[1]))
     result = value_and_gradients(**changes)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), result, expected)
+
+
+@pytest.mark.parametrize("choice", ["merge_leading_axes", "sums_by_product", "class_token_apart"])
+def test_each_choice_reaches_the_layers(tiny, choice):
+    model, params, images, tokens = tiny
+    forms = {str(jax.make_jaxpr(computed_with(model, **{choice: on}).apply)(params, images, tokens)) for on in (0, 1)}
+    assert len(forms) == 2
 
 
 @pytest.mark.parametrize("apart", [False, True])

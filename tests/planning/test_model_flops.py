@@ -34,7 +34,7 @@ def test_the_model_flops_of_a_vision_transformer_are_those_of_its_gradient(name)
     preset = PRESETS[name]
     size, length = preset.vision.image_size, preset.text.context_length
     images, tokens = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32), jax.ShapeDtypeStruct((1, length), jnp.int32)
-    # Merged, the products for the one position of the last layer would be for all positions.
+    # Merged, queries, keys and values are always one product: the last layer would compute queries for all positions.
     model = CLIP(preset, Execution(merge_leading_axes=False))
     variables = jax.eval_shape(model.init, jax.random.key(0), images, tokens)
     jaxpr = jax.make_jaxpr(jax.grad(lambda variables, *batch: sum(x.sum() for x in model.apply(variables, *batch))))

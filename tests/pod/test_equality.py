@@ -5,13 +5,13 @@ import itertools
 import os
 import pickle
 import subprocess
+import sys
 
 import numpy as np
 import pytest
 from trees import assert_trees_close
 from trial import REPOSITORY, environment, pod_variables
 from variants import Variant, train
-from warm_python import warm_python
 
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
 LAYOUTS = [(1, 8), (2, 4), (4, 2)]  # processes, and the devices of each
@@ -40,7 +40,8 @@ FEW = [
 def train_in_processes(processes: int, devices: int, variants: list[Variant], folder) -> dict[Variant, tuple]:
     """What each variant came to, by a pod of this many processes, which is ended with the deadline at the latest."""
     path = {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests/helpers")])}
-    command = [warm_python(), "tests/helpers/variants.py", str(folder), *(variant.name for variant in variants)]
+    # New interpreters, since each host has a hash seed of its own.
+    command = [sys.executable, "tests/helpers/variants.py", str(folder), *(variant.name for variant in variants)]
     pod = []
     try:
         for index, place in enumerate(pod_variables(processes) if processes > 1 else [{}]):
@@ -57,22 +58,22 @@ def train_in_processes(processes: int, devices: int, variants: list[Variant], fo
 
 
 @pytest.fixture(scope="module")
-def one_device():
+def on_one_device():
     """What a function comes to on one device; each is trained once."""
     return functools.cache(lambda function: train(Variant((1, 1), "gather", 1, "none", function)))
 
 
-def assert_the_same(results: dict[Variant, tuple], one_device) -> None:
+def assert_the_same(results: dict[Variant, tuple], on_one_device) -> None:
     for variant, (losses, params) in results.items():
-        expected_losses, expected_params = one_device(variant.function)
+        expected_losses, expected_params = on_one_device(variant.function)
         np.testing.assert_allclose(losses, expected_losses, rtol=1e-5, err_msg=variant.name)
         # Adam makes a little of what rounding leaves of the gradient by a key's bias, which is 0.
         assert_trees_close(params, expected_params, rtol=1e-3)
 
 
 @pytest.mark.parametrize("variant", ON_EIGHT_DEVICES, ids=lambda variant: variant.name)
-def test_eight_devices_come_to_what_one_device_comes_to(one_device, variant):
-    assert_the_same({variant: train(variant)}, one_device)
+def test_eight_devices_come_to_what_one_device_comes_to(on_one_device, variant):
+    assert_the_same({variant: train(variant)}, on_one_device)
 
 
 @pytest.mark.parametrize(
@@ -85,12 +86,12 @@ def test_eight_devices_come_to_what_one_device_comes_to(one_device, variant):
         ),
     ],
 )
-def test_every_arrangement_comes_to_what_one_device_comes_to(one_device, processes, devices, variants, tmp_path):
-    assert_the_same(train_in_processes(processes, devices, variants, tmp_path), one_device)
+def test_every_arrangement_comes_to_what_one_device_comes_to(on_one_device, processes, devices, variants, tmp_path):
+    assert_the_same(train_in_processes(processes, devices, variants, tmp_path), on_one_device)
 
 
-def test_what_is_trained_does_make_a_difference(one_device):
-    sigmoid, dropout = (one_device(name)[0] for name in ("sigmoid", "dropout"))
+def test_what_is_trained_does_make_a_difference(on_one_device):
+    sigmoid, dropout = (on_one_device(name)[0] for name in ("sigmoid", "dropout"))
     assert sigmoid[-1] < sigmoid[0]
     assert dropout[-1] < dropout[0]
     assert np.abs(sigmoid - dropout).min() > 0.1

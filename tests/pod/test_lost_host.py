@@ -54,6 +54,8 @@ def assert_goes_on(output: str, workdir: pathlib.Path, said: str, undisturbed: p
     assert_same_curve(losses(workdir), losses(undisturbed))
 
 
+# It takes 25 seconds until a host counts as lost. The test of watched hosts below uses 4.
+@pytest.mark.slow
 def test_a_pod_names_its_lost_host_and_goes_on_started_again(undisturbed, tmp_path):
     launcher = [sys.executable, "launch/local_pod.py", "--processes=2", "--devices=1", "--", *SMALL, STEPS, OFTEN]
     pod = subprocess.Popen(
@@ -126,7 +128,7 @@ def start_watched_hosts(seconds: list[float], folder: pathlib.Path) -> list[subp
     ("lost", "number"),
     [
         pytest.param(0, signal.SIGSTOP, marks=pytest.mark.slow),
-        pytest.param(2, signal.SIGSTOP, marks=pytest.mark.slow),
+        (2, signal.SIGSTOP),
         (0, signal.SIGKILL),
     ],
 )

@@ -17,6 +17,8 @@ from clip_jax.data import bad_samples
 from clip_jax.data.bad_samples import REASONS, BadSample, BadSamples, TooManyBadSamplesError
 from clip_jax.main import main
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 STEPS = "--config.steps=8"  # in all that end early, too: the schedule, and so the program, depends on their number
 
 
@@ -156,7 +158,7 @@ def test_a_checkpoint_that_cannot_be_written_is_a_line(capsys, tmp_path, monkeyp
     assert len(error.splitlines()) == 1
 
 
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_two_sources_report_epochs_and_losses_of_their_own(tmp_path, steps):
     source = write_shards(tmp_path, shards=1, pairs=24)
     flags = arguments(f"{source} + emoji:noto/held_out", tmp_path / "run", "--config.steps=6")

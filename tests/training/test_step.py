@@ -18,6 +18,7 @@ from clip_jax.losses.softmax import softmax_loss
 from clip_jax.models.clip import normalize_images
 from clip_jax.models.preprocessing import Preprocessing
 from clip_jax.sharding import batch_sharding, to_global_batch
+from clip_jax.training import state
 from clip_jax.training.accumulation import join_parts, split_into_parts
 from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.state import abstract_state, configured_mesh, create_state, make_model
@@ -118,6 +119,16 @@ def test_parts_keep_every_row_on_its_device(mesh_of):
     after = {shard.device: set(np.ravel(shard.data).tolist()) for shard in parts.addressable_shards}
     assert before == after
     np.testing.assert_array_equal(jax.jit(lambda parts: join_parts(parts, mesh))(parts), rows)
+
+
+def test_the_initialization_is_traced_once(tiny_config, mesh_of, monkeypatch):
+    traced, init = [], state._init_variables
+    monkeypatch.setattr(state, "_init_variables", lambda *arguments: traced.append(1) or init(*arguments))
+    mesh = mesh_of((1, 1))
+    model, optimizer = make_model(tiny_config, mesh), make_optimizer(tiny_config.optimizer, 100)
+    abstract_state(model, optimizer, mesh)
+    create_state(model, optimizer, 0, mesh)
+    assert len(traced) == 1
 
 
 def test_a_new_state_is_that_of_the_seed_on_any_mesh(trained):

@@ -17,6 +17,8 @@ from clip_jax.training.preparation import read_initial_variables
 from clip_jax.weights import Weights, WeightsError, open_clip, read_weights, write_weights
 from clip_jax.weights.resizing import at_image_size
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 HUGGING_FACE, OPEN_CLIP = "huggingface/gelu", "open_clip_vit/gelu"
 HALF = (0.5, 0.5, 0.5)
 SIZES = {"size": 24, "crop_size": 24}  # those of the model

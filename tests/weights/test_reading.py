@@ -16,6 +16,8 @@ import clip_jax
 from clip_jax.models.presets import PRESETS
 from clip_jax.weights import WeightsError, read_weights, write_weights
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_is_recognised_and_embeds_like_the_peer_that_saved_it(goldens, name):
