@@ -32,6 +32,25 @@ def test_the_training_time_goes_on_from_the_processes_before(monkeypatch):
     assert training_seconds([{"step": 1, "loss": 1.0}], 1) == 0  # a run from before the times were kept
 
 
+def test_rate_share_of_waiting_and_time_left_are_those_since_the_last_record(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("clip_jax.training.metrics.time.perf_counter", lambda: now[0])
+    writer = Writer()
+    log = StepLog(every=2, images_per_step=8, last_step=6, writer=writer)
+    metrics = {"loss": 1.0, "gradient_norm": 1.0, "image_to_text_accuracy": 0.5, "text_to_image_accuracy": 0.5}
+    for step, (wait, work) in enumerate([(9, 90), (1, 4), (1, 4), (3, 1), (3, 1)], start=1):
+        with log.waiting_for_data():
+            now[0] += wait
+        now[0] += work
+        log.add(step, metrics, {})
+    names = ("step", "images_per_second", "data_wait_share", "seconds_left")
+    # A step is logged when the next has started; the first, with its compilation, counts for nothing.
+    assert [tuple(record[name] for name in names) for record in writer.records] == [
+        (2, 8 / 5, 1 / 5, 4 * 5),
+        (4, 16 / 8, 6 / 8, 2 * 4),
+    ]
+
+
 def test_a_step_that_was_run_twice_has_its_later_record(tmp_path):
     records = [
         {"step": 1, "loss": 4.0},
