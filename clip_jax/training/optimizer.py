@@ -56,6 +56,22 @@ def learning_rate_schedule(config: ml_collections.ConfigDict, steps: int) -> opt
     return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, steps)
 
 
+def store_first_moment(adam: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
+    """Returns ``adam`` with its mean of the gradients stored in ``dtype`` and updated in float32.
+
+    ``optax.adamw(mu_dtype="bfloat16")`` also rounds beta1, so that 0.9 becomes 0.8984.
+    """
+
+    def cast(state: optax.OptState, dtype: str) -> optax.OptState:
+        return optax.tree.set(state, mu=jax.tree.map(lambda mean: mean.astype(dtype), optax.tree.get(state, "mu")))
+
+    def update(updates, state, params=None):
+        updates, state = adam.update(updates, cast(state, "float32"), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(adam.init(params), dtype), update)
+
+
 def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
     """Returns the optimizer of ``config.optimizer``, for parameters without boxes."""
     adamw = optax.adamw(
@@ -64,9 +80,10 @@ def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.Gradi
         b2=config.beta2,
         eps=config.epsilon,
         weight_decay=config.weight_decay,
-        mu_dtype=config.first_moment_dtype,
         mask=decay_mask,
     )
+    if config.first_moment_dtype != "float32":
+        adamw = store_first_moment(adamw, config.first_moment_dtype)
     if config.gradient_clip_norm:
         return optax.chain(optax.clip_by_global_norm(config.gradient_clip_norm), adamw)
     return adamw

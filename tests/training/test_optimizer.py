@@ -83,7 +83,7 @@ def test_without_warm_up_the_first_step_has_the_whole_rate(optimizer_config):
     assert learning_rate_schedule(optimizer_config, 10)(0) == 0.5
 
 
-def adamw_in_numpy(config, params, gradients_by_step, clip_norm=math.inf):
+def adamw_in_numpy(config, params, gradients_by_step, clip_norm=math.inf, stored=lambda mean: mean):
     first = {name: np.zeros_like(value) for name, value in params.items()}
     second = {name: np.zeros_like(value) for name, value in params.items()}
     for step, gradients in enumerate(gradients_by_step):
@@ -97,6 +97,7 @@ def adamw_in_numpy(config, params, gradients_by_step, clip_norm=math.inf):
             first[name] = config.beta1 * first[name] + (1 - config.beta1) * scale * gradient
             second[name] = config.beta2 * second[name] + (1 - config.beta2) * (scale * gradient) ** 2
             mean = first[name] / (1 - config.beta1 ** (step + 1))
+            first[name] = stored(first[name])
             variance = second[name] / (1 - config.beta2 ** (step + 1))
             decay = config.weight_decay * params[name] if name == "kernel" else 0
             params = params | {name: params[name] - rate * (mean / (np.sqrt(variance) + config.epsilon) + decay)}
@@ -126,6 +127,26 @@ def test_steps_are_those_of_adamw_with_decay_by_name_and_gradients_clipped_by_th
     for name in params:
         np.testing.assert_allclose(result[name], expected[name], rtol=1e-4, atol=1e-5)
         assert np.abs(result[name] - other[name]).max() > 1e-2
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_a_first_moment_in_bfloat16_is_updated_in_float32_and_rounded_when_it_is_stored(optimizer_config, constant):
+    optimizer_config.first_moment_dtype = "bfloat16"
+    random = np.random.default_rng(0)
+    params = {"kernel": random.normal(size=(3, 4))}
+    gradients = [{"kernel": np.ones((3, 4)) if constant else random.normal(size=(3, 4))} for _ in range(STEPS)]
+    optimizer = make_optimizer(optimizer_config, STEPS)
+    result = jax.tree.map(jnp.float32, params)
+    state = optimizer.init(result)
+    for gradient in gradients:
+        updates, state = jax.jit(optimizer.update)(jax.tree.map(jnp.float32, gradient), state, result)
+        result = optax.apply_updates(result, updates)
+    rounded = adamw_in_numpy(
+        optimizer_config, params, gradients, stored=lambda mean: np.float64(jnp.bfloat16(jnp.float32(mean)))
+    )
+    exact = adamw_in_numpy(optimizer_config, params, gradients)
+    np.testing.assert_allclose(result["kernel"], rounded["kernel"], rtol=1e-4, atol=1e-5)
+    assert 1e-4 < np.abs(rounded["kernel"] - exact["kernel"]).max() < 1e-2
 
 
 def test_the_first_moment_may_be_kept_in_bfloat16_and_the_second_is_not(optimizer_config):
