@@ -29,12 +29,13 @@ def format_duration(seconds: float) -> str:
 class MetricWriter:
     """Writes scalars; on hosts other than the first it does nothing."""
 
-    def __init__(self, workdir: epath.Path):
+    def __init__(self, workdir: epath.Path, step: int):
+        """``step`` is that of the checkpoint: TensorBoard drops what an earlier process wrote of later steps."""
         self._file: IO | None = None
         if jax.process_index() == 0:
             path = workdir / "metrics.jsonl"
             self._file = open_to_append(path)
-            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), write_to_disk=True)
+            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, write_to_disk=True)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         if self._file is None:

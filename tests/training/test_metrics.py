@@ -1,11 +1,15 @@
 """What a run's metrics record: its training time over all processes, each step once, and only finite losses."""
 
+import contextlib
 import json
 import math
+import struct
 
 import pytest
+from etils import epath
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from clip_jax.training.metrics import StepLog, read_metrics, training_seconds
+from clip_jax.training.metrics import MetricWriter, StepLog, read_metrics, training_seconds
 
 
 class Writer:
@@ -61,6 +65,24 @@ def test_a_step_that_was_run_twice_has_its_later_record(tmp_path):
     lines = [json.dumps(record) for record in records]
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 3, "lo']) + "\n")
     assert read_metrics(tmp_path) == [records[0], records[3], records[2]]
+
+
+def events(file) -> list[Event]:
+    """The events of a file of TensorBoard: TFRecords, whose checksums are passed over."""
+    content, found = file.read_bytes(), []
+    while content:
+        (size,) = struct.unpack("<Q", content[:8])
+        found.append(Event.FromString(content[12 : 12 + size]))
+        content = content[16 + size :]
+    return found
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_tensorboard_is_told_which_steps_are_run_again(tmp_path, step):
+    with contextlib.closing(MetricWriter(epath.Path(tmp_path), step)) as writer:
+        writer.write(step + 1, {"loss": 4.0})
+    [file] = (tmp_path / "tensorboard").iterdir()
+    assert [event.step for event in events(file) if event.session_log.status == SessionLog.START] == [step + 1]
 
 
 @pytest.mark.parametrize("name", ["loss", "gradient_norm"])
