@@ -168,14 +168,27 @@ def training_seconds(history: list[dict[str, float]], step: int) -> float:
 def read_metrics(workdir: epath.Path) -> list[dict[str, float]]:
     """Returns the records of ``metrics.jsonl``, training and evaluation, sorted by step.
 
-    A killed run repeats the steps since its last checkpoint: the last record of a step replaces earlier ones.
+    A killed run repeats the steps since its last checkpoint: the last record of a step replaces earlier ones. Lines
+    that are damaged, or cut short by a kill, are left out and counted in the log.
     """
     lines: dict[tuple, dict] = {}
-    with (workdir / "metrics.jsonl").open() as stream:
-        for line in stream:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # cut short by a kill
+    damaged, text = 0, (workdir / "metrics.jsonl").read_bytes().splitlines()
+    for line in text:
+        record = _read_record(line)
+        if record is None:
+            damaged += 1
+        else:
             lines[record["step"], "loss" not in record] = record
+    if damaged:
+        logger.warning("metrics.jsonl: %d of %d lines are damaged and left out", damaged, len(text))
     return [lines[key] for key in sorted(lines)]
+
+
+def _read_record(line: bytes) -> dict[str, float] | None:
+    """Returns the record of a line, or None if it is damaged."""
+    try:
+        record = json.loads(line)
+    except ValueError:  # also of bytes that are no UTF-8
+        return None
+    is_record = isinstance(record, dict) and isinstance(record.get("step"), int)
+    return record if is_record and all(isinstance(value, int | float) for value in record.values()) else None

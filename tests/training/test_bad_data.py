@@ -185,12 +185,12 @@ def test_the_list_of_bad_samples_names_each_once_also_after_a_kill(tmp_path):
     file = tmp_path / "run" / "bad_samples.jsonl"
     first = BadSamples(file)
     first.add_to_list([BadSample(3, "undecodable", "a", "x"), BadSample(4, "too_small", "b", "y")])
-    with file.open("a") as lines:
-        lines.write('{"index": 5, "rea')
+    with file.open("ab") as lines:
+        lines.write(b'{"index": 5, "rea\xff')
     second = BadSamples(file)
     assert [second.is_new(index) for index in (3, 4, 5)] == [False, False, True]
     second.add_to_list([BadSample(5, "too_large", "c", "z")])
-    lines = file.read_text().splitlines()
+    lines = file.read_bytes().splitlines()
     assert [json.loads(line)["index"] for line in (lines[0], lines[1], lines[3])] == [3, 4, 5]
 
 

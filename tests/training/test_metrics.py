@@ -63,8 +63,18 @@ def test_a_step_that_was_run_twice_has_its_later_record(tmp_path):
         {"step": 2, "loss": 2.5},
     ]
     lines = [json.dumps(record) for record in records]
-    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 3, "lo']) + "\n")
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     assert read_metrics(tmp_path) == [records[0], records[3], records[2]]
+
+
+DAMAGED = (b"null", b"[]", b"{}", b'{"step": null}', b'{"step": 3, "lo', b'{"step": 3, "loss": "x"}', b"\xff", b"\0")
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_a_damaged_line_is_left_out_and_counted(tmp_path, caplog, line):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 4.0}\n' + line + b'\n{"step": 2, "loss": NaN}\n')
+    assert [record["step"] for record in read_metrics(epath.Path(tmp_path))] == [1, 2]
+    assert caplog.messages == ["metrics.jsonl: 1 of 3 lines are damaged and left out"]
 
 
 def events(file) -> list[Event]:
