@@ -10,7 +10,7 @@ import importlib.util
 import json
 import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import ml_collections
 
@@ -166,6 +166,29 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, object]:
     return dict(_leaves(config))
 
 
+def _whole_number(text: str) -> int:
+    """Reads ``512``, ``1_000`` and ``5e8``. Raises ValueError for other texts."""
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+        if not number.is_integer():
+            raise ValueError(f"{text} is not a whole number") from None
+        return int(number)
+
+
+_READERS = {bool: lambda text: {"true": True, "false": False}[text.lower()], int: _whole_number}
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def _nearest_key(name: str, keys: Collection[str]) -> str:
+    """Returns the key that was probably meant: by its last word, by its initials (``lr``), or the most similar."""
+    last = name.rpartition(".")[2]
+    same = [key for key in keys if key.rpartition(".")[2] == last]
+    short = [key for key in keys if "".join(word[0] for word in key.rpartition(".")[2].split("_")) == last]
+    return difflib.get_close_matches(name, same or short or keys, n=1, cutoff=0.0)[0]
+
+
 def override(config: ml_collections.ConfigDict, name: str, text: str) -> None:
     """Sets the leaf of this dotted name from text, converted to the type of the leaf.
 
@@ -174,18 +197,16 @@ def override(config: ml_collections.ConfigDict, name: str, text: str) -> None:
     """
     leaves = flatten(config)
     if name not in leaves:
-        near = difflib.get_close_matches(name, leaves, n=1, cutoff=0.0)[0]
-        raise ValueError(f"--config.{name}: there is no such key; did you mean --config.{near}?")
-    kind = type(leaves[name])
-    readers = {
-        bool: lambda text: {"true": True, "false": False}[text.lower()],
-        tuple: lambda text: tuple(type(leaves[name][0])(part) for part in text.strip("()[]").split(",")),
-    }
+        raise ValueError(f"--config.{name}: there is no such key; did you mean --config.{_nearest_key(name, leaves)}?")
+    default = leaves[name]
+    kind = type(default[0] if isinstance(default, tuple) else default)
     try:
-        value = readers.get(kind, kind)(text)
+        parts = text.strip("()[]").split(",") if isinstance(default, tuple) else [text]
+        values = tuple(_READERS.get(kind, kind)(part) for part in parts)
     except (ValueError, KeyError):
-        wanted = f"{type(leaves[name][0]).__name__}, ..." if kind is tuple else kind.__name__
-        raise ValueError(f"--config.{name}={text}: not a value of type {wanted}") from None
+        wanted = f"{_KINDS[kind]}, ..." if isinstance(default, tuple) else _KINDS[kind]
+        raise ValueError(f"--config.{name}={text}: must be {wanted}") from None
+    value = values if isinstance(default, tuple) else values[0]
     *parents, key = name.split(".")
     for parent in parents:
         config = config[parent]
@@ -198,6 +219,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
     Raises:
       ValueError: one line for each mistake: which key, what is wrong, how to fix it.
     """
+    if without_value := _keys_without_value(config):
+        raise ValueError(
+            "\n".join(f"config.{name} has no value; default_config(...) gives each key one" for name in without_value)
+        )
     infinite = [name for name, value in flatten(config).items() if not _is_finite(value)]
     if infinite:
         raise ValueError("\n".join(f"config.{name} must be a finite number" for name in infinite))
@@ -214,6 +239,16 @@ def validate(config: ml_collections.ConfigDict) -> None:
     ]
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def _keys_without_value(config: ml_collections.ConfigDict) -> list[str]:
+    """Returns the keys that are None, or that a config file has deleted."""
+    given = flatten(config)
+    towers = ("model.vision", "model.text")  # have keys of their own
+    expected = [name for name in flatten(default_config("ViT-B/32")) if not name.startswith(towers)]
+    missing = [name for name in expected if name not in given]
+    missing += [name for name in towers if not any(key.startswith(f"{name}.") for key in given)]
+    return [*missing, *(name for name, value in given.items() if value is None and name not in missing)]
 
 
 def _is_finite(value: object) -> bool:

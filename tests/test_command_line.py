@@ -164,7 +164,7 @@ def test_values_of_the_config_are_set_in_two_forms(name, first):
     [
         (["--config.steps"], "error: --config.steps has no value; write --config.steps=VALUE; see "),
         (["--config.steps", "--config.seed=1"], "error: --config.steps has no value; write --config.steps=VALUE; see "),
-        (["--config.steps", "x"], "error: --config.steps=x: not a value of type int"),
+        (["--config.steps", "x"], "error: --config.steps=x: must be a whole number"),
         (["--config.stepz", "3"], "error: --config.stepz: there is no such key; did you mean --config.steps?"),
         (["--confg.steps=3"], "error: unknown argument --confg.steps=3; did you mean --config.steps? See "),
         (["--steps=3"], "error: unknown argument --steps=3; did you mean --config.steps? See "),

@@ -81,9 +81,9 @@ def test_a_wrong_key_is_told_with_the_nearest_right_one(capsys):
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
-        ("--config.steps=many", "not a value of type int"),
-        ("--config.steps=1.5", "not a value of type int"),
-        ("--config.optimizer.learning_rate=fast", "not a value of type float"),
+        ("--config.steps=many", "must be a whole number"),
+        ("--config.steps=1.5", "must be a whole number"),
+        ("--config.optimizer.learning_rate=fast", "must be a number"),
         ("--config.steps", "has no value"),
         ("--confg.steps=1", "unknown argument"),
         ("--config.global_batch_size=0", "at least 2"),
@@ -129,8 +129,8 @@ def test_a_wrong_value_is_one_line(capsys, tmp_path, argument, expected):
         ("stage_sizes=1,2,1", "must be four positive numbers"),
         ("stage_sizes=1,2,1,1,1", "must be four positive numbers"),
         ("stage_sizes=1,2,0,1", "must be four positive numbers"),
-        ("stage_sizes=1,2,one,1", "not a value of type int"),
-        ("stage_sizes=", "not a value of type int"),
+        ("stage_sizes=1,2,one,1", "must be a whole number"),
+        ("stage_sizes=", "must be a whole number"),
         ("patch_size=16", "no such key"),
         ("activation=gelu", "no such key"),
     ],
@@ -227,6 +227,12 @@ def test_a_batch_that_the_devices_cannot_share_is_told_with_sizes_that_fit(
     arguments = [*small_vit_l14(f"folder:{image_folder}", tmp_path / "run"), "--config.global_batch_size=12"]
     assert "8 or 16 can" in mistake(capsys, *arguments)
     assert "does not divide the 8 devices" in mistake(capsys, *arguments, "--config.mesh.fsdp=3")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_larger_than_the_source_is_one_line(capsys, tmp_path, image_folder):
+    arguments = [*small_vit_l14(f"folder:{image_folder}", tmp_path / "run"), "--config.global_batch_size=9"]
+    assert "config.global_batch_size=9 is more than the 8 pairs of config.data.source=" in mistake(capsys, *arguments)
     assert not (tmp_path / "run").exists()
 
 

@@ -57,6 +57,11 @@ def prepare(config: ml_collections.ConfigDict, workdir: str, arguments: Sequence
     check_batch_divides(config.global_batch_size, mesh, config.accumulation_steps)
     use_access(access_of(config.data))
     mixture = open_mixture(config.data.source, config.data.weights)
+    if config.global_batch_size > len(mixture):
+        raise ValueError(
+            f"config.global_batch_size={config.global_batch_size} is more than the {len(mixture):,} pairs of "
+            f"config.data.source={config.data.source}: a batch would have the same pair twice"
+        )
     check_first_pairs(mixture, transform_of(config.data, model_preset(config), config.model.vision.image_size))
     steps = config.steps or math.ceil(config.epochs * len(mixture) / config.global_batch_size)
     if (smaller := config.progressive_resolution.steps) >= steps:

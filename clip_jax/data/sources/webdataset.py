@@ -134,6 +134,9 @@ class WebDatasetSource:
         if bad:
             notes.append(f"bad records in all shards: {name_some(f'{name} {count:,}' for name, count in bad.items())}")
         problems = self._index.meta["problems"]
+        empty = [path for path, _, _, count, _ in self._index.meta["shards"] if not count and path not in problems]
+        if empty:
+            notes.append(f"shards without records: {len(empty):,} of {len(self._paths):,}, such as {empty[0]}")
         notes += [f"damaged: {path}: {text}" for path, text in list(problems.items())[:MAX_DAMAGED_NAMED]]
         if len(problems) > MAX_DAMAGED_NAMED:
             notes.append(f"damaged: {len(problems) - MAX_DAMAGED_NAMED:,} more shards")
@@ -182,9 +185,9 @@ def _open_index(paths: list[str], folder: str) -> MappedIndex:
         return Tables({"shards": shards, "problems": problems, "kinds": kinds}, arrays)
 
     index = open_or_build("tar", digest(INDEX_VERSION, names), digest(wanted), folder, build)
-    empty = [path for path, _, _, count, _ in index.meta["shards"] if not count]
-    if empty:
-        raise ValueError(f"{empty[0]} has no records")
+    if not index.arrays["firsts"][-1]:
+        which = names[0] if len(names) == 1 else f"each of the {len(names):,} shards, such as {names[0]},"
+        raise ValueError(f"{which} has no records")
     return index
 
 

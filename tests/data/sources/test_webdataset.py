@@ -163,6 +163,21 @@ def test_a_mistake_is_one_clear_line(tmp_path, where, expected):
     assert "\n" not in str(caught.value)
 
 
+def test_a_shard_without_records_is_passed_over_and_told(tmp_path):
+    for name, numbers in (("a", range(2)), ("b", ()), ("d", range(2, 3)), ("e", ())):
+        write_tar(tmp_path / f"{name}.tar", pair_members(numbers))
+    (tmp_path / "c.tar").write_bytes(b"")
+    source = open_source(f"wds:{tmp_path}/*.tar")
+    assert [captions[0] for captions in captions_or_reasons(source)] == ["number 0", "number 1", "number 2"]
+    notes = source.notes()
+    assert f"shards without records: 2 of 5, such as {tmp_path}/b.tar" in notes
+    assert f"damaged: {tmp_path}/c.tar: it is empty" in notes
+    for name in "ad":
+        (tmp_path / f"{name}.tar").unlink()
+    with pytest.raises(ValueError, match=r"each of the 3 shards, such as .*/b.tar, has no records"):
+        open_source(f"wds:{tmp_path}/*.tar")
+
+
 def tar_bytes(tmp_path, members) -> bytes:
     write_tar(tmp_path / "part.tar", members)
     return (tmp_path / "part.tar").read_bytes()
