@@ -53,12 +53,11 @@ class BadSamples:
         self.seen = 0
         self._listed = set()
         if file.exists():
-            with file.open(encoding="utf-8", errors="replace") as lines:
-                for line in lines:
-                    try:
-                        self._listed.add(json.loads(line)["index"])
-                    except (ValueError, KeyError, TypeError):
-                        continue  # damaged, or cut short by a kill
+            for line in file.read_bytes().splitlines():
+                try:
+                    self._listed.add(json.loads(line)["index"])
+                except (ValueError, KeyError, TypeError):
+                    continue  # damaged, or cut short by a kill
         self._last = ""
 
     def count(self, reasons: np.ndarray) -> None:
