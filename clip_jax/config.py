@@ -199,6 +199,8 @@ def override(config: ml_collections.ConfigDict, name: str, text: str) -> None:
     if name not in leaves:
         raise ValueError(f"--config.{name}: there is no such key; did you mean --config.{_nearest_key(name, leaves)}?")
     default = leaves[name]
+    if default is None:
+        raise ValueError(f"config.{name} has no value in the config file, so no type; default_config(...) gives it one")
     kind = type(default[0] if isinstance(default, tuple) else default)
     try:
         parts = text.strip("()[]").split(",") if isinstance(default, tuple) else [text]

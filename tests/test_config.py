@@ -85,3 +85,9 @@ def test_a_key_without_value_is_told_by_its_name(config, key, deleted):
             section[name] = None
     with pytest.raises(ValueError, match=rf"^config\.{key}(\.\w+)* has no value; default_config"):
         validate(config)
+
+
+def test_a_key_that_the_file_has_set_to_none_cannot_be_overridden(config):
+    config.seed = None
+    with pytest.raises(ValueError, match=r"^config\.seed has no value in the config file"):
+        override(config, "seed", "3")

@@ -175,7 +175,7 @@ def test_openclipart_becomes_shards(tmp_path, capsys):
         (["inspect", "emoji:noto/held_out", "--samples=1", f"--sheet={__file__}/a"], f"{__file__}/a: Not a directory"),
         (["bench", "emoji:noto/all"], "the following arguments are required: --config"),
         (["bench", "emoji:noto/all", "--config=nowhere.py"], "no config file 'nowhere.py'"),
-        (["bench", "emoji:noto/all", "--config=quickstart", "--config.steps=a"], "--config.steps=a: not a value"),
+        (["bench", "emoji:noto/all", "--config=quickstart", "--config.steps=a"], "steps=a: must be a whole number"),
         (["bench", "emoji:noto/all", "--config=quickstart", "--samples=2"], "unknown argument --samples=2"),
         (["bench", "emoji:noto/all", "--config=quickstart", "--pairs-per-second=nan"], "nan must be a number above 0"),
         (["bench", "nothing", "--config=quickstart"], "'nothing' is not a source"),
