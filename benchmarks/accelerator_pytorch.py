@@ -86,6 +86,8 @@ def open_clip_trainer(spec: dict) -> Callable[[], Any]:
     model, torch, target = open_clip_model(spec)
     import open_clip
 
+    from benchmarks.peers import open_clip_optimizer
+
     config = config_of(spec["case"], spec["setting"])
     if spec["setting"]["checkpointing"]:
         model.set_grad_checkpointing()
@@ -93,16 +95,7 @@ def open_clip_trainer(spec: dict) -> Callable[[], Any]:
     model = model.to(memory_format=layout)
     forward = torch.compile(model.train()) if spec["setting"]["compiled"] else model.train()
     loss_fn = open_clip.ClipLoss()
-    settings = config.optimizer
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": settings.weight_decay}],
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-        fused=True,
-    )
+    optimizer = open_clip_optimizer(model, config.optimizer)
     batch = random_batch(model_preset(config), config.global_batch_size)
     tokens = torch.from_numpy(batch["tokens"]).long().to(target)
     size = config.model.vision.image_size

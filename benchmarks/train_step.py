@@ -48,6 +48,7 @@ def open_clip_step(config, compiled: bool) -> Callable[[], float]:
     import open_clip
     import torch
 
+    from benchmarks.peers import open_clip_optimizer
     from clip_jax.models.preprocessing import IMAGE_MEAN, IMAGE_STD
     from clip_jax.weights.open_clip import config_of
 
@@ -55,16 +56,7 @@ def open_clip_step(config, compiled: bool) -> Callable[[], float]:
     model = open_clip.CLIP(**config_of(preset)["model_cfg"]).train()
     forward = torch.compile(model) if compiled else model
     loss_fn = open_clip.ClipLoss()
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    settings = config.optimizer
-    optimizer = torch.optim.AdamW(
-        [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": settings.weight_decay}],
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-        fused=True,
-    )
+    optimizer = open_clip_optimizer(model, config.optimizer)
     batch = random_batch(preset, config.global_batch_size)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
     tokens = torch.from_numpy(batch["tokens"]).long()

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import math
 import pathlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import ml_collections
 
@@ -177,8 +177,13 @@ def _whole_number(text: str) -> int:
         return int(number)
 
 
-_READERS = {bool: lambda text: {"true": True, "false": False}[text.lower()], int: _whole_number}
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+# How the text of a value is read, and what it must be.
+_TYPES: dict[type, tuple[Callable[[str], object], str]] = {
+    bool: (lambda text: {"true": True, "false": False}[text.lower()], "true or false"),
+    int: (_whole_number, "a whole number"),
+    float: (float, "a number"),
+    str: (str, "text"),
+}
 
 
 def _nearest_key(name: str, keys: Collection[str]) -> str:
@@ -201,14 +206,12 @@ def override(config: ml_collections.ConfigDict, name: str, text: str) -> None:
     default = leaves[name]
     if default is None:
         raise ValueError(f"config.{name} has no value in the config file, so no type; default_config(...) gives it one")
-    kind = type(default[0] if isinstance(default, tuple) else default)
+    several = isinstance(default, tuple)
+    read, wanted = _TYPES[type(default[0] if several else default)]
     try:
-        parts = text.strip("()[]").split(",") if isinstance(default, tuple) else [text]
-        values = tuple(_READERS.get(kind, kind)(part) for part in parts)
+        value = tuple(map(read, text.strip("()[]").split(","))) if several else read(text)
     except (ValueError, KeyError):
-        wanted = f"{_KINDS[kind]}, ..." if isinstance(default, tuple) else _KINDS[kind]
-        raise ValueError(f"--config.{name}={text}: must be {wanted}") from None
-    value = values if isinstance(default, tuple) else values[0]
+        raise ValueError(f"--config.{name}={text}: must be {wanted}{', ...' * several}") from None
     *parents, key = name.split(".")
     for parent in parents:
         config = config[parent]

@@ -1,5 +1,6 @@
-"""Appends lines to files with one JSON object per line. If a kill has cut the last line short, ends that line first."""
+"""Files with one JSON object per line, to which a run that may be killed at any moment appends."""
 
+import json
 import os
 from typing import IO
 
@@ -16,3 +17,16 @@ def open_to_append(path: str | os.PathLike) -> IO[str]:
             if file.read(1) != b"\n":
                 file.write(b"\n")
     return open(path, "a", encoding="utf-8")
+
+
+def read_objects(content: bytes) -> list[dict | None]:
+    """Returns the object of each line, or None for a line that is damaged or was cut short by a kill."""
+
+    def read(line: bytes) -> dict | None:
+        try:
+            found = json.loads(line)
+        except ValueError:  # also of bytes that are no UTF-8
+            return None
+        return found if isinstance(found, dict) else None
+
+    return [read(line) for line in content.splitlines()]

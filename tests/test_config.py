@@ -1,4 +1,4 @@
-"""What a key is read from, which key was meant, and that a config whose keys have no values is told in a line."""
+"""Overrides are read by the type of their key and name the nearest key; a key without a value is named."""
 
 import pytest
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from clip_jax.errors import FailedError
-from clip_jax.json_lines import open_to_append
+from clip_jax.json_lines import open_to_append, read_objects
 
 # Examples store the index of a reason. Only append: another order would change what the indices mean.
 REASONS = (
@@ -53,11 +53,8 @@ class BadSamples:
         self.seen = 0
         self._listed = set()
         if file.exists():
-            for line in file.read_bytes().splitlines():
-                try:
-                    self._listed.add(json.loads(line)["index"])
-                except (ValueError, KeyError, TypeError):
-                    continue  # damaged, or cut short by a kill
+            listed = (found["index"] for found in read_objects(file.read_bytes()) if found and "index" in found)
+            self._listed.update(index for index in listed if isinstance(index, int))
         self._last = ""
 
     def count(self, reasons: np.ndarray) -> None:

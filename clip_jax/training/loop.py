@@ -61,28 +61,27 @@ def train(run: Run) -> bool:
     config = run.config
     model, optimizer = make_model(config, run.mesh), make_optimizer(config.optimizer, run.steps)
     write_config(run.workdir, to_json(config))
-    with contextlib.closing(Checkpointer(run.workdir, config.checkpoints_to_keep)) as checkpointer:
+    with contextlib.ExitStack() as stack:
+        checkpointer = stack.enter_context(contextlib.closing(Checkpointer(run.workdir, config.checkpoints_to_keep)))
         start = starting_point(run, model, optimizer, checkpointer)
-        with contextlib.closing(MetricWriter(run.workdir, start.step)) as writer:
-            _log_start(run, start.state)
-            evaluator = Evaluator(run, model, writer)
-            log = _step_log(run, start.step, writer)
-            train_step = make_train_step(config, model, optimizer, run.mesh)
-            with Interruption() as interruption:
-                saver = Saver(run, checkpointer, interruption, start.step)
-                end = train_steps(run, train_step, start, saver, log, evaluator)
-                checkpointer.wait()
-            if end.step < run.steps:
-                logger.info(
-                    "stopped at step %d of %d, which is saved; the same command resumes it", end.step, run.steps
-                )
-                return False
-            started = time.monotonic()
-            results = evaluator(end, final=True)
-            if jax.process_index() == 0:
-                report_run(run, results, time.monotonic() - started)
-            _log_end(run, results)
-            return True
+        writer = stack.enter_context(contextlib.closing(MetricWriter(run.workdir, start.step)))
+        _log_start(run, start.state)
+        evaluator = Evaluator(run, model, writer)
+        log = _step_log(run, start.step, writer)
+        train_step = make_train_step(config, model, optimizer, run.mesh)
+        with Interruption() as interruption:
+            saver = Saver(run, checkpointer, interruption, start.step)
+            end = train_steps(run, train_step, start, saver, log, evaluator)
+            checkpointer.wait()
+        if end.step < run.steps:
+            logger.info("stopped at step %d of %d, which is saved; the same command resumes it", end.step, run.steps)
+            return False
+        started = time.monotonic()
+        results = evaluator(end, final=True)
+        if jax.process_index() == 0:
+            report_run(run, results, time.monotonic() - started)
+        _log_end(run, results)
+        return True
 
 
 def starting_point(

@@ -12,7 +12,7 @@ import jax
 from etils import epath
 from tensorboardX import SummaryWriter
 
-from clip_jax.json_lines import open_to_append
+from clip_jax.json_lines import open_to_append, read_objects
 
 logger = logging.getLogger("clip_jax")
 
@@ -172,23 +172,14 @@ def read_metrics(workdir: epath.Path) -> list[dict[str, float]]:
     that are damaged, or cut short by a kill, are left out and counted in the log.
     """
     lines: dict[tuple, dict] = {}
-    damaged, text = 0, (workdir / "metrics.jsonl").read_bytes().splitlines()
-    for line in text:
-        record = _read_record(line)
-        if record is None:
-            damaged += 1
-        else:
-            lines[record["step"], "loss" not in record] = record
-    if damaged:
-        logger.warning("metrics.jsonl: %d of %d lines are damaged and left out", damaged, len(text))
+    found = read_objects((workdir / "metrics.jsonl").read_bytes())
+    whole = [record for record in found if record is not None and _is_whole(record)]
+    for record in whole:
+        lines[record["step"], "loss" not in record] = record
+    if len(whole) < len(found):
+        logger.warning("metrics.jsonl: %d of %d lines are damaged and left out", len(found) - len(whole), len(found))
     return [lines[key] for key in sorted(lines)]
 
 
-def _read_record(line: bytes) -> dict[str, float] | None:
-    """Returns the record of a line, or None if it is damaged."""
-    try:
-        record = json.loads(line)
-    except ValueError:  # also of bytes that are no UTF-8
-        return None
-    is_record = isinstance(record, dict) and isinstance(record.get("step"), int)
-    return record if is_record and all(isinstance(value, int | float) for value in record.values()) else None
+def _is_whole(record: dict) -> bool:
+    return isinstance(record.get("step"), int) and all(isinstance(value, int | float) for value in record.values())
