@@ -6,6 +6,12 @@ Exit codes: 0 finished, 1 failed, 2 a mistake in flags, config or data (one line
 that ends because another host of its pod is gone also returns 1. The same command on all hosts resumes the run.
 """
 
+from clip_jax.training.interruption import Interruption, catch_signals, signals_caught
+
+if __name__ == "__main__":
+    catch_signals()  # before the other imports, which take longer than Python's own start
+
+import contextlib
 import logging
 import os
 import traceback
@@ -57,19 +63,34 @@ def parse_arguments(argv: list[str], program: str = PROGRAM) -> tuple["ml_collec
 
 @command(PROGRAM)
 def main(argv: list[str], program: str) -> int:
+    with signals_caught() as interruption:
+        code = _main(argv, program, interruption)
+        interruption.ignore()
+    if interruption.requested and code == DONE:
+        code = report_interrupt("all steps are done and the report is written")
+    return code
+
+
+def _main(argv: list[str], program: str, interruption: Interruption) -> int:
     config, workdir, distributed = parse_arguments(argv, program)
     from clip_jax.config import validate
 
     validate(config)
-    in_a_pod = start_distributed(distributed)
-    from clip_jax.training.pod import Watch
+    watch, together = None, False
+    if start_distributed(distributed):
+        from clip_jax.training.pod import Watch
 
-    watch, together = Watch(workdir) if in_a_pod else None, False
+        interruption.join_pod()
+        watch = Watch(workdir)
+        interruption.before_exit = watch.announce_interruption
     try:
-        code = _train(config, workdir, argv)
+        code = _train(config, workdir, argv, interruption)
         together = code in (DONE, INTERRUPTED)
     except KeyboardInterrupt:
+        interruption.announced = True
         code = report_interrupt("what the last checkpoint holds is safe")
+        if watch:
+            watch.leave_interrupted()
     except Exception as error:  # also a ValueError: in training it is an error in this program
         if watch:
             watch.exit_if_host_gone(error)
@@ -78,26 +99,29 @@ def main(argv: list[str], program: str) -> int:
     return watch.leave(code, together) if watch else code
 
 
-def _train(config: "ml_collections.ConfigDict", workdir: str, arguments: list[str]) -> int:
+def _train(config: "ml_collections.ConfigDict", workdir: str, arguments: list[str], interruption: Interruption) -> int:
     import jax
 
     # Only the first host logs information; all hosts log warnings.
     set_up_logging("stdout", logging.INFO if jax.process_index() == 0 else logging.WARNING)
+    from clip_jax.training.folder_lock import claimed
     from clip_jax.training.loop import train
     from clip_jax.training.preparation import prepare
 
-    try:
-        run = prepare(config, workdir, arguments)
-    except Exception as error:
-        code = report_error(error)
-        if code is None:
-            raise
-        return code
-    try:
-        return DONE if train(run) else INTERRUPTED
-    except (FailedError, FloatingPointError, OSError) as error:
-        report("failed", reason(error))
-        return FAILED
+    with contextlib.ExitStack() as stack:
+        try:
+            run = prepare(config, workdir, arguments)
+            stack.enter_context(claimed(run.workdir))
+        except Exception as error:
+            code = report_error(error)
+            if code is None:
+                raise
+            return code
+        try:
+            return DONE if train(run, interruption) else INTERRUPTED
+        except (FailedError, FloatingPointError, OSError) as error:
+            report("failed", reason(error))
+            return FAILED
 
 
 if __name__ == "__main__":

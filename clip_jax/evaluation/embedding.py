@@ -26,8 +26,10 @@ class Embedder:
     with the same input and gets the whole result; a host asks the input only for the rows that its own devices embed.
     """
 
-    def __init__(self, model: CLIP, mesh: Mesh, batch_size: int):
+    def __init__(self, model: CLIP, mesh: Mesh, batch_size: int, before_batch: Callable[[], None] = lambda: None):
+        """``before_batch`` is called before each batch, on all hosts as often; it may raise, to end an evaluation."""
         self._variables: dict | None = None
+        self._before_batch = before_batch
         self._mesh = mesh
         self._batch_size = -(-batch_size // mesh.size) * mesh.size
         self._context_length = model.preset.text.context_length
@@ -109,6 +111,7 @@ class Embedder:
         results, under_way, problems = [], None, []
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for start in range(0, len(rows), batch_size):
+                self._before_batch()
 
                 def part(index: tuple[slice, ...], start: int = start) -> np.ndarray:
                     """One device's rows of this batch, zeros where there are none left."""

@@ -22,11 +22,13 @@ from clip_jax.config import to_json
 from clip_jax.data.bad_samples import TooManyBadSamplesError
 from clip_jax.data.pipeline import InputError
 from clip_jax.evaluation.embedding import Embedder
+from clip_jax.evaluation.images import all_gather_objects
 from clip_jax.evaluation.measuring import Extras
 from clip_jax.evaluation.provenance import provenance
 from clip_jax.evaluation.report import write_report
 from clip_jax.evaluation.results import Results, write_results
 from clip_jax.evaluation.zero_shot import classifier_of
+from clip_jax.files import write_atomically
 from clip_jax.models.clip import CLIP
 from clip_jax.run_folder import CheckpointError, write_config
 from clip_jax.sharding import to_global_batch
@@ -50,7 +52,11 @@ class Progress(NamedTuple):
     position: int
 
 
-def train(run: Run) -> bool:
+class _InterruptedError(Exception):
+    """A signal has ended an evaluation between two batches, on all hosts between the same two."""
+
+
+def train(run: Run, interruption: Interruption) -> bool:
     """Trains to the last step, evaluates and writes the report. Returns True if finished, False if interrupted.
 
     Raises:
@@ -66,18 +72,17 @@ def train(run: Run) -> bool:
         start = starting_point(run, model, optimizer, checkpointer)
         writer = stack.enter_context(contextlib.closing(MetricWriter(run.workdir, start.step)))
         _log_start(run, start.state)
-        evaluator = Evaluator(run, model, writer)
+        saver = Saver(run, checkpointer, interruption, start.step)
+        evaluator = Evaluator(run, model, writer, saver)
         log = _step_log(run, start.step, writer)
         train_step = make_train_step(config, model, optimizer, run.mesh)
-        with Interruption() as interruption:
-            saver = Saver(run, checkpointer, interruption, start.step)
-            end = train_steps(run, train_step, start, saver, log, evaluator)
-            checkpointer.wait()
-        if end.step < run.steps:
+        end = train_steps(run, train_step, start, saver, log, evaluator)
+        checkpointer.wait()
+        started = time.monotonic()
+        results = evaluator(end, final=True) if end.step == run.steps else None
+        if results is None:
             logger.info("stopped at step %d of %d, which is saved; the same command resumes it", end.step, run.steps)
             return False
-        started = time.monotonic()
-        results = evaluator(end, final=True)
         if jax.process_index() == 0:
             report_run(run, results, time.monotonic() - started)
         _log_end(run, results)
@@ -120,22 +125,24 @@ def train_steps(
     stopping = False
     feed = Feed(run, progress.step, progress.position)
     try:
+        if evaluator.was_missed(progress.step):
+            stopping = evaluator(progress) is None
         while progress.step < run.steps and not stopping:
             with log.waiting_for_data():
                 batch = feed.next(progress.step)
             state, metrics = train_step(progress.state, to_global_batch(batch.inputs, run.mesh))
             progress = Progress(progress.step + 1, state, feed.position)
+            saver.interruption.defer()
             log.add(progress.step, metrics, feed.scalars() if log.is_due(progress.step) else {})
-            stopping = saver.must_stop(progress.step)
-            if stopping or saver.is_due(progress.step):
+            stopping, evaluating = saver.must_stop(), evaluator.is_due(progress.step)
+            if stopping or evaluating or saver.is_due(progress.step):
                 saver.save(progress, metrics)
-            if evaluator.is_due(progress.step) and not stopping:
+            if evaluating and not stopping:
                 log.flush()
-                evaluator(progress)
+                stopping = evaluator(progress) is None
         log.flush()
     except (InputError, TooManyBadSamplesError, OSError) as error:
-        # A signal may end the workers before the loop checks for it.
-        interrupted = isinstance(error, InputError) and saver.interruption.requested
+        interrupted = isinstance(error, InputError) and saver.interruption.explains_lost_workers()
         if interrupted and saver.has_missed(progress):
             log.flush()
             saver.save(progress, metrics)
@@ -157,12 +164,14 @@ class Saver:
         """``step`` is the last saved step."""
         self.interruption = interruption
         self._run, self._checkpointer, self._saved = run, checkpointer, step
+        self._questions = 0
 
-    def must_stop(self, step: int) -> bool:
-        """Returns whether a signal requested a stop. All hosts get the same result at the same step."""
+    def must_stop(self) -> bool:
+        """Returns whether a signal requested a stop. All hosts ask as often, and get the same results."""
         if jax.process_count() == 1:
             return self.interruption.requested
-        return self._checkpointer.preempted(step)
+        self._questions += 1  # and not the step: JAX needs a number that grows by one each time
+        return self._checkpointer.preempted(self._questions)
 
     def is_due(self, step: int) -> bool:
         """Returns whether this step must be saved."""
@@ -196,25 +205,38 @@ class Saver:
 class Evaluator:
     """Evaluates the state on the tasks of ``config.evaluation``."""
 
-    def __init__(self, run: Run, model: CLIP, writer: MetricWriter):
-        self._run, self._writer = run, writer
+    def __init__(self, run: Run, model: CLIP, writer: MetricWriter, saver: Saver):
+        self._run, self._writer, self._saver = run, writer, saver
         # Evaluation is rare and compiles a program for each length of texts, so compile time matters more than speed.
         execution = dataclasses.replace(model.execution, scan_unroll=max(1, run.config.model.scan_unroll))
-        self._embedder = Embedder(model.clone(execution=execution), run.mesh, run.config.evaluation.batch_size)
+        self._embedder = Embedder(
+            model.clone(execution=execution), run.mesh, run.config.evaluation.batch_size, self._check_signals
+        )
 
     def is_due(self, step: int) -> bool:
         """Returns whether to evaluate after this step. The evaluation after the last step is separate."""
         every = self._run.config.eval_every
         return bool(self._run.evaluations and every) and step % every == 0 and step < self._run.steps
 
-    def __call__(self, progress: Progress, final: bool = False) -> Results:
-        """Evaluates the state, and writes ``eval/<step>.json`` and the metrics; ``final`` adds the baseline."""
+    def was_missed(self, step: int) -> bool:
+        """Returns whether this step was saved, but not evaluated before the process was ended. All hosts call it."""
+        done = (self._run.workdir / "eval" / f"{step}.json").exists()
+        return step > 0 and self.is_due(step) and not all_gather_objects(done)[0]
+
+    def __call__(self, progress: Progress, final: bool = False) -> Results | None:
+        """Evaluates the state, and writes ``eval/<step>.json`` and the metrics; ``final`` adds the baseline.
+
+        Returns None, and writes nothing, if a signal has ended it between two batches.
+        """
         run, step = self._run, progress.step
         embedder = self._embedder.set_variables(progress.state.variables)
         extras = Extras(baseline=final)
-        results = run.evaluations.score(
-            embedder, classifier_of(embedder), str(run.workdir), run.config.model.name, extras
-        )
+        try:
+            results = run.evaluations.score(
+                embedder, classifier_of(embedder), str(run.workdir), run.config.model.name, extras
+            )
+        except _InterruptedError:
+            return None
         for task in results.missing:  # not worth ending a training for
             logger.warning("step %d  %s was not scored: %s", step, task.name, task.reason)
         if run.evaluations:
@@ -222,10 +244,14 @@ class Evaluator:
             if jax.process_index() == 0:
                 folder = run.workdir / "eval"
                 folder.mkdir(exist_ok=True)
-                (folder / f"{step}.json").write_text(json.dumps(results.as_dict(), indent=2) + "\n")
+                write_atomically(folder / f"{step}.json", json.dumps(results.as_dict(), indent=2) + "\n")
             if not final:
                 logger.info("step %d  %s", step, results.line())
         return results
+
+    def _check_signals(self) -> None:
+        if self._saver.must_stop():
+            raise _InterruptedError
 
 
 def report_run(run: Run, results: Results, evaluation_seconds: float) -> None:

@@ -17,13 +17,16 @@ import socket
 import sys
 import threading
 import time
+from typing import NoReturn
 
 import jax
 from jax._src.distributed import global_state  # JAX has no public API for its key-value store
 
+from clip_jax.training import interruption
+
 SILENCE = 25  # seconds without a sign of life after which a host is gone; a busy host pauses for far less
 PAUSE = 2  # seconds between signs of life
-ALIVE, GONE = "clip_jax/alive/", "clip_jax/gone/"
+ALIVE, GONE, INTERRUPTED = "clip_jax/alive/", "clip_jax/gone/", "clip_jax/interrupted/"
 
 
 class Watch:
@@ -74,6 +77,17 @@ class Watch:
             thread.join()
         return code
 
+    def announce_interruption(self) -> None:
+        """Lets the other hosts end, too, because this one was interrupted when there was nothing to save."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            global_state.client.key_value_set(f"{INTERRUPTED}{self._index}", socket.gethostname(), allow_overwrite=True)
+        time.sleep(2 * PAUSE)  # for the others to read it, before they lose host 0
+
+    def leave_interrupted(self) -> NoReturn:
+        """Announces the interruption and ends this process, without JAX's own shutdown, which waits for the others."""
+        self.announce_interruption()
+        _exit(interruption.INTERRUPTED)
+
     def _exchange(self) -> None:
         """Writes this host's signs of life and reads those of the others."""
         client, before, beat = global_state.client, {}, 0
@@ -94,6 +108,9 @@ class Watch:
                     self._silent[0] = 0
                     if gone:
                         self._end(gone)
+                interrupted = dict(client.key_value_dir_get(INTERRUPTED))
+                if interrupted and f"{INTERRUPTED}{self._index}" not in interrupted:
+                    self._end_interrupted(interrupted)
             beat += 1
             self._left.wait(PAUSE)
 
@@ -132,6 +149,13 @@ class Watch:
             print(f"failed: {hosts}; start all hosts again with the same command, and {resumption}", file=sys.stderr)
             _exit(1)
 
+    def _end_interrupted(self, interrupted: dict[str, str]) -> None:
+        """Prints one line and ends this process with the exit code of the hosts that were interrupted."""
+        with self._ending:
+            hosts = " and ".join(f"{key.removeprefix(INTERRUPTED)} ({name})" for key, name in interrupted.items())
+            print(f"interrupted: a signal has ended host {hosts} of {self._count} before a new step", file=sys.stderr)
+            _exit(interruption.INTERRUPTED)
+
     def _newest_checkpoint(self) -> str:
         with contextlib.suppress(OSError, ValueError):  # no folder, or no step in it
             step = max(int(name) for name in os.listdir(f"{self._workdir}/checkpoints") if name.isdigit())
@@ -139,7 +163,7 @@ class Watch:
         return "its start, as it has no checkpoint yet"
 
 
-def _exit(code: int) -> None:
+def _exit(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)
