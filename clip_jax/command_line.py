@@ -14,10 +14,11 @@ import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
-from clip_jax.errors import FailedError, printable, reason
+from clip_jax.errors import FailedError, first_line, printable, reason
 
 if TYPE_CHECKING:
     import ml_collections
@@ -26,6 +27,7 @@ DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 3  # exit codes
 CLOSED_PIPE = 141  # 128 + the number of SIGPIPE: the code that a shell reports for a program that SIGPIPE ends
 POD_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 OVERRIDE = "--config."
+STARTUP_TIMEOUT = 60.0  # seconds
 # Errors of the operating system that another command line can avoid. Others, such as a full disk, are failures.
 MISTAKEN_NAMES = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP),
@@ -132,6 +134,13 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--distributed", action="store_true", help="join the other hosts of a pod; needed on Cloud TPU VMs only"
         )
+        self.add_argument(
+            "--startup-timeout",
+            type=float,
+            default=STARTUP_TIMEOUT,
+            metavar="SECONDS",
+            help="how long a host of a pod waits for the others to start (default: %(default).0f)",
+        )
 
     def read(self, argv: list[str]) -> argparse.Namespace:
         """Returns the flags, and as ``overrides`` the names and values of ``--config.NAME=VALUE``.
@@ -212,14 +221,18 @@ def read_config(arguments: argparse.Namespace) -> "ml_collections.ConfigDict":
     return config
 
 
-def start_distributed(asked_for: bool) -> bool:
+def start_distributed(asked_for: bool, timeout: float = STARTUP_TIMEOUT) -> bool:
     """Joins the pod if asked to, or if the environment describes one; must be called before anything uses a device.
+
+    If the other hosts have not started after ``timeout`` seconds, it prints one line and ends this process with exit
+    code 1: JAX waits in C++ and would then print a stack trace.
 
     Returns:
       Whether it joined.
 
     Raises:
       ValueError: the environment describes a pod only in part, or with words instead of numbers.
+      FailedError: JAX cannot join the pod.
     """
     import jax
 
@@ -231,10 +244,32 @@ def start_distributed(asked_for: bool) -> bool:
         address, processes, index = (os.environ[name] for name in POD_VARIABLES)
         if not (processes.isdigit() and index.isdigit()):
             raise ValueError(f"{POD_VARIABLES[1]}={processes} and {POD_VARIABLES[2]}={index} must be numbers")
-        jax.distributed.initialize(address, int(processes), int(index))
+        _join_pod(timeout, f"host {index} of {processes} (coordinator {address})", address, int(processes), int(index))
     elif asked_for or _several_processes():
-        jax.distributed.initialize()  # JAX detects the cluster
+        _join_pod(timeout, "this host")  # JAX detects the cluster
     return jax.distributed.is_initialized()
+
+
+def _join_pod(timeout: float, name: str, *cluster: str | int) -> None:
+    import jax
+
+    def end() -> None:
+        report(
+            "failed",
+            f"{name} has waited {timeout:.0f} s for the other hosts of the pod; start all of them, or give "
+            "them more time with --startup-timeout",
+        )
+        os._exit(FAILED)
+
+    timer = threading.Timer(timeout, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(*cluster, initialization_timeout=int(timeout) + 60)
+    except RuntimeError as error:
+        raise FailedError(f"{name} cannot join the pod: {first_line(error)}") from None
+    finally:
+        timer.cancel()
 
 
 def _several_processes() -> bool:
@@ -249,7 +284,8 @@ def set_up_logging(stream: str = "stderr", level: int = logging.WARNING) -> None
     """Prints the log lines of ``clip_jax`` from this level up, unformatted, on ``sys.stderr`` or ``sys.stdout``.
 
     Hides the log of absl, which orbax and others use: orbax warns of every option that follows from another, and prints
-    the tracebacks of exceptions that it also raises.
+    the tracebacks of exceptions that it also raises. Hides what tensorstore prints for each array after the first that
+    it could not write, as to a full disk.
     """
     import absl.logging
 
@@ -259,6 +295,19 @@ def set_up_logging(stream: str = "stderr", level: int = logging.WARNING) -> None
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(level)
     absl.logging.set_verbosity(absl.logging.FATAL)
+    if not isinstance(sys.unraisablehook, _Unraisable):
+        sys.unraisablehook = _Unraisable(sys.unraisablehook)
+
+
+class _Unraisable:
+    """Discards the errors of tensorstore's callbacks in an event loop that has ended; passes on all others."""
+
+    def __init__(self, previous: Callable[["sys.UnraisableHookArgs"], object]):
+        self._previous = previous
+
+    def __call__(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._previous(unraisable)
 
 
 class _Console(logging.StreamHandler):

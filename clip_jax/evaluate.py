@@ -110,7 +110,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from clip_jax.evaluation.registry import find_tasks
 
     tasks = find_tasks(arguments.tasks)
-    start_distributed(arguments.distributed)
+    start_distributed(arguments.distributed, arguments.startup_timeout)
     import jax
 
     from clip_jax.cache import cache_folder

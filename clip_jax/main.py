@@ -11,6 +11,7 @@ from clip_jax.training.interruption import Interruption, catch_signals, signals_
 if __name__ == "__main__":
     catch_signals()  # before the other imports, which take longer than Python's own start
 
+import argparse
 import contextlib
 import logging
 import os
@@ -39,8 +40,10 @@ if TYPE_CHECKING:
 PROGRAM = "python -m clip_jax.main"
 
 
-def parse_arguments(argv: list[str], program: str = PROGRAM) -> tuple["ml_collections.ConfigDict", str, bool]:
-    """Returns the config with its overrides, the folder of the run, and whether to start jax.distributed.
+def parse_arguments(
+    argv: list[str], program: str = PROGRAM
+) -> tuple["ml_collections.ConfigDict", str, argparse.Namespace]:
+    """Returns the config with its overrides, the folder of the run, and the other flags.
 
     Raises:
       ValueError, FileNotFoundError: a flag is unknown or its value is not of its type, or the config is missing.
@@ -58,7 +61,7 @@ def parse_arguments(argv: list[str], program: str = PROGRAM) -> tuple["ml_collec
     parser.add_distributed()
     arguments = parser.read(argv)
     name = os.path.splitext(os.path.basename(arguments.config))[0]
-    return read_config(arguments), arguments.workdir or f"runs/{name}", arguments.distributed
+    return read_config(arguments), arguments.workdir or f"runs/{name}", arguments
 
 
 @command(PROGRAM)
@@ -72,12 +75,12 @@ def main(argv: list[str], program: str) -> int:
 
 
 def _main(argv: list[str], program: str, interruption: Interruption) -> int:
-    config, workdir, distributed = parse_arguments(argv, program)
+    config, workdir, flags = parse_arguments(argv, program)
     from clip_jax.config import validate
 
     validate(config)
     watch, together = None, False
-    if start_distributed(distributed):
+    if start_distributed(flags.distributed, flags.startup_timeout):
         from clip_jax.training.pod import Watch
 
         interruption.join_pod()
@@ -86,16 +89,17 @@ def _main(argv: list[str], program: str, interruption: Interruption) -> int:
     try:
         code = _train(config, workdir, argv, interruption)
         together = code in (DONE, INTERRUPTED)
-    except KeyboardInterrupt:
-        interruption.announced = True
-        code = report_interrupt("what the last checkpoint holds is safe")
-        if watch:
-            watch.leave_interrupted()
-    except Exception as error:  # also a ValueError: in training it is an error in this program
-        if watch:
-            watch.exit_if_host_gone(error)
-        traceback.print_exc()
-        code = FAILED
+    except (KeyboardInterrupt, Exception) as error:  # also a ValueError: in training it is an error in this program
+        if isinstance(error, KeyboardInterrupt) or interruption.ends_now:  # XLA makes errors of its own of it
+            interruption.announced = True
+            code = report_interrupt("what the last checkpoint holds is safe")
+            if watch:
+                watch.leave_interrupted()
+        else:
+            if watch:
+                watch.exit_if_host_gone(error)
+            traceback.print_exc()
+            code = FAILED
     return watch.leave(code, together) if watch else code
 
 
@@ -113,13 +117,15 @@ def _train(config: "ml_collections.ConfigDict", workdir: str, arguments: list[st
             run = prepare(config, workdir, arguments)
             stack.enter_context(claimed(run.workdir))
         except Exception as error:
-            code = report_error(error)
+            code = None if interruption.ends_now else report_error(error)
             if code is None:
                 raise
             return code
         try:
             return DONE if train(run, interruption) else INTERRUPTED
         except (FailedError, FloatingPointError, OSError) as error:
+            if interruption.ends_now:
+                raise
             report("failed", reason(error))
             return FAILED
 

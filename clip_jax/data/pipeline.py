@@ -4,9 +4,9 @@ Everything up to batching is random access, so batch ``k`` depends only on (sour
 number of hosts, workers and threads, and after any interruption.
 """
 
+import contextlib
 import dataclasses
 import multiprocessing
-import signal
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,7 +21,7 @@ from clip_jax.data.images import Augmentation, ImageError, decode_for_training, 
 from clip_jax.data.sources import Mixture, Pair, PairError, ShardError
 from clip_jax.data.sources.buckets import current_access, use_access
 from clip_jax.data.tokenizer import tokenize
-from clip_jax.data.workers import end_with_parent
+from clip_jax.data.workers import end_with_parent, ignoring_interrupts
 from clip_jax.errors import FailedError, one_line
 from clip_jax.models.preprocessing import OPENAI_PREPROCESSING, Preprocessing
 
@@ -109,8 +109,6 @@ class LoadPair:
         self.__dict__.update(state)
         # Unpickling is the only moment at which our code runs in a worker process before it starts to read.
         if multiprocessing.parent_process():
-            # On Ctrl-C the training process saves first, and then ends its workers.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
             end_with_parent()
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -229,6 +227,8 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         )
         if position:
             self._iterator.set_state({"global_next_index": position})
+        # Grain starts the processes for the first batch. On Ctrl-C this process saves first, and then ends them.
+        self._starting = ignoring_interrupts if workers.processes else contextlib.nullcontext
 
     @property
     def position(self) -> int:
@@ -237,7 +237,10 @@ class Batches(Iterator[dict[str, np.ndarray]]):
 
     def __next__(self) -> dict[str, np.ndarray]:
         try:
-            parts = [next(self._iterator) for _ in range(self._parts)]
+            with self._starting():
+                parts = [next(self._iterator)]
+            self._starting = contextlib.nullcontext
+            parts += [next(self._iterator) for _ in range(self._parts - 1)]
         except InputError:
             raise
         except Exception as error:  # a worker was killed or has failed: Grain raises its own kinds

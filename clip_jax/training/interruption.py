@@ -3,6 +3,7 @@
 It imports nothing slow, so that the command can catch signals before it imports anything else.
 """
 
+import _thread
 import contextlib
 import ctypes
 import os
@@ -29,14 +30,17 @@ class Interruption:
     Attributes:
       requested: whether a signal has arrived.
       announced: whether the main thread has printed that the process was interrupted.
+      importing: whether the main thread only imports, which may turn a KeyboardInterrupt into another error.
       before_exit: what the thread calls before it ends the process.
     """
 
     def __init__(self):
         self.requested = False
         self.announced = False
+        self.importing = False
         self.before_exit: Callable[[], None] = lambda: None
         self._deferred = self._raised = False
+        self._raised_again = 0  # how often this process has sent itself a SIGINT
         self._timer: threading.Timer | None = None
         self._notify_pod: Callable[[int], None] = lambda number: None
         self._previous: dict[int, object] = {}
@@ -49,6 +53,7 @@ class Interruption:
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._previous_hook, sys.unraisablehook = sys.unraisablehook, self._raise_again
         self._previous_fd = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
@@ -60,6 +65,7 @@ class Interruption:
         if self._timer:
             self._timer.cancel()
         signal.set_wakeup_fd(self._previous_fd)
+        sys.unraisablehook = self._previous_hook
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         os.write(self._pipe[1], b"\0")
@@ -71,6 +77,11 @@ class Interruption:
         """Ignores the signals from now on: the exit code is decided, and Python only has to end."""
         for number in self._previous:
             signal.signal(number, signal.SIG_IGN)
+
+    @property
+    def ends_now(self) -> bool:
+        """Whether a signal has arrived while there was nothing to save."""
+        return self.requested and not self._deferred
 
     def defer(self) -> None:
         """From now on there is something to save: a signal is recorded and no longer raises KeyboardInterrupt."""
@@ -102,15 +113,30 @@ class Interruption:
 
     def _handle(self, number: int, frame: object) -> None:
         self.requested = True
-        if self._deferred:
+        if self.importing:
+            self._exit(INTERRUPTED, "interrupted")
+        elif self._deferred:
             self._notify_pod(int(signal.SIGTERM))
         elif not self._raised:
             self._raised = True
             raise KeyboardInterrupt
 
+    def _raise_again(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        """Raises a KeyboardInterrupt again that Python has discarded, since it came in a callback such as JAX's."""
+        if not (self.requested and issubclass(unraisable.exc_type, KeyboardInterrupt)):
+            self._previous_hook(unraisable)
+        elif not self._deferred:
+            self._raised = False
+            self._raised_again += 1
+            # Later, and in a thread: from here it would be raised in this callback, and discarded again.
+            threading.Timer(0.01, _thread.interrupt_main, (signal.SIGINT,)).start()
+
     def _listen(self) -> None:
         received = set()
         while number := os.read(self._pipe[0], 1)[0]:
+            if number == signal.SIGINT and self._raised_again:
+                self._raised_again -= 1
+                continue
             if number in received:
                 self._exit(128 + number, "interrupted twice: nothing was saved; the last checkpoint is safe")
             if number in SIGNALS:
@@ -138,8 +164,12 @@ _of_this_process: list[Interruption] = []
 
 
 def catch_signals() -> None:
-    """Catches SIGINT and SIGTERM until the process ends, for a process that does nothing but train."""
+    """Catches SIGINT and SIGTERM until the process ends, for a process that does nothing but train.
+
+    Until :func:`signals_caught`, the process imports modules and a signal ends it at once.
+    """
     interruption = Interruption()
+    interruption.importing = True
     interruption.install()
     _of_this_process.append(interruption)
 
@@ -148,6 +178,7 @@ def catch_signals() -> None:
 def signals_caught() -> Iterator[Interruption]:
     """Yields the :class:`Interruption` of :func:`catch_signals`, or one that ends with this context."""
     if _of_this_process:
+        _of_this_process[0].importing = False
         yield _of_this_process[0]
         _of_this_process[0].ignore()
         return

@@ -55,7 +55,8 @@ def life(
             kill(process)
         else:
             wait_until_caught(process, number)
-            os.killpg(process.pid, number)  # as a terminal does: to the workers as well
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.killpg(process.pid, number)  # as a terminal does: to the workers as well
     output = finish(process)
     return process.returncode, output
 
