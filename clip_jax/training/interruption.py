@@ -62,14 +62,14 @@ class Interruption:
         """Gives the signals back to the handlers that were there before."""
         if not self._previous:
             return
-        if self._timer:
-            self._timer.cancel()
         signal.set_wakeup_fd(self._previous_fd)
         sys.unraisablehook = self._previous_hook
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         os.write(self._pipe[1], b"\0")
         self._thread.join()
+        if self._timer:
+            self._timer.cancel()
         for end in self._pipe:
             os.close(end)
 
