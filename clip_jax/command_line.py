@@ -343,6 +343,9 @@ def run(main: Callable[[], int]) -> NoReturn:
         _discard(1)
         report("failed", f"standard output: {error.strerror}")
         code = FAILED
+    # Once a KeyboardInterrupt has passed through exec() of a text, as in the definition of a dataclass, Python ends by
+    # SIGINT in place of any exit code, until the next such exec().
+    exec("")
     sys.exit(code)
 
 

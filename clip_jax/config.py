@@ -49,7 +49,9 @@ class RunSettings:
     log_every: int = may_change(10)  # steps
     eval_every: int = may_change(0)  # steps; 0: only at the end
     checkpoint_every: int = may_change(1_000)  # steps; the last step is always saved
+    checkpoint_minutes: float = may_change(0.0)  # also saves the first logged step after so long; 0: only by steps
     checkpoints_to_keep: int = may_change(3)
+    stall_minutes: float = may_change(30.0)  # without progress, after which the training ends; 0: never
 
     def problems(self) -> list[str]:
         """Returns one line for each invalid value."""
@@ -63,7 +65,7 @@ class RunSettings:
             *must_be_positive(
                 self, ("accumulation_steps", "log_every", "checkpoint_every", "checkpoints_to_keep"), "config"
             ),
-            *must_not_be_negative(self, ("eval_every",), "config"),
+            *must_not_be_negative(self, ("eval_every", "checkpoint_minutes", "stall_minutes"), "config"),
         ]
 
 

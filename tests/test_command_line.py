@@ -269,3 +269,12 @@ def test_the_log_is_lines_on_the_stream_that_is_there_then(capsys):
         logger.info("step %d", 1)
         logger.warning("note")
         assert tuple(capsys.readouterr()) == printed
+
+
+def test_an_interrupt_in_an_import_that_executes_text_keeps_the_exit_code():
+    program = (
+        "from clip_jax.command_line import command, run\n"
+        "def body(arguments, name): exec('raise KeyboardInterrupt')\n"
+        "run(command('name')(body))"
+    )
+    assert run_python("-c", program)[::2] == (3, "interrupted\n")

@@ -47,6 +47,10 @@ class Checkpointer:
         with self._explained():
             self._manager.save(step, args=saved, force=True)
 
+    def is_saving(self) -> bool:
+        """Returns whether a save in the background is not finished."""
+        return self._manager.is_saving_in_progress()
+
     def preempted(self, step: int) -> bool:
         """Returns whether any host has received SIGTERM. All hosts get the same result at the same step."""
         return self._manager.reached_preemption(step)

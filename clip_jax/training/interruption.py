@@ -178,9 +178,12 @@ def catch_signals() -> None:
 def signals_caught() -> Iterator[Interruption]:
     """Yields the :class:`Interruption` of :func:`catch_signals`, or one that ends with this context."""
     if _of_this_process:
-        _of_this_process[0].importing = False
-        yield _of_this_process[0]
-        _of_this_process[0].ignore()
+        interruption = _of_this_process[0]
+        interruption.importing = False
+        try:
+            yield interruption
+        finally:
+            interruption.ignore()
         return
     interruption = Interruption()
     interruption.install()

@@ -38,6 +38,7 @@ from clip_jax.training.interruption import Interruption
 from clip_jax.training.metrics import MetricWriter, StepLog, format_duration, read_metrics, training_seconds
 from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.preparation import Run, read_initial_variables
+from clip_jax.training.stall import StallWatch
 from clip_jax.training.state import TrainState, abstract_state, create_state, make_model, state_from_variables
 from clip_jax.training.step import TrainStep, make_train_step
 
@@ -72,17 +73,21 @@ def train(run: Run, interruption: Interruption) -> bool:
         start = starting_point(run, model, optimizer, checkpointer)
         writer = stack.enter_context(contextlib.closing(MetricWriter(run.workdir, start.step)))
         _log_start(run, start.state)
-        saver = Saver(run, checkpointer, interruption, start.step)
+        stall = StallWatch(config.stall_minutes, checkpointer.is_saving, f"{run.workdir}/checkpoints")
+        stack.enter_context(contextlib.closing(stall))
+        saver = Saver(run, checkpointer, interruption, stall, start.step)
         evaluator = Evaluator(run, model, writer, saver)
         log = _step_log(run, start.step, writer)
         train_step = make_train_step(config, model, optimizer, run.mesh)
         end = train_steps(run, train_step, start, saver, log, evaluator)
+        stall.waits_for(f"the end of the save of step {end.step}")
         checkpointer.wait()
         started = time.monotonic()
         results = evaluator(end, final=True) if end.step == run.steps else None
         if results is None:
             logger.info("stopped at step %d of %d, which is saved; the same command resumes it", end.step, run.steps)
             return False
+        stall.waits_for("the report")
         if jax.process_index() == 0:
             report_run(run, results, time.monotonic() - started)
         _log_end(run, results)
@@ -128,8 +133,10 @@ def train_steps(
         if evaluator.was_missed(progress.step):
             stopping = evaluator(progress) is None
         while progress.step < run.steps and not stopping:
+            saver.stall.waits_for(f"the data of step {progress.step + 1}")
             with log.waiting_for_data():
                 batch = feed.next(progress.step)
+            saver.stall.waits_for(f"the devices, in step {progress.step} or {progress.step + 1}")
             state, metrics = train_step(progress.state, to_global_batch(batch.inputs, run.mesh))
             progress = Progress(progress.step + 1, state, feed.position)
             saver.interruption.defer()
@@ -160,10 +167,11 @@ def train_steps(
 class Saver:
     """Saves the progress of a training, and decides when to save and when to stop."""
 
-    def __init__(self, run: Run, checkpointer: Checkpointer, interruption: Interruption, step: int):
+    def __init__(self, run: Run, checkpointer: Checkpointer, interruption: Interruption, stall: StallWatch, step: int):
         """``step`` is the last saved step."""
-        self.interruption = interruption
+        self.interruption, self.stall = interruption, stall
         self._run, self._checkpointer, self._saved = run, checkpointer, step
+        self._saved_at = time.monotonic()
         self._questions = 0
 
     def must_stop(self) -> bool:
@@ -174,8 +182,13 @@ class Saver:
         return self._checkpointer.preempted(self._questions)
 
     def is_due(self, step: int) -> bool:
-        """Returns whether this step must be saved."""
-        return step == self._run.steps or step % self._run.config.checkpoint_every == 0
+        """Returns whether this step must be saved. All hosts ask, and get the same results."""
+        config = self._run.config
+        if step == self._run.steps or step % config.checkpoint_every == 0:
+            return True
+        if not config.checkpoint_minutes or step % config.log_every:
+            return False
+        return all_gather_objects(time.monotonic() - self._saved_at >= 60 * config.checkpoint_minutes)[0]
 
     def has_missed(self, progress: Progress) -> bool:
         """Returns whether there are steps since the last save."""
@@ -189,8 +202,9 @@ class Saver:
           CheckpointError: the folder cannot be written to, or the previous save has failed.
         """
         StepLog.check_finite(progress.step, metrics)
+        self.stall.waits_for(f"the start of the save of step {progress.step}, after the one before")
         self._checkpointer.save(progress.step, progress.state, progress.position, self._run.data_fingerprint)
-        self._saved = progress.step
+        self._saved, self._saved_at = progress.step, time.monotonic()
 
     def save_before_leaving(self, progress: Progress, metrics: dict[str, jax.Array]) -> None:
         """Saves after another error. If this fails, it logs a warning and raises nothing, to keep the first error."""
@@ -210,7 +224,7 @@ class Evaluator:
         # Evaluation is rare and compiles a program for each length of texts, so compile time matters more than speed.
         execution = dataclasses.replace(model.execution, scan_unroll=max(1, run.config.model.scan_unroll))
         self._embedder = Embedder(
-            model.clone(execution=execution), run.mesh, run.config.evaluation.batch_size, self._check_signals
+            model.clone(execution=execution), run.mesh, run.config.evaluation.batch_size, self._before_batch
         )
 
     def is_due(self, step: int) -> bool:
@@ -229,6 +243,7 @@ class Evaluator:
         Returns None, and writes nothing, if a signal has ended it between two batches.
         """
         run, step = self._run, progress.step
+        self._waits_for = f"a batch of the evaluation of step {step}"
         embedder = self._embedder.set_variables(progress.state.variables)
         extras = Extras(baseline=final)
         try:
@@ -249,7 +264,8 @@ class Evaluator:
                 logger.info("step %d  %s", step, results.line())
         return results
 
-    def _check_signals(self) -> None:
+    def _before_batch(self) -> None:
+        self._saver.stall.waits_for(self._waits_for)
         if self._saver.must_stop():
             raise _InterruptedError
 

@@ -37,6 +37,7 @@ class Watch:
         self._index, self._count = global_state.process_id, global_state.num_processes
         self._names = {0: global_state.coordinator_address}
         self._silent = dict.fromkeys(range(1, self._count) if self._index == 0 else [0], 0)
+        self._is_interrupted = False
         self._left = threading.Event()
         self._ending = threading.Lock()
         if self._index > 0:
@@ -81,7 +82,9 @@ class Watch:
         """Lets the other hosts end, too, because this one was interrupted when there was nothing to save."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             global_state.client.key_value_set(f"{INTERRUPTED}{self._index}", socket.gethostname(), allow_overwrite=True)
-        time.sleep(2 * PAUSE)  # for the others to read it, before they lose host 0
+        self._is_interrupted = True
+        if self._index == 0:
+            time.sleep(2 * PAUSE)  # for the others to read it, before they lose host 0
 
     def leave_interrupted(self) -> NoReturn:
         """Announces the interruption and ends this process, without JAX's own shutdown, which waits for the others."""
@@ -130,6 +133,8 @@ class Watch:
 
     def _handle_abort(self, number: int) -> None:
         """Handles SIGABRT. If host 0 is alive, it is not the cause: the handler returns and ``abort()`` continues."""
+        if self._is_interrupted:
+            _exit(interruption.INTERRUPTED)
         host, _, port = self._names[0].rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
@@ -154,6 +159,8 @@ class Watch:
         with self._ending:
             hosts = " and ".join(f"{key.removeprefix(INTERRUPTED)} ({name})" for key, name in interrupted.items())
             print(f"interrupted: a signal has ended host {hosts} of {self._count} before a new step", file=sys.stderr)
+            if self._index == 0:
+                time.sleep(2 * PAUSE)  # for the others to read it, too
             _exit(interruption.INTERRUPTED)
 
     def _newest_checkpoint(self) -> str:
