@@ -278,3 +278,31 @@ def test_an_interrupt_in_an_import_that_executes_text_keeps_the_exit_code():
         "run(command('name')(body))"
     )
     assert run_python("-c", program)[::2] == (3, "interrupted\n")
+
+
+def test_what_tensorstore_prints_of_a_full_disk_is_discarded_and_nothing_else(monkeypatch, capsys):
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: printed.append(str(unraisable.exc_value)))
+    command_line.set_up_logging()
+    command_line.set_up_logging()
+
+    class Careless:
+        def __init__(self, message: str):
+            self._message = message
+
+        def __del__(self):
+            raise RuntimeError(self._message)
+
+    for message in ("Event loop is closed", "another error"):
+        Careless(message)
+    assert printed == ["another error"]
+
+
+def test_a_host_without_the_others_ends_with_one_line():
+    alone = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    process = trial.start(*trial.SMALL, "--startup-timeout=1", "--workdir=/nowhere", **alone)
+    assert trial.finish(process).splitlines()[-1] == (
+        "failed: host 1 of 2 (coordinator 127.0.0.1:1) has waited 1 s for the other hosts of the pod; start all of "
+        "them, or give them more time with --startup-timeout"
+    )
+    assert process.returncode == 1

@@ -29,12 +29,23 @@ class Restored(NamedTuple):
     data_fingerprint: str
 
 
+class _Manager(ocp.CheckpointManager):
+    """Leaves JAX's agreement about the step at which a pod stops to the training loop.
+
+    Orbax takes part in it for its statistics, also from a background thread and with older steps. JAX then waits for a
+    step that no host reaches any more.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpointer:
     """Saves to ``workdir/checkpoints/<step>`` in the background, and keeps the newest ``keep`` checkpoints."""
 
     def __init__(self, workdir: epath.Path, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(absolute(workdir) / "checkpoints", options=options)
+        self._manager = _Manager(absolute(workdir) / "checkpoints", options=options)
 
     def save(self, step: int, state: TrainState, position: int, data_fingerprint: str) -> None:
         """Starts a save. Returns before it is on disk; the caller may then donate the state.
@@ -50,10 +61,6 @@ class Checkpointer:
     def is_saving(self) -> bool:
         """Returns whether a save in the background is not finished."""
         return self._manager.is_saving_in_progress()
-
-    def preempted(self, step: int) -> bool:
-        """Returns whether any host has received SIGTERM. All hosts get the same result at the same step."""
-        return self._manager.reached_preemption(step)
 
     def restore_latest(self, template: TrainState) -> Restored | None:
         """Returns the newest checkpoint that every host can read, or None if there is none yet.

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 import optax
+from jax.experimental import multihost_utils
 
 from clip_jax.config import to_json
 from clip_jax.data.bad_samples import TooManyBadSamplesError
@@ -179,7 +180,7 @@ class Saver:
         if jax.process_count() == 1:
             return self.interruption.requested
         self._questions += 1  # and not the step: JAX needs a number that grows by one each time
-        return self._checkpointer.preempted(self._questions)
+        return multihost_utils.reached_preemption_sync_point(self._questions)
 
     def is_due(self, step: int) -> bool:
         """Returns whether this step must be saved. All hosts ask, and get the same results."""

@@ -58,10 +58,10 @@ def test_the_global_batch_can_be_shared_out_among_the_chips(job, container):
 
 def test_the_program_accepts_the_command_line(container):
     assert container["command"] == ["python", "-m", "clip_jax.main"]
-    config, workdir, distributed = parse_arguments(container["args"])
+    config, workdir, flags = parse_arguments(container["args"])
     validate(config)
     assert config.model.name == "ViT-L/14"
-    assert workdir.startswith("/mnt/bucket/") and not distributed
+    assert workdir.startswith("/mnt/bucket/") and not flags.distributed
 
 
 def test_the_run_and_its_data_are_on_the_mounted_bucket(job, pod, container):
