@@ -29,6 +29,7 @@ setup(
         "flax>=0.12",  # linen: the towers
         "optax>=0.2.8",  # AdamW and schedules
         "orbax-checkpoint>=0.12.8,<0.13",  # checkpoints; its interface changes between minor versions
+        "xxhash>=3.6",  # digests of checkpoints: 28 GB/s on one core, where zlib's CRC-32 has 2 and SHA-256 1.5
         "grain>=0.2.18",  # the input pipeline; brings ArrayRecord
         "ml_collections>=1.1",  # the config tree
         "safetensors>=0.5",  # weights in and out

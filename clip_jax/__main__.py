@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": ("clip_jax.evaluate", "score a model: zero-shot classification, retrieval, linear probes"),
     "convert": ("clip_jax.convert", "convert weights from and to OpenAI's, open_clip's and Hugging Face's formats"),
     "plan": ("clip_jax.plan", "compile a training for a TPU slice that isn't here: memory, step time, cost"),
+    "verify": ("clip_jax.verify", "check the checkpoints of a run against their digests"),
     "prepare": ("clip_jax.prepare", "look at pairs, write them as shards, measure how fast they can be read"),
 }
 

@@ -1,21 +1,26 @@
 """Reads and writes the files in a run's folder, for code that does not train: config, parameters, data fingerprint.
 
-A checkpoint that cannot be read is skipped, with a warning, for the one before it.
+A checkpoint that cannot be read or is damaged is skipped, with a warning, for the one before it.
 """
 
 import json
 import logging
 import os
 import pathlib
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from clip_jax.errors import FailedError, first_line
+from clip_jax import saved_arrays
+from clip_jax.digests import DamagedError, seal, unseal
+from clip_jax.errors import FailedError
 from clip_jax.files import write_atomically
 
+MISSING_DIGESTS = "state/digests is missing"
+MISSING_SEAL = "data/metadata has no digest, but the arrays have"
 logger = logging.getLogger("clip_jax")
 
 
@@ -34,18 +39,82 @@ def absolute(folder: str | os.PathLike) -> epath.Path:
     return epath.Path(pathlib.Path(folder).expanduser().resolve())
 
 
+class DataState(NamedTuple):
+    """What a checkpoint holds of the data: its step, the examples drawn by all hosts, and the data's fingerprint."""
+
+    step: int
+    position: int
+    data_fingerprint: str
+
+
+def write_data_state(data: DataState) -> dict:
+    """Returns the JSON object for the item ``data`` of a checkpoint, with its digest."""
+    return seal(data._asdict())
+
+
+def read_data_state(checkpoint: epath.Path, step: int) -> tuple[DataState, bool]:
+    """Returns what the item ``data`` of a checkpoint holds, and whether it has a digest.
+
+    Raises:
+      DamagedError: it is missing, damaged or of another step.
+    """
+    name = "data/metadata"
+    try:
+        text = (checkpoint / name).read_bytes()
+    except OSError as error:
+        raise DamagedError(f"{name} cannot be read: {error.strerror or error}") from None
+    content, is_sealed = unseal(text, name)
+    if not is_sealed:
+        content["step"] = step  # earlier versions did not write it
+    types = DataState.__annotations__
+    if content.keys() != types.keys() or not all(type(content[key]) is types[key] for key in types):
+        raise DamagedError(f"{name} is damaged: {content}")
+    check_step(content, step)
+    return DataState(**content), is_sealed
+
+
+def check_step(saved: dict, step: int) -> None:
+    """Raises DamagedError if the state or the data of a checkpoint is of another step than its folder."""
+    if int(saved["step"]) != step:
+        raise DamagedError(f"it holds step {int(saved['step'])}")
+
+
+def check_position(data: DataState, expected: int) -> None:
+    """Raises DamagedError if a checkpoint has another data position than expected."""
+    if data.position != expected:
+        raise DamagedError(f"its data position is {data.position}, but {expected} after {data.step} steps")
+
+
+def warn_of_skipped(step: int, error: Exception) -> None:
+    """Logs that a checkpoint is skipped."""
+    state = "is damaged" if isinstance(error, DamagedError) else "cannot be read"
+    logger.warning("checkpoint %d %s and is skipped: %s", step, state, saved_arrays.explain(error))
+
+
+def warn_of_unverified(step: int) -> None:
+    """Logs, on the first host, that a checkpoint has no digests."""
+    if jax.process_index() == 0:
+        logger.warning("checkpoint %d was saved by an earlier version, without digests, and cannot be verified", step)
+
+
+def position_after(step: int, global_batch_size: int) -> int:
+    """Returns the examples that all hosts have drawn after a step: the data position that its checkpoint must have."""
+    return step * global_batch_size
+
+
 def saved_fingerprint(workdir: epath.Path) -> str | None:
-    """Returns the fingerprint of the data from the newest readable checkpoint, or None if there is none."""
+    """Returns the fingerprint of the data from the newest checkpoint where it is whole, or None if there is none."""
     workdir = absolute(workdir)
     if not (workdir / "checkpoints").exists():
         return None
     with _read_only(workdir) as manager:
-        for step in sorted(manager.all_steps(), reverse=True):
-            try:
-                restored = manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))
-            except Exception:  # damaged: restoring reports it
-                continue
-            return restored.data["data_fingerprint"]
+        steps, directory = sorted(manager.all_steps(), reverse=True), manager.directory
+    for step in steps:
+        try:
+            data, _ = read_data_state(directory / str(step), step)
+        except DamagedError:  # restoring reports it
+            continue
+        return data.data_fingerprint
     return None
 
 
@@ -55,11 +124,11 @@ def _read_only(workdir: epath.Path) -> ocp.CheckpointManager:
 
 
 def restore_variables(workdir: epath.Path) -> dict:
-    """Returns ``params`` and ``batch_stats`` of the newest checkpoint that can be read, as numpy arrays.
+    """Returns ``params`` and ``batch_stats`` of the newest checkpoint where they are whole, as numpy arrays.
 
     Raises:
       FileNotFoundError: the run has no checkpoint.
-      CheckpointError: there are checkpoints, but none can be read.
+      CheckpointError: there are checkpoints, but none is whole.
     """
     workdir = absolute(workdir)
     if not (workdir / "checkpoints").exists():
@@ -68,30 +137,70 @@ def restore_variables(workdir: epath.Path) -> dict:
         steps, directory = sorted(manager.all_steps(), reverse=True), manager.directory
     for step in steps:
         try:
-            return _restore_as_numpy(directory / str(step) / "state")
+            return _restore_variables(directory / str(step), step)
         except Exception as error:
-            logger.warning("checkpoint %d cannot be read and is skipped: %s", step, first_line(error))
+            warn_of_skipped(step, error)
     if steps:
         raise CheckpointError(f"none of the checkpoints in {directory} can be read: {steps}")
     raise FileNotFoundError(f"{workdir} has no checkpoint")
 
 
-def _restore_as_numpy(state: epath.Path) -> dict:
-    handler = ocp.PyTreeCheckpointHandler()
-    saved = handler.metadata(state).tree  # not the Checkpointer's: it looks for a step's file, and warns
-    wanted = {name: saved.get(name) or {} for name in ("params", "batch_stats")}
-    arguments = ocp.args.PyTreeRestore(
-        item=wanted,
-        restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted),
-        partial_restore=True,
-    )
-    return {"batch_stats": {}} | ocp.Checkpointer(handler).restore(state, args=arguments)
+def _restore_variables(checkpoint: epath.Path, step: int) -> dict:
+    state = checkpoint / "state"
+    is_verified = saved_arrays.has_digests(state)
+    if not is_verified and (checkpoint / "data").exists() and read_data_state(checkpoint, step)[1]:
+        raise DamagedError(MISSING_DIGESTS)
+    variables = saved_arrays.restore_as_numpy(state, ("step", "params", "batch_stats"))
+    check_step({"step": variables.pop("step", step)}, step)
+    if not is_verified:
+        warn_of_unverified(step)
+    return {"batch_stats": {}} | variables
 
 
 def save_variables(workdir: epath.Path, variables: dict) -> None:
     """Writes ``params`` and ``batch_stats`` as the checkpoint of step 0, for :func:`restore_variables`."""
-    with ocp.CheckpointManager(absolute(workdir) / "checkpoints") as manager:
-        manager.save(0, args=ocp.args.Composite(state=ocp.args.StandardSave(variables)))
+    folder, items = absolute(workdir) / "checkpoints", {"state": saved_arrays.handler()}
+    with ocp.CheckpointManager(folder, item_handlers=items) as manager:
+        saved = ocp.args.PyTreeSave(jax.tree.map(np.asarray, variables))
+        manager.save(0, args=ocp.args.Composite(state=saved))
+
+
+def examine_checkpoint(workdir: epath.Path, step: int) -> tuple[list[str], bool]:
+    """Returns one line for each damage to a checkpoint, and whether it has digests. Uses no device.
+
+    A checkpoint by :func:`save_variables` has no data position.
+    """
+    checkpoint, problems, is_sealed = workdir / "checkpoints" / str(step), [], None
+    state = checkpoint / "state"
+    try:
+        damage, single = saved_arrays.find_damage(state)
+        problems += damage
+        check_step(single if "step" in single else {"step": step}, step)
+    except Exception as error:  # orbax and tensorstore raise many types
+        single = {"step": step}
+        problems.append(saved_arrays.explain(error))
+    if "step" in single:
+        try:
+            data, is_sealed = read_data_state(checkpoint, step)
+            problems += _position_problems(workdir, data)
+        except DamagedError as error:
+            problems.append(str(error))
+    is_verified = saved_arrays.has_digests(state)
+    if is_sealed is not None and is_sealed != is_verified:
+        problems.append(MISSING_DIGESTS if is_sealed else MISSING_SEAL)
+    return problems, is_verified
+
+
+def _position_problems(workdir: epath.Path, data: DataState) -> list[str]:
+    try:
+        config = read_config(workdir)
+    except ValueError:
+        config = None
+    try:
+        check_position(data, position_after(data.step, config["global_batch_size"]) if config else data.position)
+    except DamagedError as error:
+        return [str(error)]
+    return []
 
 
 def write_config(workdir: epath.Path, text: str) -> None:

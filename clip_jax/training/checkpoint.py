@@ -1,11 +1,10 @@
 """Saves and restores a training with orbax: the state, the data position and the data's fingerprint.
 
-A checkpoint that cannot be read, as after a crash or a disk fault, is skipped for the one before it.
+A checkpoint that cannot be read or is damaged, as after a crash or a disk fault, is skipped for the one before it.
 """
 
 import contextlib
-import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -14,11 +13,23 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from clip_jax.errors import first_line, one_line
-from clip_jax.run_folder import CheckpointError, absolute
+from clip_jax import saved_arrays
+from clip_jax.digests import DamagedError
+from clip_jax.errors import one_line
+from clip_jax.run_folder import (
+    MISSING_DIGESTS,
+    MISSING_SEAL,
+    CheckpointError,
+    DataState,
+    absolute,
+    check_position,
+    check_step,
+    read_data_state,
+    warn_of_skipped,
+    warn_of_unverified,
+    write_data_state,
+)
 from clip_jax.training.state import TrainState
-
-logger = logging.getLogger("clip_jax")
 
 
 class Restored(NamedTuple):
@@ -43,9 +54,12 @@ class _Manager(ocp.CheckpointManager):
 class Checkpointer:
     """Saves to ``workdir/checkpoints/<step>`` in the background, and keeps the newest ``keep`` checkpoints."""
 
-    def __init__(self, workdir: epath.Path, keep: int):
+    def __init__(self, workdir: epath.Path, keep: int, position_at: Callable[[int], int] | None = None):
+        """``position_at`` returns the data position after a step. A checkpoint with another one is damaged."""
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = _Manager(absolute(workdir) / "checkpoints", options=options)
+        items = {"state": saved_arrays.handler(), "data": ocp.JsonCheckpointHandler()}
+        self._manager = _Manager(absolute(workdir) / "checkpoints", options=options, item_handlers=items)
+        self._position_at = position_at
 
     def save(self, step: int, state: TrainState, position: int, data_fingerprint: str) -> None:
         """Starts a save. Returns before it is on disk; the caller may then donate the state.
@@ -53,8 +67,10 @@ class Checkpointer:
         Raises:
           CheckpointError: the folder cannot be written to, or the previous save has failed.
         """
-        extra = {"position": position, "data_fingerprint": data_fingerprint}
-        saved = ocp.args.Composite(state=ocp.args.StandardSave(_saved_part(state)), data=ocp.args.JsonSave(extra))
+        saved = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(_saved_part(state)),
+            data=ocp.args.JsonSave(write_data_state(DataState(step, position, data_fingerprint))),
+        )
         with self._explained():
             self._manager.save(step, args=saved, force=True)
 
@@ -63,13 +79,13 @@ class Checkpointer:
         return self._manager.is_saving_in_progress()
 
     def restore_latest(self, template: TrainState) -> Restored | None:
-        """Returns the newest checkpoint that every host can read, or None if there is none yet.
+        """Returns the newest checkpoint that is whole on every host, or None if there is none yet.
 
-        Newer ones that cannot be read are renamed to ``damaged_checkpoint_<step>`` in the run's folder, but only after
-        an older one has been restored.
+        Newer ones that cannot be read or are damaged are renamed to ``damaged_checkpoint_<step>`` in the run's folder,
+        but only after an older one has been restored.
 
         Raises:
-          CheckpointError: there are checkpoints, but none can be read.
+          CheckpointError: there are checkpoints, but none is whole.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for number, step in enumerate(steps):
@@ -77,7 +93,7 @@ class Checkpointer:
             try:
                 restored = self._restore(step, template)
             except Exception as error:  # orbax and tensorstore raise many types for a damaged file
-                logger.warning("checkpoint %d cannot be read and is skipped: %s", step, first_line(error))
+                warn_of_skipped(step, error)
             if np.all(multihost_utils.process_allgather(np.array(restored is not None))):
                 for damaged in steps[:number]:
                     self._set_aside(damaged)
@@ -87,11 +103,18 @@ class Checkpointer:
         return None
 
     def _restore(self, step: int, template: TrainState) -> Restored:
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(_saved_part(template)), data=ocp.args.JsonRestore()),
-        )
-        return Restored(TrainState(**({"batch_stats": {}} | restored.state)), **restored.data)
+        # Not the manager's restore(): it is a barrier, at which a host would wait for one that has found damage.
+        folder = self._manager.directory / str(step)
+        data, is_sealed = read_data_state(folder, step)
+        if self._position_at:
+            check_position(data, self._position_at(step))
+        if saved_arrays.has_digests(folder / "state") != is_sealed:
+            raise DamagedError(MISSING_DIGESTS if is_sealed else MISSING_SEAL)
+        restored = saved_arrays.restore_like(folder / "state", _saved_part(template))
+        check_step(restored, step)
+        if not is_sealed:
+            warn_of_unverified(step)
+        return Restored(TrainState(**({"batch_stats": {}} | restored)), data.position, data.data_fingerprint)
 
     def _set_aside(self, step: int) -> None:
         if jax.process_index() == 0:

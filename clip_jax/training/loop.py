@@ -31,7 +31,7 @@ from clip_jax.evaluation.results import Results, write_results
 from clip_jax.evaluation.zero_shot import classifier_of
 from clip_jax.files import write_atomically
 from clip_jax.models.clip import CLIP
-from clip_jax.run_folder import CheckpointError, write_config
+from clip_jax.run_folder import CheckpointError, position_after, write_config
 from clip_jax.sharding import to_global_batch
 from clip_jax.training.checkpoint import Checkpointer
 from clip_jax.training.feed import Feed
@@ -70,7 +70,7 @@ def train(run: Run, interruption: Interruption) -> bool:
     model, optimizer = make_model(config, run.mesh), make_optimizer(config.optimizer, run.steps)
     write_config(run.workdir, to_json(config))
     with contextlib.ExitStack() as stack:
-        checkpointer = stack.enter_context(contextlib.closing(Checkpointer(run.workdir, config.checkpoints_to_keep)))
+        checkpointer = stack.enter_context(contextlib.closing(open_checkpoints(run)))
         start = starting_point(run, model, optimizer, checkpointer)
         writer = stack.enter_context(contextlib.closing(MetricWriter(run.workdir, start.step)))
         _log_start(run, start.state)
@@ -93,6 +93,14 @@ def train(run: Run, interruption: Interruption) -> bool:
             report_run(run, results, time.monotonic() - started)
         _log_end(run, results)
         return True
+
+
+def open_checkpoints(run: Run) -> Checkpointer:
+    """Returns the checkpoints of a run, each of which must have the data position of its step."""
+    config = run.config
+    return Checkpointer(
+        run.workdir, config.checkpoints_to_keep, lambda step: position_after(step, config.global_batch_size)
+    )
 
 
 def starting_point(
