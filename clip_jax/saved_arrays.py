@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import json
 import re
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -97,7 +97,7 @@ def explain(error: Exception) -> str:
     """Returns the line of an error by orbax or tensorstore that names the array or the file."""
     while error.__cause__ is not None:  # the first line of the outer error lists slices
         error = error.__cause__
-    return re.sub(r" \[[a-z_]+='.*", "", first_line(error))
+    return re.sub(r"""Error opening "\w+" driver: | \[[\w\[\]]+='.*""", "", first_line(error))
 
 
 def _saved_tree(directory: epath.Path) -> dict:
@@ -153,12 +153,12 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
             futures = await super().serialize(values, infos, args)
         if len(on_host) != len(infos):
             raise RuntimeError(f"orbax copied {len(on_host)} of {len(infos)} arrays to the host")
-        arrays = [
-            {box_of(piece.index, array.global_shape): np.asarray(piece.data()) for piece in array.replica_slices}
-            for array in on_host
-        ]
-        shapes = [array.global_shape for array in on_host]
-        return [*futures, _digests_after(futures, self.typestr(), infos, shapes, arrays)]
+
+        def pieces(array: replica_slices.ReplicaSlices) -> dict[Box, np.ndarray]:
+            return {box_of(one.index, array.global_shape): np.asarray(one.data()) for one in array.replica_slices}
+
+        described = ((info.name, array.global_shape, pieces(array)) for info, array in zip(infos, on_host, strict=True))
+        return [*futures, _digests_after(futures, self.typestr(), infos[0], described)]
 
     async def deserialize(self, infos, args=None):
         async with _no_task_left():
@@ -186,9 +186,9 @@ class _NumpyHandler(ocp.type_handlers.NumpyHandler):
 
     async def serialize(self, values, infos, args=None):
         futures = await super().serialize(values, infos, args)
-        arrays = [{whole(value.shape): value} if jax.process_index() == 0 else {} for value in values]
-        shapes = [value.shape for value in values]
-        return [*futures, _digests_after(futures, self.typestr(), infos, shapes, arrays)]
+        pieces = [{whole(value.shape): value} if jax.process_index() == 0 else {} for value in values]
+        described = ((info.name, value.shape, one) for info, value, one in zip(infos, values, pieces, strict=True))
+        return [*futures, _digests_after(futures, self.typestr(), infos[0], described)]
 
     async def deserialize(self, infos, args=None):
         digests = read_digests(infos[0].parent_dir)
@@ -261,21 +261,27 @@ async def _no_task_left() -> AsyncIterator[None]:
 def _digests_after(
     futures: Sequence[Future],
     kind: str,
-    infos: Sequence[ParamInfo],
-    shapes: Sequence[tuple[int, ...]],
-    arrays: Sequence[dict[Box, np.ndarray]],
+    place: ParamInfo,
+    arrays: Iterable[tuple[str, tuple[int, ...], dict[Box, np.ndarray]]],
 ) -> Future:
-    """Starts to write digests when the arrays have been written: a thread that hashes would delay the next step."""
+    """Starts to write digests when the arrays have been written: a thread that hashes would delay the next step.
+
+    Args:
+      futures: of the arrays.
+      kind: start of the name of the file.
+      place: has the folder of the arrays.
+      arrays: name, shape and pieces in the memory of this host, read in the thread that writes.
+    """
 
     async def write() -> None:
         for future in futures:
             await asyncio.to_thread(future.result)
         digests = {
-            info.name: SavedArray(shape, _dtype(pieces), {box: digest(piece) for box, piece in pieces.items()})
-            for info, shape, pieces in zip(infos, shapes, arrays, strict=True)
+            name: SavedArray(shape, _dtype(pieces), {box: digest(piece) for box, piece in pieces.items()})
+            for name, shape, pieces in arrays
             if pieces
         }
-        folder = infos[0].parent_dir / FOLDER
+        folder = place.parent_dir / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{kind}-{jax.process_index()}.json").write_text(to_json(digests, jax.process_count()))
 
