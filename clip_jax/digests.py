@@ -83,7 +83,7 @@ def digest(array: np.ndarray) -> str:
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Returns whether an array has neither infinities nor NaNs. It takes a tenth of the time of ``np.isfinite``."""
+    """Returns whether an array has neither infinities nor NaNs. It takes a quarter of the time of ``np.isfinite``."""
     dtype = array.dtype
     if dtype.kind != "f" and dtype.name != "bfloat16":
         return True

@@ -6,6 +6,7 @@ Prints a line for each checkpoint. Changes nothing, and needs no device. Exit co
 damaged or the command failed, 2 there is no run in this folder or a flag is wrong, 3 interrupted.
 """
 
+import argparse
 import os
 from typing import TYPE_CHECKING
 
@@ -17,11 +18,20 @@ if TYPE_CHECKING:
 PROGRAM = "python -m clip_jax.verify"
 
 
-@command(PROGRAM)
-def main(argv: list[str], program: str) -> int:
+def parse_arguments(argv: list[str], program: str = PROGRAM) -> argparse.Namespace:
+    """Returns the flags.
+
+    Raises:
+      ValueError: a flag is unknown, or the folder is missing.
+    """
     parser = Parser(prog=program, description="Checks every checkpoint of a run, its config and its metrics.")
     parser.add_argument("run", type=os.path.expanduser, help="the folder of the run: the --workdir of a training")
-    folder = parser.read(argv).run
+    return parser.read(argv)
+
+
+@command(PROGRAM)
+def main(argv: list[str], program: str) -> int:
+    folder = parse_arguments(argv, program).run
     os.environ["JAX_PLATFORMS"] = "cpu"  # a training may hold the devices
     from clip_jax.run_folder import absolute
 

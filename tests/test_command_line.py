@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": ("evaluate", ["--model=m", "--tasks=digits"], ["--model=/nowhere", "--tasks=emoji_unseen_both"]),
     "convert": ("convert", ["source", "destination"], ["/nowhere", "destination"]),
     "plan": ("plan", [QUICKSTART, "--topology=v5e:2x2"], ["--config=/nowhere.py", "--topology=v5e:2x2"]),
+    "verify": ("verify", ["folder"], ["/nowhere"]),
     "prepare": ("prepare", ["bench", "emoji:noto/held_out", QUICKSTART], ["inspect", "folder:/nowhere"]),
 }
 
@@ -65,7 +66,7 @@ def test_an_unknown_flag_is_refused_with_the_nearest_one(capsys, name, started, 
 
 def test_a_flag_is_not_abbreviated(capsys, name, module):
     arguments = COMMANDS[name][1]
-    flag = next((word for word in arguments if word.startswith("--")), "--to=openai")
+    flag = next((word for word in arguments if word.startswith("--")), "--help")
     short = flag.partition("=")[0][:-1]
     assert module.main([*arguments, f"{short}=x"]) == 2
     [line] = lines_on_stderr(capsys)

@@ -79,6 +79,7 @@ BLOCKS = (
         writes=("runs/b32/checkpoints/2",),
         removes=("runs/b32",),
     ),
+    Run("docs/training.md", "python -m clip_jax.verify runs/b32"),
     Run("docs/training.md", "python launch/local_pod.py", writes=("runs/pod/checkpoints/10",)),
     Run(
         "docs/weights.md",

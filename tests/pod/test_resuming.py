@@ -52,7 +52,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(undisturbed, tmp
     workdir = copy_of(undisturbed, tmp_path)
     damage(workdir / "checkpoints/40", kept_bytes=10)
     output = run(*SMALL, STEPS, OFTEN, f"--workdir={workdir}")
-    assert "checkpoint 40 cannot be read and is skipped" in output
+    assert "checkpoint 40 is damaged and is skipped: state/_METADATA is not JSON" in output
     assert "resumed at step 30 of 40" in output
     assert (workdir / "damaged_checkpoint_40" / "state").is_dir()
     assert losses(workdir) == losses(undisturbed)
