@@ -50,7 +50,8 @@ class RunSettings:
     eval_every: int = may_change(0)  # steps; 0: only at the end
     checkpoint_every: int = may_change(1_000)  # steps; the last step is always saved
     checkpoint_minutes: float = may_change(0.0)  # also saves the first logged step after so long; 0: only by steps
-    checkpoints_to_keep: int = may_change(3)
+    checkpoints_to_keep: int = may_change(3)  # the newest
+    keep_every: int = may_change(0)  # steps; checkpoints at its multiples are kept for good; 0: none
     stall_minutes: float = may_change(30.0)  # without progress, after which the training ends; 0: never
 
     def problems(self) -> list[str]:
@@ -65,7 +66,12 @@ class RunSettings:
             *must_be_positive(
                 self, ("accumulation_steps", "log_every", "checkpoint_every", "checkpoints_to_keep"), "config"
             ),
-            *must_not_be_negative(self, ("eval_every", "checkpoint_minutes", "stall_minutes"), "config"),
+            *must_not_be_negative(self, ("eval_every", "checkpoint_minutes", "stall_minutes", "keep_every"), "config"),
+            *must_be(
+                self.checkpoint_every <= 0 or self.keep_every % self.checkpoint_every == 0,
+                f"config.keep_every={self.keep_every} must be a multiple of config.checkpoint_every="
+                f"{self.checkpoint_every}: other steps are not saved",
+            ),
         ]
 
 
@@ -282,11 +288,46 @@ def to_json(config: ml_collections.ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
-def check_same_run(config: ml_collections.ConfigDict, saved: dict, where: str) -> None:
-    """Checks that ``saved`` is the config of the same run.
+# Keys that --allow-changed refuses, and why. Of the model's keys, only those of ModelSettings can change.
+FIXED = {
+    "seed": "the order of the data and the first parameters follow from it",
+    "loss.kind": "each loss has parameters of its own",
+    "optimizer.first_moment_dtype": "the saved moments have this dtype",
+}
+MODEL_REASON = "it describes the model; start a new run from these weights, with config.init_from"
+
+
+def check_allowed(names: Collection[str]) -> None:
+    """Checks the keys of ``--allow-changed``.
 
     Raises:
-      ValueError: keys differ that a resumed run may not change; the message lists them with both values.
+      ValueError: there is no such key, or the saved state does not fit another value of it; one line.
+    """
+    known = [*flatten(default_config("ViT-B/32"))]
+    for name in names:
+        if why := _why_fixed(name):
+            raise ValueError(f"--allow-changed={name}: it cannot change: {why}")
+        if name not in known:
+            raise ValueError(f"--allow-changed={name}: there is no such key; did you mean {_nearest_key(name, known)}?")
+
+
+def _why_fixed(name: str) -> str:
+    """Returns why this key cannot change within a run, or an empty text."""
+    if name.startswith("model.") and name.partition(".")[2] not in {f.name for f in dataclasses.fields(ModelSettings)}:
+        return MODEL_REASON
+    return FIXED.get(name, "")
+
+
+def check_same_run(
+    config: ml_collections.ConfigDict, saved: dict, where: str, allowed: Collection[str] = ()
+) -> dict[str, list]:
+    """Checks that ``saved`` is the config of the same run.
+
+    Returns:
+      The keys of ``allowed`` that differ, with the old and the new value.
+
+    Raises:
+      ValueError: other keys differ that a resumed run may not change; the message lists them with both values.
     """
     if "converted_from" in saved:
         raise ValueError(
@@ -304,10 +345,14 @@ def check_same_run(config: ml_collections.ConfigDict, saved: dict, where: str) -
     defaults = flatten(ml_collections.ConfigDict(json.loads(to_json(default))))
     before |= {name: defaults[name] for name in now.keys() & defaults.keys() if name not in before}
     may_change = MAY_CHANGE | {f"loss.{key}" for key in losses.keys_that_may_change()}
-    different = [
-        f"{name} was {before[name]!r} and is {now[name]!r}"
+    changed = {
+        name: [before[name], now[name]]
         for name in sorted(now.keys() & before.keys())
         if now[name] != before[name] and name not in may_change
-    ]
-    if different:
-        raise ValueError(f"{where} holds a run of another config ({'; '.join(different)}); choose another --workdir")
+    }
+    if different := sorted(changed.keys() - set(allowed)):
+        values = "; ".join(f"{name} was {changed[name][0]!r} and is {changed[name][1]!r}" for name in different)
+        can_change = not any(map(_why_fixed, different))
+        way_out = f", or go on with the new values: --allow-changed={','.join(different)}" if can_change else ""
+        raise ValueError(f"{where} holds a run of another config ({values}); choose another --workdir{way_out}")
+    return changed

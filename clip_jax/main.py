@@ -22,6 +22,7 @@ from clip_jax.command_line import (
     DONE,
     FAILED,
     INTERRUPTED,
+    OVERRIDE,
     Parser,
     command,
     read_config,
@@ -58,6 +59,16 @@ def parse_arguments(
         type=os.path.expanduser,  # a shell does not expand the ~ of --workdir=~/run
         help="the folder of the run; runs/NAME_OF_CONFIG if not given",
     )
+    parser.add_argument(
+        "--from-step", type=int, metavar="N", help="go on from the checkpoint of this step instead of the newest"
+    )
+    parser.add_argument(
+        "--allow-changed",
+        type=lambda text: tuple(filter(None, text.removeprefix(OVERRIDE).split(","))),
+        default=(),
+        metavar="KEY,KEY",
+        help="keys of the config that the run goes on with changed values of, such as optimizer.learning_rate",
+    )
     parser.add_distributed()
     arguments = parser.read(argv)
     name = os.path.splitext(os.path.basename(arguments.config))[0]
@@ -87,7 +98,8 @@ def _main(argv: list[str], program: str, interruption: Interruption) -> int:
         watch = Watch(workdir)
         interruption.before_exit = watch.announce_interruption
     try:
-        code = _train(config, workdir, argv, interruption)
+        resumption = (flags.from_step, flags.allow_changed)
+        code = _train(config, workdir, resumption, argv, interruption)
         together = code in (DONE, INTERRUPTED)
     except (KeyboardInterrupt, Exception) as error:  # also a ValueError: in training it is an error in this program
         if isinstance(error, KeyboardInterrupt) or interruption.ends_now:  # XLA makes errors of its own of it
@@ -103,18 +115,24 @@ def _main(argv: list[str], program: str, interruption: Interruption) -> int:
     return watch.leave(code, together) if watch else code
 
 
-def _train(config: "ml_collections.ConfigDict", workdir: str, arguments: list[str], interruption: Interruption) -> int:
+def _train(
+    config: "ml_collections.ConfigDict",
+    workdir: str,
+    resumption: tuple[int | None, tuple[str, ...]],
+    arguments: list[str],
+    interruption: Interruption,
+) -> int:
     import jax
 
     # Only the first host logs information; all hosts log warnings.
     set_up_logging("stdout", logging.INFO if jax.process_index() == 0 else logging.WARNING)
     from clip_jax.training.folder_lock import claimed
     from clip_jax.training.loop import train
-    from clip_jax.training.preparation import prepare
+    from clip_jax.training.preparation import Resumption, prepare
 
     with contextlib.ExitStack() as stack:
         try:
-            run = prepare(config, workdir, arguments)
+            run = prepare(config, workdir, arguments, Resumption(*resumption))
             stack.enter_context(claimed(run.workdir))
         except Exception as error:
             code = None if interruption.ends_now else report_error(error)

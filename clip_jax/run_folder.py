@@ -18,6 +18,7 @@ from clip_jax import saved_arrays
 from clip_jax.digests import DamagedError, seal, unseal
 from clip_jax.errors import FailedError
 from clip_jax.files import write_atomically
+from clip_jax.history import active, first_segment, position_after, read_history
 
 MISSING_DIGESTS = "state/digests is missing"
 MISSING_SEAL = "data/metadata has no digest, but the arrays have"
@@ -95,11 +96,6 @@ def warn_of_unverified(step: int) -> None:
     """Logs, on the first host, that a checkpoint has no digests."""
     if jax.process_index() == 0:
         logger.warning("checkpoint %d was saved by an earlier version, without digests, and cannot be verified", step)
-
-
-def position_after(step: int, global_batch_size: int) -> int:
-    """Returns the examples that all hosts have drawn after a step: the data position that its checkpoint must have."""
-    return step * global_batch_size
 
 
 def saved_fingerprint(workdir: epath.Path) -> str | None:
@@ -193,12 +189,11 @@ def examine_checkpoint(workdir: epath.Path, step: int) -> tuple[list[str], bool]
 
 def _position_problems(workdir: epath.Path, data: DataState) -> list[str]:
     try:
-        config = read_config(workdir)
-    except ValueError:
-        config = None
-    try:
-        check_position(data, position_after(data.step, config["global_batch_size"]) if config else data.position)
-    except DamagedError as error:
+        config, segments = read_config(workdir), active(read_history(workdir))
+        if config:
+            segments = segments or [first_segment(config["global_batch_size"])]
+            check_position(data, position_after(segments, data.step))
+    except (ValueError, DamagedError, FailedError) as error:
         return [str(error)]
     return []
 

@@ -174,7 +174,7 @@ def started(converted, tmp_path_factory):
 def test_a_training_at_another_image_size_starts_with_the_loss_of_the_model_that_it_starts_from(started):
     arguments, source = started
     config, workdir, _ = parse_arguments(arguments)
-    feed = Feed(prepare(config, workdir), 0, 0)
+    feed = Feed(prepare(config, workdir), 0)
     batch = feed.next(0).inputs
     feed.close()
     preset = model_preset(config)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from clip_jax.data.augmentation import Augmentation
+from clip_jax.history import parse_ranges
 from clip_jax.settings import may_change, must_be, must_be_positive, must_not_be_negative
 
 MAX_STRENGTHS = {"rotation": 180, "hue": 180, "blur": 16}  # degrees, degrees, px; 1 for all others
@@ -29,6 +30,9 @@ class DataSettings:
         2
     )  # after the first attempt; then the record is bad, or the source cannot be opened
     bucket_connections: int = may_change(32)  # largest number in each process
+    allow_changed: bool = may_change(False)  # other data than before is new data: the run goes on with an order of it
+    # START:STOP, several by commas: batches that are passed over. Batch n, counted from 0, is that of step n + 1.
+    skip_batches: str = may_change("")
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
 
     def problems(self) -> list[str]:
@@ -46,8 +50,17 @@ class DataSettings:
             ),
             *must_be(0 <= self.max_bad_share <= 1, f"{prefix}.max_bad_share={self.max_bad_share} must be in [0, 1]"),
             *must_not_be_negative(self, ("num_workers", "cache_mebibytes", "bucket_retries"), prefix),
+            *_problems_of_ranges(self.skip_batches, f"{prefix}.skip_batches"),
             *_problems_of_strengths(dataclasses.asdict(self.augmentation), f"{prefix}.augmentation"),
         ]
+
+
+def _problems_of_ranges(text: str, name: str) -> list[str]:
+    try:
+        parse_ranges(text)
+    except ValueError as error:
+        return [f"{name}={text}: {error}"]
+    return []
 
 
 def _problems_of_strengths(augmentation: Mapping[str, float], prefix: str) -> list[str]:

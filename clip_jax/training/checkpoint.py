@@ -54,9 +54,20 @@ class _Manager(ocp.CheckpointManager):
 class Checkpointer:
     """Saves to ``workdir/checkpoints/<step>`` in the background, and keeps the newest ``keep`` checkpoints."""
 
-    def __init__(self, workdir: epath.Path, keep: int, position_at: Callable[[int], int] | None = None):
-        """``position_at`` returns the data position after a step. A checkpoint with another one is damaged."""
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    def __init__(
+        self,
+        workdir: epath.Path,
+        keep: int,
+        position_at: Callable[[int], int] | None = None,
+        keep_every: int = 0,
+    ):
+        """``position_at`` returns the data position after a step. A checkpoint with another one is damaged.
+
+        The multiples of ``keep_every`` are kept for good.
+        """
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True
+        )
         items = {"state": saved_arrays.handler(), "data": ocp.JsonCheckpointHandler()}
         self._manager = _Manager(absolute(workdir) / "checkpoints", options=options, item_handlers=items)
         self._position_at = position_at
@@ -73,6 +84,10 @@ class Checkpointer:
         )
         with self._explained():
             self._manager.save(step, args=saved, force=True)
+
+    def latest_step(self) -> int | None:
+        """Returns the step of the newest checkpoint, or None if there is none."""
+        return self._manager.latest_step()
 
     def is_saving(self) -> bool:
         """Returns whether a save in the background is not finished."""
@@ -101,6 +116,31 @@ class Checkpointer:
         if steps:
             raise CheckpointError(f"none of the checkpoints in {self._manager.directory} can be read: {steps}")
         return None
+
+    def restore_step(self, step: int, template: TrainState) -> Restored:
+        """Returns the checkpoint of this step.
+
+        Raises:
+          CheckpointError: it is not whole on every host.
+        """
+        restored, reason = None, "another host cannot read it"
+        try:
+            restored = self._restore(step, template)
+        except Exception as error:  # as in restore_latest
+            reason = saved_arrays.explain(error)
+        if not np.all(multihost_utils.process_allgather(np.array(restored is not None))):
+            raise CheckpointError(f"checkpoint {step} in {self._manager.directory} cannot be restored: {reason}")
+        return restored
+
+    def set_aside_after(self, step: int, folder: epath.Path) -> None:
+        """Moves the checkpoints of later steps to a folder, which need not exist. All hosts call it."""
+        if jax.process_index() == 0:
+            for later in self._manager.all_steps():
+                if later > step:
+                    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+                    (self._manager.directory / str(later)).rename(folder / "checkpoints" / str(later))
+        multihost_utils.sync_global_devices(f"set aside checkpoints after {step}")
+        self._manager.reload()
 
     def _restore(self, step: int, template: TrainState) -> Restored:
         # Not the manager's restore(): it is a barrier, at which a host would wait for one that has found damage.

@@ -11,6 +11,7 @@ from clip_jax.data.bad_samples import REASONS, BadSample, BadSamples
 from clip_jax.data.decoded_cache import DecodedCache
 from clip_jax.data.pipeline import Batches, Host, LoadPair, Workers, transform_of
 from clip_jax.errors import one_line
+from clip_jax.history import active, next_batch, segment_at
 from clip_jax.models.presets import model_preset
 from clip_jax.training.preparation import Run
 
@@ -31,23 +32,30 @@ class Batch(NamedTuple):
     bad_reasons: np.ndarray
 
 
+def order_seed(seed: int, data_changes: int) -> int:
+    """Returns the seed of the order of the data, which differs after each change of the data."""
+    return int(np.random.SeedSequence([seed, data_changes]).generate_state(1)[0]) if data_changes else seed
+
+
 class Feed:
     """Yields this host's batches from a data position on, and keeps track of bad samples.
 
     With ``config.progressive_resolution`` the images of the first steps are smaller.
     """
 
-    def __init__(self, run: Run, step: int, position: int):
-        self._run = run
+    def __init__(self, run: Run, step: int):
+        """``step`` steps have been trained."""
+        self._run, self._segments = run, active(run.history) or [run.settings]
         host = jax.process_index()
         self._bad_samples = BadSamples(run.workdir / f"bad_samples{f'-{host}' if host else ''}.jsonl")
         self._image_size = self._image_size_at(step)
-        self._batches = self._open(position)
+        self._position = next_batch(self._segments, step)[1]
+        self._batches = self._open(step)
 
     @property
     def position(self) -> int:
-        """The number of examples that all hosts have drawn so far."""
-        return self._batches.position
+        """The number of examples that all hosts have drawn, or passed over, so far."""
+        return self._position
 
     def next(self, step: int) -> Batch:
         """Returns the batch to train on after ``step`` steps; counts and lists its bad samples.
@@ -55,11 +63,15 @@ class Feed:
         Raises:
           InputError: the data cannot be used or read.
         """
-        if (size := self._image_size_at(step)) != self._image_size:
-            self._image_size, position = size, self.position
+        number, position = next_batch(self._segments, step)
+        if (size := self._image_size_at(step)) != self._image_size or position != self._position:
+            if position != self._position:
+                logger.info("passed over the batches before %d (config.data.skip_batches)", number)
+            self._image_size = size
             self._batches.close()
-            self._batches = self._open(position)
+            self._batches = self._open(step)
         inputs = dict(next(self._batches))
+        self._position = position + self._run.config.global_batch_size
         batch = Batch(inputs, inputs.pop("bad"), inputs.pop("bad_reason"))
         if not self._run.config.model.patch_dropout:
             inputs.pop("seed")  # only patch dropout draws random numbers
@@ -82,7 +94,7 @@ class Feed:
         self._bad_samples.check(counts, seen, self._run.config.data.max_bad_share)
         scalars = {"bad_samples": sum(counts)}
         scalars |= {f"bad_samples/{reason}": count for reason, count in zip(REASONS, counts, strict=True) if count}
-        epochs = self._run.mixture.epochs(self.position)
+        epochs = self._run.mixture.epochs(self.position - self._segments[-1].data_start)
         return scalars | {f"epochs/{name}" if len(epochs) > 1 else "epochs": value for name, value in epochs.items()}
 
     def close(self) -> None:
@@ -93,16 +105,16 @@ class Feed:
         first, full = self._run.config.progressive_resolution, self._run.config.model.vision.image_size
         return first.image_size if step < first.steps else full
 
-    def _open(self, position: int) -> Batches:
-        config = self._run.config
+    def _open(self, step: int) -> Batches:
+        config, segment = self._run.config, segment_at(self._segments, step)
         transform = transform_of(config.data, model_preset(config), self._image_size)
         return Batches(
             LoadPair(self._run.mixture, transform, DecodedCache(config.data.cache_mebibytes)),
             config.global_batch_size,
-            config.seed,
+            order_seed(config.seed, segment.data_changes),
             Host(jax.process_index(), jax.process_count()),
             Workers(config.data.num_workers, config.data.num_threads),
-            position,
+            next_batch(self._segments, step)[1] - segment.data_start,
         )
 
     def _list_bad_samples(self, batch: Batch) -> None:

@@ -10,12 +10,14 @@ The start of a run depends on the contents of its folder:
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import time
 from typing import NamedTuple
 
 import jax
+import ml_collections
 import optax
 from jax.experimental import multihost_utils
 
@@ -30,14 +32,16 @@ from clip_jax.evaluation.report import write_report
 from clip_jax.evaluation.results import Results, write_results
 from clip_jax.evaluation.zero_shot import classifier_of
 from clip_jax.files import write_atomically
+from clip_jax.history import active, continued, position_after, write_history
 from clip_jax.models.clip import CLIP
-from clip_jax.run_folder import CheckpointError, position_after, write_config
+from clip_jax.run_folder import CheckpointError, write_config
 from clip_jax.sharding import to_global_batch
 from clip_jax.training.checkpoint import Checkpointer
 from clip_jax.training.feed import Feed
+from clip_jax.training.going_back import go_back
 from clip_jax.training.interruption import Interruption
 from clip_jax.training.metrics import MetricWriter, StepLog, format_duration, read_metrics, training_seconds
-from clip_jax.training.optimizer import make_optimizer
+from clip_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from clip_jax.training.preparation import Run, read_initial_variables
 from clip_jax.training.stall import StallWatch
 from clip_jax.training.state import TrainState, abstract_state, create_state, make_model, state_from_variables
@@ -68,10 +72,10 @@ def train(run: Run, interruption: Interruption) -> bool:
     """
     config = run.config
     model, optimizer = make_model(config, run.mesh), make_optimizer(config.optimizer, run.steps)
-    write_config(run.workdir, to_json(config))
     with contextlib.ExitStack() as stack:
         checkpointer = stack.enter_context(contextlib.closing(open_checkpoints(run)))
         start = starting_point(run, model, optimizer, checkpointer)
+        run = go_on(run, start.step, checkpointer)
         writer = stack.enter_context(contextlib.closing(MetricWriter(run.workdir, start.step)))
         _log_start(run, start.state)
         stall = StallWatch(config.stall_minutes, checkpointer.is_saving, f"{run.workdir}/checkpoints")
@@ -80,7 +84,10 @@ def train(run: Run, interruption: Interruption) -> bool:
         evaluator = Evaluator(run, model, writer, saver)
         log = _step_log(run, start.step, writer)
         train_step = make_train_step(config, model, optimizer, run.mesh)
-        end = train_steps(run, train_step, start, saver, log, evaluator)
+        try:
+            end = train_steps(run, train_step, start, saver, log, evaluator)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}; {_way_out(run, checkpointer.latest_step())}") from None
         stall.waits_for(f"the end of the save of step {end.step}")
         checkpointer.wait()
         started = time.monotonic()
@@ -95,11 +102,22 @@ def train(run: Run, interruption: Interruption) -> bool:
         return True
 
 
+def _way_out(run: Run, saved: int | None) -> str:
+    """Returns what to do after a loss that is not finite, if the newest checkpoint is of step ``saved``."""
+    optimizer = run.config.optimizer
+    rate = f"--config.optimizer.learning_rate={optimizer.learning_rate / 2:g}"
+    clip = "" if optimizer.gradient_clip_norm else " or --config.optimizer.gradient_clip_norm=1"
+    if saved is None:
+        return f"start again in another --workdir with {rate}{clip}"
+    allowed = "optimizer.learning_rate" + (",optimizer.gradient_clip_norm" if clip else "")
+    return f"go on from step {saved} with --from-step={saved} --allow-changed={allowed} and {rate}{clip}"
+
+
 def open_checkpoints(run: Run) -> Checkpointer:
     """Returns the checkpoints of a run, each of which must have the data position of its step."""
-    config = run.config
+    config, segments = run.config, active(run.history) or [run.settings]
     return Checkpointer(
-        run.workdir, config.checkpoints_to_keep, lambda step: position_after(step, config.global_batch_size)
+        run.workdir, config.checkpoints_to_keep, functools.partial(position_after, segments), config.keep_every
     )
 
 
@@ -113,7 +131,11 @@ def starting_point(
       ValueError: ``config.init_from`` has no parameters for this model.
     """
     config = run.config
-    restored = checkpointer.restore_latest(abstract_state(model, optimizer, run.mesh))
+    template, from_step = abstract_state(model, optimizer, run.mesh), run.settings.from_step
+    if from_step is None:
+        restored = checkpointer.restore_latest(template)
+    else:
+        restored = checkpointer.restore_step(from_step, template)
     if restored:
         step = int(restored.state.step)
         logger.info("resumed at step %d of %d", step, run.steps)
@@ -127,6 +149,36 @@ def starting_point(
     return Progress(0, state, 0)
 
 
+def go_on(run: Run, step: int, checkpointer: Checkpointer) -> Run:
+    """Writes the config and the history of a run that goes on after ``step`` steps, and returns it with that history.
+
+    With ``--from-step``, what later steps have written is moved aside first. A kill in between leaves a run that goes
+    on from the same step by the same command.
+    """
+    settings = run.settings
+    if settings.from_step is not None:
+        folder = go_back(run.workdir, step, checkpointer)
+        logger.info("went back to step %d; what later steps wrote is in %s", step, folder)
+    history = continued(run.history, settings, step)
+    for key, (before, now) in settings.changed.items():
+        logger.info("config.%s was %s and is %s from step %d on", key, before, now, step)
+    if settings.changed and run.previous:
+        _log_learning_rates(run, step)
+    if jax.process_index() == 0:
+        run.workdir.mkdir(parents=True, exist_ok=True)
+        write_history(run.workdir, history)
+    write_config(run.workdir, to_json(run.config))
+    return run._replace(history=tuple(history))
+
+
+def _log_learning_rates(run: Run, step: int) -> None:
+    """Logs the learning rate of the next step before and after the change of the settings, if they differ."""
+    before = learning_rate_schedule(ml_collections.ConfigDict(run.previous["optimizer"]), run.history[-1].steps)
+    now = learning_rate_schedule(run.config.optimizer, run.steps)
+    if (rates := (float(before(step)), float(now(step))))[0] != rates[1]:
+        logger.info("the learning rate of step %d is %.3g instead of %.3g", step + 1, rates[1], rates[0])
+
+
 def train_steps(
     run: Run, train_step: TrainStep, progress: Progress, saver: "Saver", log: StepLog, evaluator: "Evaluator"
 ) -> Progress:
@@ -137,7 +189,7 @@ def train_steps(
     """
     metrics: dict[str, jax.Array] = {}
     stopping = False
-    feed = Feed(run, progress.step, progress.position)
+    feed = Feed(run, progress.step)
     try:
         if evaluator.was_missed(progress.step):
             stopping = evaluator(progress) is None

@@ -104,10 +104,7 @@ class StepLog:
         for name in ("loss", "gradient_norm"):
             value = float(metrics[name])
             if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"{name} is {value} at step {step}; a lower config.optimizer.learning_rate or a "
-                    "config.optimizer.gradient_clip_norm of 1 may help"
-                )
+                raise FloatingPointError(f"{name} is {value} at step {step}")
 
     def _restart_clock(self) -> None:
         self._since: tuple[float, int] | None = None  # time and step at which the rate's measurement began

@@ -72,6 +72,20 @@ def store_first_moment(adam: optax.GradientTransformation, dtype: str) -> optax.
     return optax.GradientTransformation(lambda params: cast(adam.init(params), dtype), update)
 
 
+def clip_gradient(optimizer: optax.GradientTransformation, norm: float) -> optax.GradientTransformation:
+    """Returns ``optimizer`` with the gradient's global norm clipped.
+
+    Its state is that of ``optimizer``, unlike with ``optax.chain``, so that a run may turn clipping on and off.
+    """
+    clip = optax.clip_by_global_norm(norm)
+
+    def update(updates, state, params=None):
+        updates, _ = clip.update(updates, optax.EmptyState(), params)
+        return optimizer.update(updates, state, params)
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
 def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
     """Returns the optimizer of ``config.optimizer``, for parameters without boxes."""
     adamw = optax.adamw(
@@ -84,6 +98,4 @@ def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.Gradi
     )
     if config.first_moment_dtype != "float32":
         adamw = store_first_moment(adamw, config.first_moment_dtype)
-    if config.gradient_clip_norm:
-        return optax.chain(optax.clip_by_global_norm(config.gradient_clip_norm), adamw)
-    return adamw
+    return clip_gradient(adamw, config.gradient_clip_norm) if config.gradient_clip_norm else adamw
