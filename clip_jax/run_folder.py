@@ -193,8 +193,10 @@ def _position_problems(workdir: epath.Path, data: DataState) -> list[str]:
         if config:
             segments = segments or [first_segment(config["global_batch_size"])]
             check_position(data, position_after(segments, data.step))
-    except (ValueError, DamagedError, FailedError) as error:
+    except DamagedError as error:
         return [str(error)]
+    except (ValueError, FailedError):  # the config or the history is damaged, and not the checkpoint
+        return []
     return []
 
 

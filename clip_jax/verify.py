@@ -11,6 +11,7 @@ import os
 from typing import TYPE_CHECKING
 
 from clip_jax.command_line import DONE, FAILED, Parser, command, run, set_up_logging
+from clip_jax.errors import FailedError
 
 if TYPE_CHECKING:
     from etils import epath
@@ -39,7 +40,7 @@ def main(argv: list[str], program: str) -> int:
     workdir = absolute(folder)
     if not (workdir / "checkpoints").exists() and not (workdir / "config.json").exists():
         raise ValueError(f"{folder} holds no run: neither config.json nor checkpoints/")
-    whole = [_report_config(workdir), _report_metrics(workdir)]
+    whole = [_report_config(workdir), _report_history(workdir), _report_metrics(workdir)]
     whole += [_report_checkpoint(workdir, step) for step in _steps(workdir)]
     return DONE if all(whole) else FAILED
 
@@ -59,6 +60,19 @@ def _report_config(workdir: "epath.Path") -> bool:
         problem = "damaged: it is not a JSON object"
     print(f"config.json: {problem or 'whole'}")
     return not problem
+
+
+def _report_history(workdir: "epath.Path") -> bool:
+    from clip_jax.history import NAME, read_history
+
+    try:
+        segments = read_history(workdir)
+    except FailedError as error:
+        print(f"{NAME}: damaged: {error}")
+        return False
+    if segments:
+        print(f"{NAME}: {len(segments)} {'line' if len(segments) == 1 else 'lines'}")
+    return True
 
 
 def _report_metrics(workdir: "epath.Path") -> bool:

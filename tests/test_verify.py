@@ -113,6 +113,13 @@ def test_a_damaged_config_is_reported(run, capsys, content, line):
     assert verified(run, capsys) == (1, WHOLE | {"config.json": line})
 
 
+def test_a_damaged_history_is_reported(run, capsys):
+    (run / "history.jsonl").write_text("{\n")
+    code, lines = verified(run, capsys)
+    assert code == 1 and "line 1 is damaged" in lines["history.jsonl"]
+    assert lines["checkpoints/2"] == "whole"
+
+
 def test_lines_of_the_metrics_that_a_kill_has_cut_are_no_damage(run, capsys):
     (run / "metrics.jsonl").write_text('{"step": 1}\n{"ste\n{"step": 2}\nnull\n')
     code, lines = verified(run, capsys)
