@@ -247,11 +247,20 @@ def test_missing_data_is_one_line(capsys, tmp_path):
     assert not workdir.exists()
 
 
-def test_data_whose_first_image_is_broken_is_refused(capsys, tmp_path, image_folder):
-    (image_folder / "0.png").write_bytes(b"not an image")
+def test_data_whose_first_images_are_all_broken_is_refused(capsys, tmp_path, image_folder):
+    for index in range(8):
+        (image_folder / f"{index}.png").write_bytes(b"not an image")
     message = mistake(capsys, *small_vit_l14(f"folder:{image_folder}", tmp_path / "run"))
-    assert "0.png" in message
+    assert "none of its first 8 pairs can be used: the image of " in message and "0.png" in message
     assert not (tmp_path / "run").exists()
+
+
+def test_data_whose_first_pairs_are_bad_is_used(tmp_path, image_folder):
+    (image_folder / "0.png").write_bytes(b"not an image")
+    (image_folder / "1.txt").unlink()
+    (image_folder / "2.txt").write_bytes(b"\xff\xff\xff")
+    config, _, _ = parse_arguments(small_vit_l14(f"folder:{image_folder}", tmp_path / "run"))
+    assert len(prepare(config, str(tmp_path / "run")).mixture) == 8
 
 
 @pytest.mark.parametrize("kind", ["folder", pytest.param("csv", marks=pytest.mark.slow)])

@@ -30,7 +30,6 @@ if TYPE_CHECKING:  # the worker processes that decode images must not import mod
 
 # Raise this whenever the same pairs would give other pixels or tokens: older runs then refuse to resume.
 TRANSFORM_VERSION = 3
-MAX_NEIGHBORS = 100
 MAX_PART_SIZE = 256  # examples
 # Where the largest index is one of these, Grain's shuffle (0.2.18) is not a permutation: it maps index 0 to the same
 # position.
@@ -93,8 +92,8 @@ def transform_of(data: ml_collections.ConfigDict, preset: "CLIPPreset", image_si
 class LoadPair:
     """Loads the training example at an index. A single bad sample is not an error.
 
-    A bad sample is replaced by the next good one of its source, which keeps every count exact. The example then has
-    the index and the reason of the bad sample, too.
+    A bad sample is replaced by another one of its source, mostly the next, which keeps every count exact. The example
+    then has the index and the reason of the bad sample, too.
     """
 
     mixture: Mixture
@@ -120,13 +119,13 @@ class LoadPair:
           replaced ``bad`` int64, its index, and ``bad_reason`` int8, the index in ``REASONS``; else both are -1.
 
         Raises:
-          InputError: the record and its next hundred neighbors are all bad.
+          InputError: the record and all that may replace it are bad.
           ShardError: the file of the record is lost.
         """
         problem, tried = None, 0
-        for neighbor in self.mixture.neighbors(index, MAX_NEIGHBORS):
+        for candidate in self.mixture.replacements(index):
             try:
-                example = self.transform(*self._decoded(neighbor), rng)
+                example = self.transform(*self._decoded(candidate), rng)
             except ShardError:
                 raise
             except Exception as error:  # data from the web raises errors of any kind
@@ -138,7 +137,10 @@ class LoadPair:
                 "source": np.int32(self.mixture.locate(index)[0]),
                 "seed": rng.integers(2**32, dtype=np.uint32),  # drawn last, so that earlier draws do not depend on it
             }
-        raise InputError(f"{tried} samples in a row cannot be used, from record {index} on; the first: {problem}")
+        name = self.mixture.names[self.mixture.locate(index)[0]]
+        raise InputError(
+            f"{name}: record {index} is bad, and so are the {tried - 1} records that were tried in its place: {problem}"
+        )
 
     def _decoded(self, index: int) -> tuple[Pair, np.ndarray, tuple[int, int]]:
         if (cached := self.cache.get(index)) is not None:

@@ -134,6 +134,6 @@ class Feed:
             except Exception as error:  # any type makes the pipeline replace the sample
                 message = one_line(error)
             found.append(BadSample(index, REASONS[reason], name, message))
-            logger.warning("replaced a bad sample by the next one: %s: %s", name, message)
+            logger.warning("replaced a bad sample by another one: %s: %s", name, message)
         if found:
             self._bad_samples.add_to_list(found)

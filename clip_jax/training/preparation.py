@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from clip_jax.config import check_allowed, check_same_run, to_json
 from clip_jax.data.images import ImageError
 from clip_jax.data.pipeline import TRANSFORM_VERSION, Transform, transform_of
-from clip_jax.data.sources import Mixture, PairError, open_mixture
+from clip_jax.data.sources import Mixture, Pair, PairError, open_mixture
 from clip_jax.data.sources.buckets import access_of, use_access
 from clip_jax.evaluation.evaluations import Evaluations
 from clip_jax.evaluation.registry import find_tasks
@@ -31,6 +31,8 @@ from clip_jax.weights import digest_of, read_weights
 from clip_jax.weights.resizing import at_image_size
 
 logger = logging.getLogger("clip_jax")
+
+FIRST_PAIRS = 100  # of each source, of which one must be good
 
 
 class Resumption(NamedTuple):
@@ -211,16 +213,30 @@ def check_workdir(workdir: str) -> epath.Path:
 
 
 def check_first_pairs(mixture: Mixture, transform: Transform) -> None:
-    """Raises ValueError if the first pair of a source cannot be used: the whole source may be wrong."""
+    """Raises ValueError if none of the first pairs of a source can be used: the whole source may be wrong."""
     for name, source in zip(mixture.names, mixture.sources, strict=True):
-        try:
-            pair = source[0]
-        except PairError as error:
-            raise ValueError(f"config.data.source={name}: {error}") from None
-        try:
-            transform.check(pair)
-        except ImageError as error:
-            raise ValueError(f"config.data.source={name}: its first image, {pair.key}: {error}") from None
+        problems = []
+        for index in range(min(FIRST_PAIRS, len(source))):
+            try:
+                pair = source[index]
+                problem = _problem_of(pair, transform)
+            except PairError as error:
+                problem = str(error)
+            if not problem:
+                break
+            problems.append(problem)
+        else:
+            raise ValueError(
+                f"config.data.source={name}: none of its first {len(problems)} pairs can be used: {problems[0]}"
+            )
+
+
+def _problem_of(pair: Pair, transform: Transform) -> str:
+    try:
+        transform.check(pair)
+    except ImageError as error:
+        return f"the image of {pair.key}: {error}"
+    return ""
 
 
 def check_hosts_agree(what: str) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -15,19 +16,19 @@ from clip_jax.data.sources import Mixture, Pair, open_source
 
 
 class Numbered:
-    """Eleven images of one color each with their number as caption; some are broken."""
+    """Images of one color each with their number as caption; some are broken."""
 
-    def __init__(self, broken: tuple[int, ...] = ()):
-        self._broken = broken
+    def __init__(self, broken: Sequence[int] = (), size: int = 11):
+        self._broken, self._size = broken, size
 
     def __len__(self) -> int:
-        return 11
+        return self._size
 
     def __getitem__(self, index: int) -> Pair:
         if index in self._broken:
             return Pair(b"broken", ["broken"], str(index))
         stream = io.BytesIO()
-        Image.new("RGB", (8, 8), (index, index, index)).save(stream, "PNG")
+        Image.new("RGB", (8, 8), (index % 256, index % 256, index % 256)).save(stream, "PNG")
         return Pair(stream.getvalue(), [f"number {index}"], str(index))
 
 
@@ -154,10 +155,21 @@ def test_the_next_pair_replaces_a_broken_image_which_is_reported():
     assert reasons == ["undecodable"] * len(reported)
 
 
+def test_a_block_of_damaged_records_is_replaced_beyond_it_and_counted():
+    source = Numbered(broken=range(300), size=1_000)
+    load = LoadPair(Mixture(["numbers"], [source]), Transform(8, 16, Augmentation()))
+    for index in (0, 150, 299):
+        example = load(index, np.random.default_rng(0))
+        assert example["bad"] == index and REASONS[example["bad_reason"]] == "undecodable"
+        assert example["image"].any()
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_source_of_only_broken_images_is_an_error(num_workers):
     stream = batches(Numbered(broken=tuple(range(11))), workers=Workers(num_workers))
-    with pytest.raises(InputError, match="11 samples in a row"):
+    with pytest.raises(
+        InputError, match=r"record \d+ is bad, and so are the 10 records that were tried in its place: "
+    ):
         take(stream, 1)
     stream.close()
 

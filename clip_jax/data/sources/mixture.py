@@ -11,6 +11,8 @@ from clip_jax.data.sources.base import Pair, Source
 from clip_jax.data.sources.digest import digest
 
 MAX_PERIOD = 100_000  # draws
+ADJACENT, SPREAD = 100, 100  # pairs that are tried in place of a bad one
+GOLDEN_RATIO = 0.6180339887498949  # its multiples, modulo 1, are spread evenly
 
 
 class Schedule:
@@ -109,11 +111,21 @@ class Mixture:
         source, record = self.locate(index)
         return self.sources[source][record]
 
-    def neighbors(self, index: int, most: int) -> Iterator[int]:
-        """Yields the index of the pair and of those after it in the same source, which wraps around at its end."""
+    def replacements(self, index: int) -> Iterator[int]:
+        """Yields the index of the pair, and of those of the same source that may replace it if it is bad.
+
+        First the next hundred pairs, then pairs at doubling distances, which soon leave a damaged shard, then a hundred
+        that are spread over the whole source. The source wraps around at its end.
+        """
         source, record = self.locate(index)
         size = len(self.sources[source])
-        for distance in range(min(most, size)):
+        distances = [*range(min(ADJACENT, size))]
+        if size > ADJACENT:
+            distances += [
+                ADJACENT << power for power in range((size // ADJACENT).bit_length()) if ADJACENT << power < size
+            ]
+            distances += [int(number * size * GOLDEN_RATIO) for number in range(1, SPREAD + 1)]
+        for distance in distances:
             yield self.firsts[source] + (record + distance) % size
 
     def epochs(self, position: int) -> dict[str, float]:

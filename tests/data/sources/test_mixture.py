@@ -114,8 +114,25 @@ def test_every_epoch_is_a_permutation_also_where_grains_shuffle_is_not(size):
 
 
 def test_a_bad_samples_neighbors_stay_in_its_source():
-    assert list(mixture_of(3, 4).neighbors(5, 10)) == [5, 6, 3, 4]
-    assert list(mixture_of(3, 4).neighbors(2, 2)) == [2, 0]
+    assert list(mixture_of(3, 4).replacements(5)) == [5, 6, 3, 4]
+    assert list(mixture_of(3, 4).replacements(2)) == [2, 0, 1]
+
+
+@pytest.mark.parametrize("size", [99, 100, 101, 250, 100_000, 10**9])
+@pytest.mark.parametrize("damaged", [10_000, 1_000_000])
+def test_a_damaged_shard_is_left_after_few_attempts(size, damaged):
+    mixture = mixture_of(5, size)
+    tried = [index - 5 for index in mixture.replacements(5 + size // 3)]
+    assert tried[: min(100, size)] == [(size // 3 + distance) % size for distance in range(min(100, size))]
+    assert len(tried) <= 230 and all(0 <= index < size for index in tried)
+    if size > 2 * damaged:
+        outside = next(n for n, index in enumerate(tried) if not size // 3 <= index < size // 3 + damaged)
+        assert outside <= 115
+
+
+def test_what_may_replace_a_pair_is_spread_over_the_whole_source():
+    tried = sorted(index - 5 for index in list(mixture_of(5, 10**6).replacements(5))[-100:])
+    assert max(later - earlier for earlier, later in itertools.pairwise(tried)) < 30_000
 
 
 def test_a_name_joins_sources_and_a_copy_of_them_is_small(tmp_path):
