@@ -40,8 +40,9 @@ from clip_jax.training.checkpoint import Checkpointer
 from clip_jax.training.feed import Feed
 from clip_jax.training.going_back import go_back
 from clip_jax.training.interruption import Interruption
+from clip_jax.training.memory import memory_bytes
 from clip_jax.training.metrics import MetricWriter, StepLog, format_duration, read_metrics, training_seconds
-from clip_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from clip_jax.training.optimizer import learning_rate_schedule, learning_rates, make_optimizer
 from clip_jax.training.preparation import Run, read_initial_variables
 from clip_jax.training.stall import StallWatch
 from clip_jax.training.state import TrainState, abstract_state, create_state, make_model, state_from_variables
@@ -189,25 +190,32 @@ def train_steps(
     """
     metrics: dict[str, jax.Array] = {}
     stopping = False
-    feed = Feed(run, progress.step)
+    feed, rates = Feed(run, progress.step), learning_rates(run.config.optimizer, run.steps)
+
+    def scalars() -> dict[str, float]:
+        return feed.scalars() | {"learning_rate": float(rates[progress.step - 1])} | memory_bytes()
+
     try:
         if evaluator.was_missed(progress.step):
-            stopping = evaluator(progress) is None
+            with log.during("evaluation"):
+                stopping = evaluator(progress) is None
         while progress.step < run.steps and not stopping:
             saver.stall.waits_for(f"the data of step {progress.step + 1}")
-            with log.waiting_for_data():
+            with log.during("input"):
                 batch = feed.next(progress.step)
             saver.stall.waits_for(f"the devices, in step {progress.step} or {progress.step + 1}")
             state, metrics = train_step(progress.state, to_global_batch(batch.inputs, run.mesh))
             progress = Progress(progress.step + 1, state, feed.position)
             saver.interruption.defer()
-            log.add(progress.step, metrics, feed.scalars() if log.is_due(progress.step) else {})
+            log.add(progress.step, metrics, scalars() if log.is_due(progress.step) else {})
             stopping, evaluating = saver.must_stop(), evaluator.is_due(progress.step)
             if stopping or evaluating or saver.is_due(progress.step):
-                saver.save(progress, metrics)
+                with log.during("save"):
+                    saver.save(progress, metrics)
             if evaluating and not stopping:
                 log.flush()
-                stopping = evaluator(progress) is None
+                with log.during("evaluation"):
+                    stopping = evaluator(progress) is None
         log.flush()
     except (InputError, TooManyBadSamplesError, OSError) as error:
         interrupted = isinstance(error, InputError) and saver.interruption.explains_lost_workers()

@@ -14,6 +14,8 @@ from tensorboardX import SummaryWriter
 
 from clip_jax.json_lines import open_to_append, read_objects
 
+PARTS = ("input", "save", "evaluation")  # of the loop's time, in addition to the steps
+
 logger = logging.getLogger("clip_jax")
 
 
@@ -64,15 +66,19 @@ class StepLog:
         self._every, self._images_per_step, self._last_step, self._writer = every, images_per_step, last_step, writer
         self._started = time.perf_counter() - seconds_before
         self._has_data = False
+        self._parts, self._parts_since = dict.fromkeys(PARTS, 0.0), time.perf_counter()
         self._pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
         self._restart_clock()
 
     @contextlib.contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        """A context that measures the wait for a batch."""
+    def during(self, part: str) -> Iterator[None]:
+        """A context that measures the time of the loop in one of ``PARTS``."""
         started = time.perf_counter()
         yield
         elapsed = time.perf_counter() - started
+        self._parts[part] += elapsed
+        if part != "input":
+            return
         self._waited += elapsed
         if not self._has_data:
             logger.info("first batch after %.1f s", elapsed)
@@ -126,6 +132,7 @@ class StepLog:
         # The loss of a source without a pair in the batch is NaN.
         scalars = {name: value for name, value in values.items() if math.isfinite(value)}
         scalars["seconds"] = now - self._started
+        scalars |= self._seconds_by_part(now)
         elapsed, steps = now - self._since[0], step - self._since[1]
         if steps:
             scalars["images_per_second"] = self._images_per_step * steps / elapsed
@@ -135,6 +142,13 @@ class StepLog:
             self._since, self._waited = (now, step), 0.0
         self._writer.write(step, scalars)
         logger.info("%s", progress_line(step, self._last_step, scalars))
+
+    def _seconds_by_part(self, now: float) -> dict[str, float]:
+        """Returns the seconds since the last record by part; what is in none of ``PARTS`` is the steps' time."""
+        seconds = {f"seconds/{part}": spent for part, spent in self._parts.items()}
+        seconds["seconds/step"] = now - self._parts_since - sum(self._parts.values())
+        self._parts, self._parts_since = dict.fromkeys(PARTS, 0.0), now
+        return seconds
 
 
 def progress_line(step: int, last_step: int, scalars: dict[str, float]) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import ml_collections
+import numpy as np
 import optax
 
 from clip_jax.settings import DTYPES, must_be, must_be_one_of, must_be_positive, must_not_be_negative
@@ -54,6 +55,11 @@ def learning_rate_schedule(config: ml_collections.ConfigDict, steps: int) -> opt
     """Returns a linear warm-up from 0 over ``warmup_steps``, then half a cosine to 0 at ``steps``."""
     warmup = min(config.warmup_steps, steps // 2)  # so that a short trial of a long training reaches the full rate
     return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, steps)
+
+
+def learning_rates(config: ml_collections.ConfigDict, steps: int) -> np.ndarray:
+    """Returns the learning rate of each step, float32 ``[steps]``, to log without work for a device in training."""
+    return np.asarray(learning_rate_schedule(config, steps)(np.arange(steps)), np.float32)
 
 
 def store_first_moment(adam: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:

@@ -43,7 +43,7 @@ def test_rate_share_of_waiting_and_time_left_are_those_since_the_last_record(mon
     log = StepLog(every=2, images_per_step=8, last_step=6, writer=writer)
     metrics = {"loss": 1.0, "gradient_norm": 1.0, "image_to_text_accuracy": 0.5, "text_to_image_accuracy": 0.5}
     for step, (wait, work) in enumerate([(9, 90), (1, 4), (1, 4), (3, 1), (3, 1)], start=1):
-        with log.waiting_for_data():
+        with log.during("input"):
             now[0] += wait
         now[0] += work
         log.add(step, metrics, {})
@@ -52,6 +52,32 @@ def test_rate_share_of_waiting_and_time_left_are_those_since_the_last_record(mon
     assert [tuple(record[name] for name in names) for record in writer.records] == [
         (2, 8 / 5, 1 / 5, 4 * 5),
         (4, 16 / 8, 6 / 8, 2 * 4),
+    ]
+
+
+def test_the_seconds_by_part_add_up_to_the_time_between_records(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("clip_jax.training.metrics.time.perf_counter", lambda: now[0])
+    writer = Writer()
+    log = StepLog(every=2, images_per_step=8, last_step=6, writer=writer)
+    metrics = {"loss": 1.0, "gradient_norm": 1.0, "image_to_text_accuracy": 0.5, "text_to_image_accuracy": 0.5}
+    for step in range(1, 7):
+        for part, seconds in (("input", 1), ("save", 2 if step == 3 else 0)):
+            with log.during(part):
+                now[0] += seconds
+        now[0] += 4
+        log.add(step, metrics, {})
+        if step == 4:
+            log.flush()
+            with log.during("evaluation"):
+                now[0] += 100
+    now[0] += 1
+    log.flush()
+    parts = ("input", "step", "save", "evaluation")
+    assert [tuple(record[f"seconds/{part}"] for part in parts) for record in writer.records] == [
+        (3, 12, 2, 0),  # a step is logged when the next one has started
+        (1, 4, 0, 0),
+        (2, 9, 0, 100),
     ]
 
 

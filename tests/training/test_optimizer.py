@@ -13,7 +13,7 @@ from trees import adam_state
 from clip_jax.config import default_config
 from clip_jax.models.clip import CLIP
 from clip_jax.models.presets import get_preset
-from clip_jax.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
+from clip_jax.training.optimizer import decay_mask, learning_rate_schedule, learning_rates, make_optimizer
 
 STEPS = 10
 
@@ -158,3 +158,15 @@ def test_the_first_moment_may_be_kept_in_bfloat16_and_the_second_is_not(optimize
     adam = adam_state(state)
     assert adam.mu["layer"]["kernel"].dtype == jnp.bfloat16
     assert adam.nu["layer"]["kernel"].dtype == updates["layer"]["kernel"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(3, 10), (0, 5), (2000, 6)])
+def test_the_logged_learning_rates_are_those_of_the_updates(warmup, steps):
+    config = default_config("ViT-B/32").optimizer
+    config.update(warmup_steps=warmup, weight_decay=0.0, beta1=0.0, beta2=0.0, epsilon=1e-30)
+    optimizer, params = make_optimizer(config, steps), {"kernel": jnp.zeros(())}
+    state, rates = optimizer.init(params), learning_rates(config, steps)
+    assert rates.shape == (steps,) and rates.dtype == np.float32
+    for rate in rates:  # without momentum, Adam's update is the rate in the gradient's direction
+        updates, state = optimizer.update({"kernel": jnp.float32(3)}, state, params)
+        np.testing.assert_allclose(updates["kernel"], -rate, rtol=1e-6)
