@@ -60,6 +60,9 @@ def parse_arguments(
         help="the folder of the run; runs/NAME_OF_CONFIG if not given",
     )
     parser.add_argument(
+        "--profile", default="", metavar="START:STOP", help="trace the steps after START up to STOP, to WORKDIR/profile"
+    )
+    parser.add_argument(
         "--from-step", type=int, metavar="N", help="go on from the checkpoint of this step instead of the newest"
     )
     parser.add_argument(
@@ -98,8 +101,7 @@ def _main(argv: list[str], program: str, interruption: Interruption) -> int:
         watch = Watch(workdir)
         interruption.before_exit = watch.announce_interruption
     try:
-        resumption = (flags.from_step, flags.allow_changed)
-        code = _train(config, workdir, resumption, argv, interruption)
+        code = _train(config, workdir, flags, argv, interruption)
         together = code in (DONE, INTERRUPTED)
     except (KeyboardInterrupt, Exception) as error:  # also a ValueError: in training it is an error in this program
         if isinstance(error, KeyboardInterrupt) or interruption.ends_now:  # XLA makes errors of its own of it
@@ -118,7 +120,7 @@ def _main(argv: list[str], program: str, interruption: Interruption) -> int:
 def _train(
     config: "ml_collections.ConfigDict",
     workdir: str,
-    resumption: tuple[int | None, tuple[str, ...]],
+    flags: argparse.Namespace,
     arguments: list[str],
     interruption: Interruption,
 ) -> int:
@@ -129,10 +131,13 @@ def _train(
     from clip_jax.training.folder_lock import claimed
     from clip_jax.training.loop import train
     from clip_jax.training.preparation import Resumption, prepare
+    from clip_jax.training.profiling import check_profile, parse_profile
 
     with contextlib.ExitStack() as stack:
         try:
-            run = prepare(config, workdir, arguments, Resumption(*resumption))
+            profile = parse_profile(flags.profile)
+            run = prepare(config, workdir, arguments, Resumption(flags.from_step, flags.allow_changed))
+            check_profile(profile, run.steps)
             stack.enter_context(claimed(run.workdir))
         except Exception as error:
             code = None if interruption.ends_now else report_error(error)
@@ -140,7 +145,7 @@ def _train(
                 raise
             return code
         try:
-            return DONE if train(run, interruption) else INTERRUPTED
+            return DONE if train(run, interruption, profile) else INTERRUPTED
         except (FailedError, FloatingPointError, OSError) as error:
             if interruption.ends_now:
                 raise

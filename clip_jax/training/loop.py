@@ -11,6 +11,7 @@ The start of a run depends on the contents of its folder:
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import time
@@ -44,6 +45,7 @@ from clip_jax.training.memory import memory_bytes
 from clip_jax.training.metrics import MetricWriter, StepLog, format_duration, read_metrics, training_seconds
 from clip_jax.training.optimizer import learning_rate_schedule, learning_rates, make_optimizer
 from clip_jax.training.preparation import Run, read_initial_variables
+from clip_jax.training.profiling import Profiler
 from clip_jax.training.stall import StallWatch
 from clip_jax.training.state import TrainState, abstract_state, create_state, make_model, state_from_variables
 from clip_jax.training.step import TrainStep, make_train_step
@@ -63,8 +65,13 @@ class _InterruptedError(Exception):
     """A signal has ended an evaluation between two batches, on all hosts between the same two."""
 
 
-def train(run: Run, interruption: Interruption) -> bool:
+def train(run: Run, interruption: Interruption, profile: tuple[int, int] | None = None) -> bool:
     """Trains to the last step, evaluates and writes the report. Returns True if finished, False if interrupted.
+
+    Args:
+      run: from :func:`clip_jax.training.preparation.prepare`.
+      interruption: the request to stop.
+      profile: the steps to trace, see :class:`clip_jax.training.profiling.Profiler`.
 
     Raises:
       FloatingPointError: the loss or the gradient is no longer finite.
@@ -84,7 +91,8 @@ def train(run: Run, interruption: Interruption) -> bool:
         saver = Saver(run, checkpointer, interruption, stall, start.step)
         evaluator = Evaluator(run, model, writer, saver)
         log = _step_log(run, start.step, writer)
-        train_step = make_train_step(config, model, optimizer, run.mesh)
+        profiler = stack.enter_context(contextlib.closing(Profiler(profile, run.workdir / "profile", start.step)))
+        train_step = _profiled(make_train_step(config, model, optimizer, run.mesh), profiler, start.step)
         try:
             end = train_steps(run, train_step, start, saver, log, evaluator)
         except FloatingPointError as error:
@@ -101,6 +109,20 @@ def train(run: Run, interruption: Interruption) -> bool:
             report_run(run, results, time.monotonic() - started)
         _log_end(run, results)
         return True
+
+
+def _profiled(train_step: TrainStep, profiler: Profiler, step: int) -> TrainStep:
+    """Returns the step with the profiler around it; ``step`` steps have been trained."""
+    numbers = itertools.count(step)
+
+    def step_and_trace(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+        done = next(numbers)
+        with profiler.step(done, state):
+            result = train_step(state, batch)
+        profiler.finish_step(done + 1, result)
+        return result
+
+    return step_and_trace
 
 
 def _way_out(run: Run, saved: int | None) -> str:
