@@ -101,22 +101,21 @@ def warn_of_unverified(step: int) -> None:
 def saved_fingerprint(workdir: epath.Path) -> str | None:
     """Returns the fingerprint of the data from the newest checkpoint where it is whole, or None if there is none."""
     workdir = absolute(workdir)
-    if not (workdir / "checkpoints").exists():
-        return None
-    with _read_only(workdir) as manager:
-        steps, directory = sorted(manager.all_steps(), reverse=True), manager.directory
-    for step in steps:
+    for step in _newest_first(workdir):
         try:
-            data, _ = read_data_state(directory / str(step), step)
+            data, _ = read_data_state(workdir / "checkpoints" / str(step), step)
         except DamagedError:  # restoring reports it
             continue
         return data.data_fingerprint
     return None
 
 
-def _read_only(workdir: epath.Path) -> ocp.CheckpointManager:
+def _newest_first(workdir: epath.Path) -> list[int]:
+    if not (workdir / "checkpoints").exists():
+        return []
     # Not read_only=True: orbax logs warnings for it.
-    return ocp.CheckpointManager(workdir / "checkpoints", options=ocp.CheckpointManagerOptions(create=False))
+    with ocp.CheckpointManager(workdir / "checkpoints", options=ocp.CheckpointManagerOptions(create=False)) as manager:
+        return sorted(manager.all_steps(), reverse=True)
 
 
 def restore_variables(workdir: epath.Path) -> dict:
@@ -127,17 +126,14 @@ def restore_variables(workdir: epath.Path) -> dict:
       CheckpointError: there are checkpoints, but none is whole.
     """
     workdir = absolute(workdir)
-    if not (workdir / "checkpoints").exists():
-        raise FileNotFoundError(f"{workdir} has no checkpoint")
-    with _read_only(workdir) as manager:
-        steps, directory = sorted(manager.all_steps(), reverse=True), manager.directory
+    steps = _newest_first(workdir)
     for step in steps:
         try:
-            return _restore_variables(directory / str(step), step)
+            return _restore_variables(workdir / "checkpoints" / str(step), step)
         except Exception as error:
             warn_of_skipped(step, error)
     if steps:
-        raise CheckpointError(f"none of the checkpoints in {directory} can be read: {steps}")
+        raise CheckpointError(f"none of the checkpoints in {workdir / 'checkpoints'} can be read: {steps}")
     raise FileNotFoundError(f"{workdir} has no checkpoint")
 
 

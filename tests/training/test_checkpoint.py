@@ -1,5 +1,6 @@
 """A damaged checkpoint is never restored: the one before it is."""
 
+import dataclasses
 import json
 import logging
 import random
@@ -18,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from benchmarks import checkpoint_damage
 from benchmarks.checkpoint_damage import KINDS, trial
 from clip_jax import saved_arrays
-from clip_jax.digests import digest, seal
+from clip_jax.digests import DamagedError, digest, seal
 from clip_jax.run_folder import CheckpointError, restore_variables, saved_fingerprint
 from clip_jax.training.checkpoint import Checkpointer
 from clip_jax.training.state import TrainState
@@ -288,3 +289,18 @@ def test_a_step_that_takes_the_memory_of_a_state_being_saved_changes_neither_the
     released.set()
     checkpointer.close()
     assert_is(restore(tmp_path, template), template, 1)
+
+
+def test_an_array_of_another_shape_than_its_digest_is_damage(tmp_path, template, monkeypatch):
+    save(tmp_path, template, 1)
+    directory = epath.Path(tmp_path) / "checkpoints/1/state"
+    digests = saved_arrays.read_digests(directory)
+    kernel = digests["params.kernel"]
+    other = digests | {"params.kernel": dataclasses.replace(kernel, shape=(7, 8), pieces={((0, 7), (0, 8)): "0"})}
+    monkeypatch.setattr(saved_arrays, "read_digests", lambda _: other)
+    line = r"params\.kernel has the shape \[6, 8\], but \[7, 8\] was saved"
+    with pytest.raises(DamagedError, match=line):
+        saved_arrays.restore_as_numpy(directory, ["params"])
+    wanted = {name: leaf for name, leaf in template._asdict().items() if name != "batch_stats"}
+    with pytest.raises(DamagedError, match=line):
+        saved_arrays.restore_like(directory, wanted)
