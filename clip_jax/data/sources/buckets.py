@@ -8,6 +8,7 @@ import functools
 import io
 import threading
 import time
+from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 import fsspec
@@ -22,6 +23,7 @@ PIECE = 1 << 23  # bytes per request, so that the time limit does not depend on 
 FIRST_PAUSE = 0.25  # seconds before the first retry; each further pause is twice as long
 MAX_UNANSWERED = 5  # requests in a row, each with its retries
 DENIED = (401, 403)  # HTTP status codes
+CHANGED = 412
 NO_CREDENTIALS = {
     "NoCredentialsError",
     "PartialCredentialsError",
@@ -104,13 +106,15 @@ def filesystem(protocol: str) -> fsspec.AbstractFileSystem:
     return found
 
 
-def call_with_retries(path: str, method: str, *arguments, **options):
+def call_with_retries(path: str, method: str | Callable[..., Awaitable], *arguments, **options):
     """Calls a method of the path's filesystem with the time limit and the retries of this process.
+
+    ``method`` is its name, or for asynchronous filesystems a function of the filesystem and the arguments.
 
     Raises:
       FileNotFoundError: there is no such file or bucket.
       BucketError: access is denied, or there is no answer.
-      ShardError: the last five requests had no answer.
+      ShardError: the last five requests had no answer, or the file is not the one that the options demand.
       ValueError: as :func:`filesystem`.
     """
     protocol = path.partition("://")[0]
@@ -119,7 +123,7 @@ def call_with_retries(path: str, method: str, *arguments, **options):
         try:
             with _slots:
                 if found.async_impl:
-                    call = getattr(found, f"_{method}")
+                    call = functools.partial(method, found) if callable(method) else getattr(found, f"_{method}")
                     answer = sync(found.loop, call, *arguments, timeout=_access.timeout, **options)
                 else:
                     answer = getattr(found, method)(*arguments, **options)
@@ -131,6 +135,8 @@ def call_with_retries(path: str, method: str, *arguments, **options):
                 raise _explained(path, cause) from None
             raise FileNotFoundError(f"no file {path}; are bucket and path right?") from None
         except Exception as error:  # each filesystem raises its own kinds
+            if _status(error) == CHANGED:
+                raise ShardError(f"{path} has been rewritten since it was opened") from None
             if attempt == _access.retries or _is_final(error):
                 _count_unanswered(path, protocol, error)
                 raise _explained(path, error) from None
@@ -154,8 +160,13 @@ def _is_final(error: Exception) -> bool:
 
 
 def _status(error: Exception | None) -> int | None:
-    """Returns the HTTP status code of an error of gcsfs or aiohttp, if it has one."""
-    return getattr(error, "code", None) or getattr(error, "status", None)
+    """Returns the HTTP status code of an error of gcsfs, aiohttp or s3fs, if it has one."""
+    answer = getattr(
+        getattr(error, "__cause__", None), "response", None
+    )  # botocore's, of which s3fs made another error
+    if isinstance(answer, dict):
+        return answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return getattr(error, "status", None) or getattr(error, "code", None)
 
 
 def _explained(path: str, error: Exception) -> BucketError:
@@ -174,22 +185,47 @@ def _explained(path: str, error: Exception) -> BucketError:
     return BucketError(f"{path}: {reason}")
 
 
-def read_remote(path: str, start: int, length: int) -> bytes:
+def read_remote(path: str, start: int, length: int, tag: str = "") -> bytes:
     """Reads ``length`` bytes of a file, or fewer at its end, in requests of at most 8 MiB.
+
+    ``tag`` is the file's ETag or generation when it was opened. Each request demands it, where the protocol can, and a
+    file that has been rewritten since is a ShardError, or on ``gs://`` a FileNotFoundError.
 
     Raises as :func:`call_with_retries`.
     """
+    read, options = _demanding(path, tag)
     pieces, end = [], start + length
     for offset in range(start, end, PIECE):
-        pieces.append(call_with_retries(path, "cat_file", path, start=offset, end=min(end, offset + PIECE)))
+        pieces.append(call_with_retries(path, read, path, start=offset, end=min(end, offset + PIECE), **options))
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-class RemoteFile(io.RawIOBase):
-    """A file in a bucket. Each read is a request, so wrap it in a buffer."""
+def _demanding(path: str, tag: str) -> tuple[str | Callable[..., Awaitable], dict]:
+    """Returns how to read a part of a file that must have this tag: a method for call_with_retries, and its options."""
+    protocol = path.partition("://")[0]
+    if protocol in ("s3", "s3a") and tag:
+        return _read_from_s3, {"tag": tag}
+    if protocol in ("gs", "gcs") and tag.isdigit():
+        return "cat_file", {"generation": tag}
+    if protocol in ("http", "https") and tag.startswith('"'):  # a weak tag, W/"...", never matches
+        return "cat_file", {"headers": filesystem(protocol).kwargs.get("headers", {}) | {"If-Match": tag}}
+    return "cat_file", {}
 
-    def __init__(self, path: str, size: int):
-        self._path, self._size, self._position = path, size, 0
+
+async def _read_from_s3(found: fsspec.AbstractFileSystem, path: str, start: int, end: int, tag: str) -> bytes:
+    bucket, key, _ = found.split_path(path)
+    answer = await found._call_s3(  # s3fs's own _cat_file() takes no conditions
+        "get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", IfMatch=tag
+    )
+    async with answer["Body"] as body:
+        return await body.read()
+
+
+class RemoteFile(io.RawIOBase):
+    """A file in a bucket, with its size in bytes and its tag. Each read is a request, so wrap it in a buffer."""
+
+    def __init__(self, path: str, size: int, tag: str = ""):
+        self._path, self._size, self._tag, self._position = path, size, tag, 0
 
     def readable(self) -> bool:
         return True
@@ -206,7 +242,8 @@ class RemoteFile(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         end = self._size if size is None or size < 0 else min(self._size, self._position + size)
-        data = read_remote(self._path, self._position, end - self._position) if end > self._position else b""
+        length = end - self._position
+        data = read_remote(self._path, self._position, length, self._tag) if length > 0 else b""
         self._position += len(data)
         return data
 

@@ -75,7 +75,9 @@ def stamp(path: str) -> Stamp:
             raise IsADirectoryError(f"{path} is a folder, not a file")
         if details.get("size") is None:
             raise OSError(f"{path}: the server does not report the file's size, so that parts of it cannot be read")
-        time = next((details[name] for name in ("ETag", "etag", "LastModified", "mtime") if details.get(name)), "")
+        time = next(
+            (details[name] for name in ("generation", "ETag", "etag", "LastModified", "mtime") if details.get(name)), ""
+        )
         return Stamp(details["size"], str(time))
     try:
         details = os.stat(path)
@@ -102,9 +104,9 @@ def read_range(path: str, start: int, length: int, at_start: Stamp) -> bytes:
     """
     if is_remote(path):
         try:
-            data = read_remote(path, start, length)
+            data = read_remote(path, start, length, at_start.time)
         except FileNotFoundError:
-            raise ShardError(f"{path} no longer exists") from None
+            raise ShardError(f"{path} has been deleted or rewritten") from None
         except ShardError:
             raise
         except (OSError, ValueError) as error:
@@ -148,10 +150,14 @@ def ends_digest(path: str) -> str:
         return hashlib.sha256(head + file.read(ENDS)).hexdigest()[:16]
 
 
-def open_file(path: str) -> BinaryIO:
-    """Opens a file to read, buffered. Raises OSError, also if it is not a regular file."""
+def open_file(path: str, at_start: Stamp | None = None) -> BinaryIO:
+    """Opens a file to read, buffered. Raises OSError, also if it is not a regular file.
+
+    ``at_start`` is its stamp at an earlier time. If a file in a bucket has been rewritten since, reading raises
+    ShardError, or on ``gs://`` FileNotFoundError.
+    """
     if is_remote(path):
-        return io.BufferedReader(RemoteFile(path, stamp(path).size), BUFFER)
+        return io.BufferedReader(RemoteFile(path, *(at_start or stamp(path))), BUFFER)
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # to not wait for a writer if it is a pipe
     try:
         _check_regular(path, os.fstat(file).st_mode)

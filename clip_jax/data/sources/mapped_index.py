@@ -15,6 +15,8 @@ import numpy as np
 from clip_jax.cache import cache_folder
 from clip_jax.files import atomic_path
 
+MOST_OLD = 10  # indices of which parts are copied
+
 
 class Tables(NamedTuple):
     """The content of an index. ``meta`` can be written as JSON; ``arrays`` have one dimension or more."""
@@ -42,15 +44,15 @@ class MappedIndex:
         return MappedIndex, (self.folder,)
 
 
-def open_or_build(kind: str, name: str, content: str, folder: str, build: Callable[[MappedIndex | None], Tables]):
+def open_or_build(kind: str, name: str, content: str, folder: str, build: Callable[[list[MappedIndex]], Tables]):
     """Opens the index of some content, or builds it if it does not exist. An index never changes.
 
     Args:
       kind: what the index is about, for the folder's name.
-      name: a digest of the names of the files that it describes.
+      name: a digest of what indices that may share parts have in common, such as the folder of the files.
       content: a digest of all that it depends on.
       folder: folder of all indexes; empty for the default.
-      build: computes the tables. It gets the newest index of the same ``name``, or None, and may copy parts of it.
+      build: computes the tables. It gets the newest indices of the same ``name``, and may copy parts of them.
 
     Returns:
       The :class:`MappedIndex`.
@@ -82,11 +84,12 @@ def open_or_build(kind: str, name: str, content: str, folder: str, build: Callab
     return MappedIndex(path)
 
 
-def _newest(parent: pathlib.Path, prefix: str) -> MappedIndex | None:
-    for path in sorted(parent.glob(f"{prefix}*"), key=lambda path: path.stat().st_mtime, reverse=True):
+def _newest(parent: pathlib.Path, prefix: str) -> list[MappedIndex]:
+    found = []
+    for path in sorted(parent.glob(f"{prefix}*"), key=lambda path: path.stat().st_mtime, reverse=True)[:MOST_OLD]:
         with contextlib.suppress(ValueError):
-            return MappedIndex(path)
-    return None
+            found.append(MappedIndex(path))
+    return found
 
 
 def _remove_damaged(path: pathlib.Path) -> None:

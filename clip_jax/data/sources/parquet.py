@@ -150,7 +150,7 @@ def _read_row_group(path: str, at_start: Stamp, group: int, columns: tuple[str, 
             check_unchanged(path, path, at_start)
         except FileNotFoundError:
             raise ShardError(f"{path} no longer exists") from None
-    with open_file(path) as file, parquet.ParquetFile(file) as table:
+    with open_file(path, at_start) as file, parquet.ParquetFile(file) as table:
         rows = table.read_row_group(group, columns=list(columns), use_threads=False)
     return {name: rows.column(name) for name in columns}
 

@@ -161,9 +161,11 @@ def _open_index(paths: list[str], folder: str) -> MappedIndex:
         stamps = list(pool.map(stamp, names))
     wanted = [[name, *now] for name, now in zip(names, stamps, strict=True)]
 
-    def build(old: MappedIndex | None) -> Tables:
+    def build(old: list[MappedIndex]) -> Tables:
         started, threads = time.monotonic(), os.cpu_count() or 1
-        known = _records_of(old) if old else {}
+        known: dict[tuple, ShardIndex] = {}
+        for index in reversed(old):
+            known |= _records_of(index)
         missing = [index for index, shard in enumerate(wanted) if tuple(shard) not in known]
         found = [known.get(tuple(shard)) for shard in wanted]
         with ThreadPoolExecutor(threads) as pool:
@@ -184,7 +186,9 @@ def _open_index(paths: list[str], folder: str) -> MappedIndex:
         arrays = {"records": np.concatenate([one.records for one in found]), "firsts": firsts, "contents": contents}
         return Tables({"shards": shards, "problems": problems, "kinds": kinds}, arrays)
 
-    index = open_or_build("tar", digest(INDEX_VERSION, names), digest(wanted), folder, build)
+    # Indices of shards in the same folder, or the folder of the first one, share what they know of a shard.
+    name = digest(INDEX_VERSION, os.path.dirname(names[0]))
+    index = open_or_build("tar", name, digest(wanted), folder, build)
     if not index.arrays["firsts"][-1]:
         which = names[0] if len(names) == 1 else f"each of the {len(names):,} shards, such as {names[0]},"
         raise ValueError(f"{which} has no records")
@@ -233,7 +237,9 @@ def _records_of(index: MappedIndex) -> dict[tuple, ShardIndex]:
 def _index_file(path: str, at_start: Stamp) -> ShardIndex:
     if not at_start.size:
         return ShardIndex(np.array([], np.uint64), "", "it is empty", {})
-    return index_shard(read_remote(path, 0, at_start.size) if is_remote(path) else np.memmap(path, np.uint8, mode="r"))
+    if is_remote(path):
+        return index_shard(read_remote(path, 0, *at_start))
+    return index_shard(np.memmap(path, np.uint8, mode="r"))
 
 
 def open_webdataset(where: str) -> WebDatasetSource:

@@ -12,7 +12,7 @@ import pytest
 from shards import image_bytes, pair_members, write_shards, write_tar
 
 from clip_jax.data.pipeline import LoadPair
-from clip_jax.data.sources import Mixture, PairError, ShardError, buckets, open_source
+from clip_jax.data.sources import Mixture, PairError, ShardError, buckets, open_source, webdataset
 
 
 def pairs(source) -> list[tuple[bytes, tuple[str, ...]]]:
@@ -54,7 +54,7 @@ def test_shards_in_a_bucket_are_read_by_ranges(tmp_path, bucket):
         assert pairs(source) == pairs(local)
         assert source.fingerprint() == local.fingerprint()
     bucket.rm("bucket/shards/00001.tar")
-    with pytest.raises(ShardError, match=r"s3://bucket/shards/00001\.tar no longer exists"):
+    with pytest.raises(ShardError, match=r"s3://bucket/shards/00001\.tar has been deleted or rewritten"):
         source[7]
     with pytest.raises(FileNotFoundError):
         open_source("wds:s3://bucket/shards/{00000..00001}.tar")
@@ -67,6 +67,71 @@ def test_a_changed_shard_in_a_bucket_is_indexed_again(tmp_path, bucket):
         bucket.invalidate_cache()
         source = open_source("wds:s3://bucket/a.tar")
         assert pairs(source) == [(image_bytes(number), (f"number {number}",)) for number in numbers]
+
+
+def test_a_shard_rewritten_at_the_same_size_is_an_error(tmp_path, bucket):
+    write_tar(tmp_path / "a.tar", pair_members(range(3)))
+    content = (tmp_path / "a.tar").read_bytes()
+    bucket.pipe("bucket/same/a.tar", content)
+    source = open_source("wds:s3://bucket/same/a.tar")
+    assert source[1].captions == ["number 1"]
+    bucket.pipe("bucket/same/a.tar", content.replace(b"number 1", b"number 7"))
+    with pytest.raises(ShardError, match=r"^s3://bucket/same/a\.tar has been rewritten since it was opened$"):
+        source[1]
+    bucket.pipe("bucket/same/a.tar", content)  # the same content has the same tag
+    assert source[1].captions == ["number 1"]
+
+
+@pytest.mark.parametrize(
+    ("path", "tag", "options"),
+    [
+        ("gs://bucket/a.tar", "1700000000000000", {"generation": "1700000000000000"}),
+        ("gs://bucket/a.tar", "CJDQ=", {}),
+        ("http://host/a.tar", '"abc"', {"headers": {"If-Match": '"abc"'}}),
+        ("http://host/a.tar", 'W/"abc"', {}),
+        ("http://host/a.tar", "", {}),
+        ("memory://a.tar", "1", {}),
+    ],
+)
+def test_other_protocols_demand_the_same_file_as_they_can(path, tag, options):
+    assert buckets._demanding(path, tag) == ("cat_file", options)
+
+
+def test_a_web_server_is_asked_for_the_same_file():
+    requests = []
+
+    def answer(connection: socket.socket) -> None:
+        requests.append(connection.recv(10_000).decode())
+        body = b"abcd" if 'if-match: "one"' in requests[-1].lower() else b""
+        status = "206 Partial Content" if body else "412 Precondition Failed"
+        head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        connection.close()
+
+    pytest.importorskip("aiohttp")
+    with server(answer) as address:
+        assert buckets.read_remote(f"{address}/a.tar", 0, 4, '"one"') == b"abcd"
+        with pytest.raises(ShardError, match="has been rewritten since it was opened"):
+            buckets.read_remote(f"{address}/a.tar", 0, 4, '"two"')
+
+
+def test_a_shard_that_is_added_is_indexed_alone(tmp_path, bucket, monkeypatch):
+    indexed, index_file = [], webdataset._index_file
+
+    def record(path: str, at_start):
+        indexed.append(path)
+        return index_file(path, at_start)
+
+    monkeypatch.setattr(webdataset, "_index_file", record)
+    for shard in range(3):
+        write_tar(tmp_path / "a.tar", pair_members(range(shard, shard + 2)))
+        bucket.put(f"{tmp_path}/a.tar", f"bucket/growing/0000{shard}.tar")
+    assert len(open_source("wds:s3://bucket/growing/{00000..00001}.tar")) == 4
+    assert len(indexed) == 2
+    assert len(open_source("wds:s3://bucket/growing/*.tar")) == 6
+    assert indexed[2:] == ["s3://bucket/growing/00002.tar"]
+    assert len(open_source("wds:s3://bucket/growing/{00001..00002}.tar")) == 4
+    assert len(indexed) == 3
 
 
 def test_a_table_in_a_bucket_names_images_relative_to_it(bucket):
@@ -202,3 +267,18 @@ def test_a_large_object_is_read_in_pieces(bucket, monkeypatch):
 def test_an_unknown_protocol_is_refused():
     with pytest.raises(ValueError, match=r"nonsense:// cannot be read: .*"):
         open_source("wds:nonsense://bucket/a.tar")
+
+
+def test_a_table_rewritten_in_a_bucket_is_an_error(bucket):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+
+    def write(numbers: range) -> None:
+        with bucket.open("bucket/rows.parquet", "wb") as file:
+            table = {"image": [image_bytes(number) for number in numbers], "caption": ["words"] * len(numbers)}
+            parquet.write_table(pyarrow.table(table), file)
+
+    write(range(3))
+    source = open_source("parquet:s3://bucket/rows.parquet?image=image&caption=caption")
+    write(range(3, 6))
+    with pytest.raises(ShardError, match="has been rewritten since it was opened"):
+        source[1]
