@@ -23,6 +23,7 @@ REASONS = (
     "truncated_file",
     "damaged_record",
     "unreadable_file",
+    "skipped_shard",
 )
 MAX_LISTED = 10_000
 MIN_SAMPLES = 1_000  # before the share of bad samples is checked
@@ -85,6 +86,8 @@ class BadSamples:
         Raises:
           TooManyBadSamplesError: a larger share is bad.
         """
+        # What the user skips is no sign of bad data.
+        counts = [0 if reason == "skipped_shard" else n for n, reason in zip(counts, REASONS, strict=True)]
         bad = sum(counts)
         if seen < MIN_SAMPLES or bad <= most * seen:
             return

@@ -19,7 +19,8 @@ A source is one string, ``kind:where?option=value&...``; several are joined by `
 ==========================================  ========================================================================
 
 Options: ``image``, ``caption`` (or ``text``), ``label``, ``template``, ``clean`` (:mod:`clip_jax.data.sources.fields`);
-``index=FOLDER`` for the index of tars and tables; ``data_dir`` of TensorFlow Datasets.
+``index=FOLDER`` for the index of tars and tables; ``skip=FILE`` for a list of shards of which nothing is used;
+``data_dir`` of TensorFlow Datasets.
 """
 
 from clip_jax.data.sources.array_record import EMOJI_FOLDER, ArrayRecordSource, open_array_record, open_emoji

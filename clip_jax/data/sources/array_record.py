@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 import msgpack
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
 from grain.sources import ArrayRecordDataSource
 
 from clip_jax.data.sources.base import Pair, PairError
@@ -14,6 +16,7 @@ from clip_jax.data.sources.buckets import is_remote
 from clip_jax.data.sources.digest import digest
 from clip_jax.data.sources.fields import Fields, column_of, name_some, nested, parse_fields, split_options
 from clip_jax.data.sources.files import ends_digest, expand
+from clip_jax.data.sources.skipping import read_skipped
 from clip_jax.errors import first_line
 
 EMOJI_FOLDER = pathlib.Path(__file__).parent.parent / "emoji"
@@ -29,13 +32,14 @@ class ArrayRecordSource:
     Args:
       paths: files on a disk.
       fields: which entries of a map are read.
+      skip: a list of files to skip, see :mod:`clip_jax.data.sources.skipping`.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: a file is not an ArrayRecord file, or is in a bucket.
+      ValueError: a file is not an ArrayRecord file, or is in a bucket, or the list is wrong.
     """
 
-    def __init__(self, paths: Sequence[str], fields: Fields = DEFAULT_FIELDS):
+    def __init__(self, paths: Sequence[str], fields: Fields = DEFAULT_FIELDS, skip: str = ""):
         for path in paths:
             if is_remote(path):
                 raise ValueError(f"{path}: ArrayRecord files must be on a disk; mount the bucket or copy them")
@@ -47,11 +51,16 @@ class ArrayRecordSource:
         except RuntimeError as error:
             reason = first_line(error) or "damaged or cut short"
             raise ValueError(f"not ArrayRecord files: {', '.join(self._paths)}: {reason}") from None
+        self._skipped = read_skipped(skip, self._paths)
+        self._ends = np.cumsum([_count_records(path) for path in self._paths]) if skip else None
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Pair:
+        if self._ends is not None:
+            shard = int(np.searchsorted(self._ends, index, side="right"))
+            self._skipped.check(shard, self._paths[shard])
         try:
             record = msgpack.unpackb(self._records[index])
             if not isinstance(record, dict):
@@ -85,11 +94,20 @@ class ArrayRecordSource:
             except Exception:  # the training counts it as a bad sample
                 continue
         fields = [f"{field} ({count:,} of {len(looked_at):,} records)" for field, count in unread.items()]
-        return [f"not used: fields {name_some(fields)}"] if fields else []
+        skipped = [] if self._ends is None else self._skipped.notes(np.diff(self._ends, prepend=0))
+        return ([f"not used: fields {name_some(fields)}"] if fields else []) + skipped
 
     def fingerprint(self) -> str:
         files = [(os.path.basename(path), os.path.getsize(path), ends_digest(path)) for path in self._paths]
         return digest(files, repr(self._fields))
+
+
+def _count_records(path: str) -> int:
+    reader = ArrayRecordReader(path)
+    try:
+        return reader.num_records()
+    finally:
+        reader.close()
 
 
 def _are_proportions(stored: object, captions: int) -> bool:
@@ -101,8 +119,8 @@ def _are_proportions(stored: object, captions: int) -> bool:
 def open_array_record(where: str) -> ArrayRecordSource:
     """Opens ``array_record:where``. Raises as :class:`ArrayRecordSource`, or ValueError for a wrong option."""
     path, options = split_options(where)
-    fields, _ = parse_fields(options, DEFAULT_FIELDS, f"array_record:{where}")
-    return ArrayRecordSource(expand(path), fields)
+    fields, others = parse_fields(options, DEFAULT_FIELDS, f"array_record:{where}", also=("skip",))
+    return ArrayRecordSource(expand(path), fields, others.get("skip", ""))
 
 
 class EmojiGroups(ArrayRecordSource):

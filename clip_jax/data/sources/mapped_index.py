@@ -60,13 +60,13 @@ def open_or_build(kind: str, name: str, content: str, folder: str, build: Callab
     Raises:
       ValueError: the folder cannot be written to.
     """
-    parent = pathlib.Path(folder or cache_folder("index"))
+    parent = _parent(folder)
     path = parent / f"{kind}-{name}-{content}"
     try:
         return MappedIndex(path)
     except ValueError:
         pass  # it does not exist, or is damaged
-    meta, arrays = build(_newest(parent, f"{kind}-{name}-"))
+    meta, arrays = build(newest_indices(kind, name, folder))
     try:
         with atomic_path(path) as unfinished:
             unfinished.mkdir(parents=True)
@@ -84,9 +84,14 @@ def open_or_build(kind: str, name: str, content: str, folder: str, build: Callab
     return MappedIndex(path)
 
 
-def _newest(parent: pathlib.Path, prefix: str) -> list[MappedIndex]:
-    found = []
-    for path in sorted(parent.glob(f"{prefix}*"), key=lambda path: path.stat().st_mtime, reverse=True)[:MOST_OLD]:
+def _parent(folder: str) -> pathlib.Path:
+    return pathlib.Path(folder or cache_folder("index"))
+
+
+def newest_indices(kind: str, name: str, folder: str) -> list[MappedIndex]:
+    """Returns up to ten indices of this kind and name, the newest first; arguments as of :func:`open_or_build`."""
+    paths, found = _parent(folder).glob(f"{kind}-{name}-*"), []
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)[:MOST_OLD]:
         with contextlib.suppress(ValueError):
             found.append(MappedIndex(path))
     return found

@@ -24,6 +24,7 @@ from clip_jax.data.sources.fields import (
     split_options,
 )
 from clip_jax.data.sources.files import Stamp, check_unchanged, ends_digest, expand, open_file, stamp
+from clip_jax.data.sources.skipping import read_skipped
 from clip_jax.errors import one_line
 
 DEFAULT_FIELDS = Fields(image=("image",), captions=(("caption", 1.0),))
@@ -36,6 +37,7 @@ class ParquetSource:
     Args:
       paths: the files.
       fields: which columns are read.
+      skip: a list of files to skip, see :mod:`clip_jax.data.sources.skipping`.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -43,8 +45,8 @@ class ParquetSource:
       ValueError: a file is not a Parquet file, or lacks a column.
     """
 
-    def __init__(self, paths: list[str], fields: Fields):
-        self._paths, self._fields = paths, fields
+    def __init__(self, paths: list[str], fields: Fields, skip: str = ""):
+        self._paths, self._fields, self._skipped = paths, fields, read_skipped(skip, paths)
         self._stamps = [stamp(path) for path in paths]
         self._names: dict[str, list[str]] = {}  # names of classes, by field
         self._notes, groups = Counter(), []  # groups: file, row group, rows
@@ -73,6 +75,7 @@ class ParquetSource:
         position = int(np.searchsorted(self._ends, index, side="right"))
         number, group, rows = self._groups[position].tolist()
         path, row = self._paths[number], index - (int(self._ends[position]) - rows)
+        self._skipped.check(number, path)
         name = f"{path}, row group {group}, row {row}"
         try:
             columns = _read_row_group(path, self._stamps[number], group, tuple(self._columns))
@@ -94,7 +97,8 @@ class ParquetSource:
         return Pair(image, captions, name, self._fields.label_of(get), proportions)
 
     def notes(self) -> list[str]:
-        return count_files(self._notes, len(self._paths))
+        counts = np.bincount(self._groups[:, 0], self._groups[:, 2], minlength=len(self._paths))
+        return count_files(self._notes, len(self._paths)) + self._skipped.notes(counts)
 
     def fingerprint(self) -> str:
         files = [
@@ -158,5 +162,5 @@ def _read_row_group(path: str, at_start: Stamp, group: int, columns: tuple[str, 
 def open_parquet(where: str) -> ParquetSource:
     """Opens ``parquet:where``. Raises as :class:`ParquetSource`, or ValueError for a wrong option."""
     path, options = split_options(where)
-    fields, _ = parse_fields(options, DEFAULT_FIELDS, f"parquet:{where}")
-    return ParquetSource(expand(path), fields)
+    fields, others = parse_fields(options, DEFAULT_FIELDS, f"parquet:{where}", also=("skip",))
+    return ParquetSource(expand(path), fields, others.get("skip", ""))

@@ -20,7 +20,8 @@ from clip_jax.data.sources.buckets import is_remote, read_remote
 from clip_jax.data.sources.digest import digest
 from clip_jax.data.sources.fields import Fields, column_of, name_some, nested, parse_fields, split_options
 from clip_jax.data.sources.files import Stamp, expand, read_range, stamp
-from clip_jax.data.sources.mapped_index import MappedIndex, Tables, open_or_build
+from clip_jax.data.sources.mapped_index import MappedIndex, Tables, newest_indices, open_or_build
+from clip_jax.data.sources.skipping import read_skipped
 from clip_jax.data.sources.tar_index import (
     OTHERS,
     PROBLEM_SHIFT,
@@ -46,15 +47,17 @@ class WebDatasetSource:
       paths: the files.
       fields: which members of a record are read.
       index_folder: folder of the index; empty for the default.
+      skip: a list of shards to skip, see :mod:`clip_jax.data.sources.skipping`. They may be lost or rewritten if an
+        earlier index knows them.
 
     Raises:
       FileNotFoundError: a shard is missing.
-      ValueError: a shard has no records.
+      ValueError: a shard has no records, or the list is wrong.
     """
 
-    def __init__(self, paths: list[str], fields: Fields, index_folder: str = ""):
-        self._fields = fields
-        self._index = _open_index(paths, index_folder)
+    def __init__(self, paths: list[str], fields: Fields, index_folder: str = "", skip: str = ""):
+        self._fields, self._skipped = fields, read_skipped(skip, paths)
+        self._index = _open_index(paths, index_folder, self._skipped.shards)
         self._read_meta()
 
     def _read_meta(self) -> None:
@@ -64,7 +67,7 @@ class WebDatasetSource:
         self._records = self._index.arrays["records"]
 
     def __getstate__(self) -> dict:
-        return {"_fields": self._fields, "_index": self._index}
+        return {"_fields": self._fields, "_index": self._index, "_skipped": self._skipped}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -76,6 +79,7 @@ class WebDatasetSource:
     def __getitem__(self, index: int) -> Pair:
         shard = int(np.searchsorted(self._firsts, index, side="right")) - 1
         path = self._paths[shard]
+        self._skipped.check(shard, path)
         start, length, problem = unpack(int(self._records[index]))
         where = f"{path}, record {index - int(self._firsts[shard])} at byte {start:,}"
         if problem:
@@ -140,7 +144,7 @@ class WebDatasetSource:
         notes += [f"damaged: {path}: {text}" for path, text in list(problems.items())[:MAX_DAMAGED_NAMED]]
         if len(problems) > MAX_DAMAGED_NAMED:
             notes.append(f"damaged: {len(problems) - MAX_DAMAGED_NAMED:,} more shards")
-        return notes
+        return notes + self._skipped.notes(np.diff(self._firsts))
 
     def fingerprint(self) -> str:
         # Without folders and times, which differ in a copy of the data set.
@@ -155,10 +159,19 @@ PROBLEM_TEXTS = {
 }
 
 
-def _open_index(paths: list[str], folder: str) -> MappedIndex:
+def _open_index(paths: list[str], folder: str, skipped: Collection[int]) -> MappedIndex:
     names = [path if is_remote(path) else os.path.abspath(path) for path in paths]
+    # Indices of shards in the same folder, or the folder of the first one, share what they know of a shard.
+    name = digest(INDEX_VERSION, os.path.dirname(names[0]))
+    stamps_before = _stamps_before(name, folder) if skipped else {}
+
+    def stamp_of(number: int) -> Stamp:
+        if number in skipped and names[number] in stamps_before:
+            return stamps_before[names[number]]
+        return stamp(names[number])
+
     with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
-        stamps = list(pool.map(stamp, names))
+        stamps = list(pool.map(stamp_of, range(len(names))))
     wanted = [[name, *now] for name, now in zip(names, stamps, strict=True)]
 
     def build(old: list[MappedIndex]) -> Tables:
@@ -186,13 +199,19 @@ def _open_index(paths: list[str], folder: str) -> MappedIndex:
         arrays = {"records": np.concatenate([one.records for one in found]), "firsts": firsts, "contents": contents}
         return Tables({"shards": shards, "problems": problems, "kinds": kinds}, arrays)
 
-    # Indices of shards in the same folder, or the folder of the first one, share what they know of a shard.
-    name = digest(INDEX_VERSION, os.path.dirname(names[0]))
     index = open_or_build("tar", name, digest(wanted), folder, build)
     if not index.arrays["firsts"][-1]:
         which = names[0] if len(names) == 1 else f"each of the {len(names):,} shards, such as {names[0]},"
         raise ValueError(f"{which} has no records")
     return index
+
+
+def _stamps_before(name: str, folder: str) -> dict[str, Stamp]:
+    """Returns the stamps of shards by their path, from earlier indices; the newest index counts."""
+    found: dict[str, Stamp] = {}
+    for index in reversed(newest_indices("tar", name, folder)):
+        found |= {path: Stamp(size, time) for path, size, time, *_ in index.meta["shards"]}
+    return found
 
 
 def _pack_contents(contents: list[dict[str, int]]) -> tuple[list[str], np.ndarray]:
@@ -245,5 +264,5 @@ def _index_file(path: str, at_start: Stamp) -> ShardIndex:
 def open_webdataset(where: str) -> WebDatasetSource:
     """Opens ``wds:where``. Raises as :class:`WebDatasetSource`, or ValueError for a wrong option."""
     path, options = split_options(where)
-    fields, others = parse_fields(options, DEFAULT_FIELDS, f"wds:{where}", also=("index",))
-    return WebDatasetSource(expand(path), fields, others.get("index", ""))
+    fields, others = parse_fields(options, DEFAULT_FIELDS, f"wds:{where}", also=("index", "skip"))
+    return WebDatasetSource(expand(path), fields, others.get("index", ""), others.get("skip", ""))
