@@ -53,6 +53,7 @@ setup(
         "tfds": ["tensorflow-datasets>=4.9.9"],  # reads what was prepared as ArrayRecord files, without TensorFlow
         "parquet": ["pyarrow"],
         "remote": ["s3fs", "gcsfs"],
+        "wandb": ["wandb>=0.20"],  # config.logging.wandb_project
         "eval": ["scikit-learn>=1.7"],  # its digits, for a task of one second
         "test": [
             "pytest",
@@ -74,6 +75,7 @@ setup(
             "ruff",
             "resvg_py",  # renders the drawings in SVG when the shipped pairs are built
             "import-linter",  # imports point one way
+            "wandb>=0.20",  # a test of its offline mode
         ],
         # What tests and benchmarks compare with. setuptools: clip-anytorch imports pkg_resources.
         "peers": [

@@ -32,6 +32,7 @@ from clip_jax.settings import (
 )
 from clip_jax.sharding import MeshSettings
 from clip_jax.training.optimizer import OptimizerSettings
+from clip_jax.training.wandb_log import LoggingSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +107,7 @@ SECTIONS = {
     "progressive_resolution": ProgressiveResolutionSettings,
     "data": DataSettings,
     "evaluation": EvaluationSettings,
+    "logging": LoggingSettings,
 }
 MAY_CHANGE = {
     *changeable(RunSettings),

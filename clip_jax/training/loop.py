@@ -36,6 +36,7 @@ from clip_jax.files import write_atomically
 from clip_jax.history import active, continued, position_after, write_history
 from clip_jax.models.clip import CLIP
 from clip_jax.run_folder import CheckpointError, write_config
+from clip_jax.settings import read_section
 from clip_jax.sharding import to_global_batch
 from clip_jax.training.checkpoint import Checkpointer
 from clip_jax.training.feed import Feed
@@ -49,6 +50,7 @@ from clip_jax.training.profiling import Profiler
 from clip_jax.training.stall import StallWatch
 from clip_jax.training.state import TrainState, abstract_state, create_state, make_model, state_from_variables
 from clip_jax.training.step import TrainStep, make_train_step
+from clip_jax.training.wandb_log import LoggingSettings, WandbLog
 
 logger = logging.getLogger("clip_jax")
 
@@ -84,7 +86,7 @@ def train(run: Run, interruption: Interruption, profile: tuple[int, int] | None 
         checkpointer = stack.enter_context(contextlib.closing(open_checkpoints(run)))
         start = starting_point(run, model, optimizer, checkpointer)
         run = go_on(run, start.step, checkpointer)
-        writer = stack.enter_context(contextlib.closing(MetricWriter(run.workdir, start.step)))
+        writer = stack.enter_context(contextlib.closing(MetricWriter(run.workdir, start.step, _wandb_log(run))))
         _log_start(run, start.state)
         stall = StallWatch(config.stall_minutes, checkpointer.is_saving, f"{run.workdir}/checkpoints")
         stack.enter_context(contextlib.closing(stall))
@@ -109,6 +111,13 @@ def train(run: Run, interruption: Interruption, profile: tuple[int, int] | None 
             report_run(run, results, time.monotonic() - started)
         _log_end(run, results)
         return True
+
+
+def _wandb_log(run: Run) -> WandbLog | None:
+    settings = read_section(LoggingSettings, run.config.logging)
+    if not settings.wandb_project or jax.process_index() > 0:
+        return None
+    return WandbLog(settings, run.workdir, run.config.to_dict())
 
 
 def _profiled(train_step: TrainStep, profiler: Profiler, step: int) -> TrainStep:

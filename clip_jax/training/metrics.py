@@ -1,4 +1,4 @@
-"""Writes a run's metrics to the log, ``metrics.jsonl`` and TensorBoard, from the first process only."""
+"""Writes a run's metrics to the log, ``metrics.jsonl``, TensorBoard and W&B, from the first process only."""
 
 import contextlib
 import json
@@ -13,6 +13,7 @@ from etils import epath
 from tensorboardX import SummaryWriter
 
 from clip_jax.json_lines import open_to_append, read_objects
+from clip_jax.training.wandb_log import WandbLog
 
 PARTS = ("input", "save", "evaluation")  # of the loop's time, in addition to the steps
 
@@ -31,9 +32,10 @@ def format_duration(seconds: float) -> str:
 class MetricWriter:
     """Writes scalars; on hosts other than the first it does nothing."""
 
-    def __init__(self, workdir: epath.Path, step: int):
+    def __init__(self, workdir: epath.Path, step: int, wandb: WandbLog | None = None):
         """``step`` is that of the checkpoint: TensorBoard drops what an earlier process wrote of later steps."""
         self._file: IO | None = None
+        self._wandb = wandb
         if jax.process_index() == 0:
             path = workdir / "metrics.jsonl"
             self._file = open_to_append(path)
@@ -46,11 +48,15 @@ class MetricWriter:
         self._file.flush()
         for name, value in scalars.items():
             self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.write(step, scalars)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._tensorboard.close()
+            if self._wandb:
+                self._wandb.close()
 
 
 class StepLog:
