@@ -31,6 +31,7 @@ from clip_jax.evaluation.measuring import Extras
 from clip_jax.evaluation.provenance import provenance
 from clip_jax.evaluation.report import write_report
 from clip_jax.evaluation.results import Results, write_results
+from clip_jax.evaluation.sample_grid import draw_samples
 from clip_jax.evaluation.zero_shot import classifier_of
 from clip_jax.files import write_atomically
 from clip_jax.history import active, continued, position_after, write_history
@@ -357,12 +358,18 @@ class Evaluator:
         if run.evaluations:
             self._writer.write(step, results.scalars())
             if jax.process_index() == 0:
+                self._write_samples(step, results)
                 folder = run.workdir / "eval"
                 folder.mkdir(exist_ok=True)
                 write_atomically(folder / f"{step}.json", json.dumps(results.as_dict(), indent=2) + "\n")
             if not final:
                 logger.info("step %d  %s", step, results.line())
         return results
+
+    def _write_samples(self, step: int, results: Results) -> None:
+        for task in results.tasks:
+            if (grid := draw_samples(task)) is not None:
+                self._writer.write_image(step, f"{task.name}/samples", grid)
 
     def _before_batch(self) -> None:
         self._saver.stall.waits_for(self._waits_for)

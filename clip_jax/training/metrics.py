@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import IO
 
 import jax
+import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
 
@@ -50,6 +51,14 @@ class MetricWriter:
             self._tensorboard.add_scalar(name, value, step)
         if self._wandb:
             self._wandb.write(step, scalars)
+
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes an image, uint8 ``[H, W, 3]``, to TensorBoard and W&B."""
+        if self._file is None:
+            return
+        self._tensorboard.add_image(name, image, step, dataformats="HWC")
+        if self._wandb:
+            self._wandb.write_image(step, name, image)
 
     def close(self) -> None:
         if self._file is not None:

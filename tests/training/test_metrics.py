@@ -4,7 +4,9 @@ import contextlib
 import json
 import math
 import struct
+import types
 
+import numpy as np
 import pytest
 from etils import epath
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -126,3 +128,15 @@ def test_tensorboard_is_told_which_steps_are_run_again(tmp_path, step):
 def test_a_step_that_is_not_finite_is_an_error(name, value):
     with pytest.raises(FloatingPointError, match=rf"{name} is {value} at step 7"):
         StepLog.check_finite(7, {"loss": 1.0, "gradient_norm": 1.0, name: value})
+
+
+def test_images_are_written_to_tensorboard_and_wandb(tmp_path):
+    sent = []
+    wandb = types.SimpleNamespace(write_image=lambda *values: sent.append(values), close=lambda: None)
+    image = np.zeros((4, 6, 3), np.uint8)
+    with contextlib.closing(MetricWriter(epath.Path(tmp_path), 0, wandb)) as writer:
+        writer.write_image(5, "task/samples", image)
+    [(step, name, array)] = sent
+    assert (step, name) == (5, "task/samples") and array is image
+    [file] = (tmp_path / "tensorboard").iterdir()
+    assert b"task/samples" in file.read_bytes() and b"PNG" in file.read_bytes()
