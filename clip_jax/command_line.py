@@ -197,7 +197,9 @@ class Parser(argparse.ArgumentParser):
                 unknown.append(word)
         if unknown:
             known = [*self._flags, *_override_flags()] if self._takes_overrides else self._flags
-            near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+            name = unknown[0].partition("=")[0]
+            same = [flag for flag in known if flag.rpartition(".")[2] == name.lstrip("-")]  # --steps of --config.steps
+            near = sorted(same, key=len) or difflib.get_close_matches(name, known, n=1)
             self.error(f"unknown argument {unknown[0]}{f'; did you mean {near[0]}?' if near else ''}")
 
 
