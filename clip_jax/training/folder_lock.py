@@ -21,7 +21,7 @@ from clip_jax.files import PREFIX
 
 PAUSE = 5  # seconds between signs of life
 SILENCE = 20  # seconds without one after which the training of another host is gone
-SHARED_WITHIN = 45  # seconds in which another host must see a new file; network disks cache folders for up to 30
+SHARED_WITHIN = 35  # seconds in which another host must see a new file; network disks cache folders for up to 30
 NAME = "lock.json"
 
 

@@ -11,9 +11,9 @@ from typing import IO
 import jax
 import numpy as np
 from etils import epath
-from tensorboardX import SummaryWriter
 
 from clip_jax.json_lines import open_to_append, read_objects
+from clip_jax.training.tensorboard import TensorBoard
 from clip_jax.training.wandb_log import WandbLog
 
 PARTS = ("input", "save", "evaluation")  # of the loop's time, in addition to the steps
@@ -38,17 +38,17 @@ class MetricWriter:
         self._file: IO | None = None
         self._wandb = wandb
         if jax.process_index() == 0:
-            path = workdir / "metrics.jsonl"
-            self._file = open_to_append(path)
-            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, write_to_disk=True)
+            self._folder = workdir
+            self._file = open_to_append(workdir / "metrics.jsonl")
+            self._tensorboard = TensorBoard(workdir / "tensorboard", step + 1)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
-        self._file.flush()
-        for name, value in scalars.items():
-            self._tensorboard.add_scalar(name, value, step)
+        with self._named():
+            self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+            self._file.flush()
+            self._tensorboard.write_scalars(step, scalars)
         if self._wandb:
             self._wandb.write(step, scalars)
 
@@ -56,16 +56,26 @@ class MetricWriter:
         """Writes an image, uint8 ``[H, W, 3]``, to TensorBoard and W&B."""
         if self._file is None:
             return
-        self._tensorboard.add_image(name, image, step, dataformats="HWC")
+        with self._named():
+            self._tensorboard.write_image(step, name, image)
         if self._wandb:
             self._wandb.write_image(step, name, image)
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk, which write() has reported
+                self._file.close()
             self._tensorboard.close()
             if self._wandb:
                 self._wandb.close()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Adds the folder to an error of the disk, since writing to an open file names none."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._folder / "metrics.jsonl")) from None
 
 
 class StepLog:

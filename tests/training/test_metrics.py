@@ -1,8 +1,11 @@
 """What a run's metrics record: its training time over all processes, each step once, and only finite losses."""
 
 import contextlib
+import errno
 import json
 import math
+import os
+import re
 import struct
 import types
 
@@ -140,3 +143,16 @@ def test_images_are_written_to_tensorboard_and_wandb(tmp_path):
     assert (step, name) == (5, "task/samples") and array is image
     [file] = (tmp_path / "tensorboard").iterdir()
     assert b"task/samples" in file.read_bytes() and b"PNG" in file.read_bytes()
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch):
+    writer = MetricWriter(epath.Path(tmp_path), 0)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(writer._tensorboard._events, "write_event", full)
+    with pytest.raises(OSError, match=re.escape(f"No space left on device: '{tmp_path}/metrics.jsonl'")):
+        writer.write(1, {"loss": 1.0})
+    monkeypatch.setattr(writer._tensorboard._events, "close", full)
+    writer.close()
