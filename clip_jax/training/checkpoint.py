@@ -4,6 +4,7 @@ A checkpoint that cannot be read or is damaged, as after a crash or a disk fault
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -30,6 +31,8 @@ from clip_jax.run_folder import (
     write_data_state,
 )
 from clip_jax.training.state import TrainState
+
+logger = logging.getLogger("clip_jax")
 
 
 class Restored(NamedTuple):
@@ -184,8 +187,12 @@ class Checkpointer:
             raise CheckpointError(f"a checkpoint cannot be written to {self._manager.directory}: {reason}") from error
 
     def close(self) -> None:
-        """Waits for unfinished saves and ends the background threads."""
-        self._manager.close()
+        """Waits for unfinished saves and ends the background threads. Logs a save that has failed since :meth:`wait`."""
+        try:
+            with self._explained():
+                self._manager.close()
+        except CheckpointError as error:  # not raised, to keep an error that ends the training
+            logger.warning("%s", error)
 
 
 def _saved_part(state: TrainState) -> dict:
