@@ -187,7 +187,7 @@ class Checkpointer:
             raise CheckpointError(f"a checkpoint cannot be written to {self._manager.directory}: {reason}") from error
 
     def close(self) -> None:
-        """Waits for unfinished saves and ends the background threads. Logs a save that has failed since :meth:`wait`."""
+        """Waits for unfinished saves and ends the background threads. Logs a failure since :meth:`wait`."""
         try:
             with self._explained():
                 self._manager.close()
