@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny_training
 from jax.sharding import AxisType, Mesh
+from warm_python_server import collect_garbage_rarely
 
 all_devices = jax.devices  # also where ``one_device`` has replaced it
 
@@ -56,6 +57,10 @@ def pytest_collection_modifyitems(items):
         return
     rank = {file: place for place, file in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
+
+
+def pytest_collection_finish():
+    collect_garbage_rarely()
 
 
 def pytest_unconfigure():

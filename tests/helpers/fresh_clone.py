@@ -14,7 +14,9 @@ import sys
 
 import pyarrow
 import pyarrow.parquet
+from array_record.python.array_record_module import ArrayRecordWriter
 from goldens import unpack
+from grain.sources import ArrayRecordDataSource
 from PIL import Image
 from shards import image_bytes, pair_members, write_tar
 from trial import QUICK_COMPILATION
@@ -22,6 +24,7 @@ from warm_python import warm_python
 
 REPOSITORY = pathlib.Path(__file__).parent.parent.parent
 DEADLINE = 300  # seconds for one block
+EMOJI_KEPT = 40  # of each style and split
 ROOTS = ("data", "mnt", "content", "usr/share/openclipart", "pairs.csv")
 
 SMALLER = """
@@ -75,6 +78,15 @@ SVG = """<svg xmlns="http://www.w3.org/2000/svg"><metadata>
 <cc:license rdf:resource="http://web.resource.org/cc/PublicDomain"/></cc:Work></rdf:RDF></metadata></svg>"""
 
 
+def keep_first_records(file: pathlib.Path, count: int) -> None:
+    records = ArrayRecordDataSource([str(file)]).__getitems__(range(count))
+    file.unlink()
+    writer = ArrayRecordWriter(str(file), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+
+
 class Clone:
     """``folder`` is the clone, ``home`` the reader's home and ``root`` what stands in for ``/``."""
 
@@ -82,7 +94,9 @@ class Clone:
         self.folder, self.home, self.root = parent / "clip_jax", parent / "home", parent / "root"
         self._copy_files()
         self._write_programs(parent / "bin")
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "PYTHON", "XLA"))}
+        # Not PYTHON as a whole: with other settings than those of its server, each process of warm_python starts anew.
+        gone = ("PYTEST", "PYTHONPATH", "XLA")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(gone)}
         self.environment = kept | {
             "XLA_FLAGS": QUICK_COMPILATION,
             "HOME": str(self.home),
@@ -122,6 +136,8 @@ class Clone:
                 shutil.copy(REPOSITORY / name, self.folder / name)
         for config in (self.folder / "configs").glob("*.py"):
             config.write_text(config.read_text() + SMALLER)
+        for file in (self.folder / "clip_jax/data/emoji").glob("*.array_record"):
+            keep_first_records(file, EMOJI_KEPT)
         (self.folder / "tests").mkdir()  # in place of all, which `make test` would run
         (self.folder / "tests/test_one.py").write_text("def test_one():\n    import clip_jax\n")
 
