@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 import jax
 
+from clip_jax.errors import reason
 from clip_jax.evaluation.images import all_gather_objects, raise_first
 from clip_jax.files import PREFIX
 
@@ -34,13 +35,13 @@ def claimed(workdir: str | os.PathLike) -> Iterator[None]:
     this process prints one line and ends with exit code 1.
 
     Raises:
-      ValueError: another training is writing to the folder, or a host of the pod has another folder of this name.
-      OSError: the folder cannot be written to.
+      ValueError: another training is writing to the folder, it cannot be written to, or a host of the pod has another
+        folder of this name. All hosts raise it.
     """
     workdir = pathlib.Path(workdir)
     lock = _Lock(workdir) if jax.process_index() == 0 else None
     try:
-        problem = lock.acquire() if lock else ""
+        problem = _acquired(lock) if lock else ""
         raise_first([found for found in all_gather_objects(problem) if found])
         if jax.process_count() > 1:
             _check_shared(workdir)
@@ -51,6 +52,13 @@ def claimed(workdir: str | os.PathLike) -> Iterator[None]:
     finally:
         if lock:
             lock.release()
+
+
+def _acquired(lock: "_Lock") -> str:
+    try:
+        return lock.acquire()
+    except OSError as error:  # the other hosts wait for an answer
+        return reason(error)
 
 
 class _Lock:

@@ -235,7 +235,11 @@ def train_steps(
             saver.stall.waits_for(f"the data of step {progress.step + 1}")
             with log.during("input"):
                 batch = feed.next(progress.step)
-            saver.stall.waits_for(f"the devices, in step {progress.step} or {progress.step + 1}")
+            saver.stall.waits_for(
+                f"the devices, in step {progress.step} or {progress.step + 1}"
+                if metrics
+                else "its first step to compile"
+            )
             state, metrics = train_step(progress.state, to_global_batch(batch.inputs, run.mesh))
             progress = Progress(progress.step + 1, state, feed.position)
             saver.interruption.defer()

@@ -115,5 +115,5 @@ def test_what_killed_trainings_have_left_is_removed(tmp_path):
 
 def test_a_folder_that_cannot_be_written_to_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="Not a directory"), claimed(tmp_path / "file" / "run"):
+    with pytest.raises(ValueError, match="Not a directory"), claimed(tmp_path / "file" / "run"):
         pass
