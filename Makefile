@@ -56,7 +56,7 @@ test-peers: $(PEERS_VENV)/.peers  ## compare with PyTorch's CLIPs, live
 	$(PEERS_VENV)/bin/python -m pytest $(IN_PARALLEL) -m "not slow" tests/peers
 
 test-peers-nightly: $(PEERS_VENV)/.peers  ## the largest models with every peer as well
-	$(PEERS_VENV)/bin/python -m pytest tests/peers
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PEERS_VENV)/bin/python -m pytest tests/peers
 
 test-cuda: $(CUDA_VENV)/.cuda  ## what XLA's compiler makes for GPUs; none is needed
 	$(CUDA_VENV)/bin/python -m pytest tests/benchmarks/test_gpu_program.py

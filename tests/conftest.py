@@ -38,6 +38,7 @@ ocp.type_handlers.get_type_handler(jax.Array)._min_slice_bytes_for_replica_paral
 # last would run alone.
 LONGEST_FIRST = (
     "tests/peers/test_architectures.py",
+    "tests/peers/test_files.py",
     "tests/test_documents.py",
     "tests/pod/test_equality.py",
     "tests/pod/test_lost_host.py",

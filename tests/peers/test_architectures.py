@@ -16,12 +16,15 @@ pytest.importorskip("torch")
 peer_models = pytest.importorskip("peer_models")
 
 NINE = ["RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336"]
-LARGE = ("RN50x16", "RN50x64", "ViT-L/14", "ViT-L/14@336")  # each a minute; nightly where OpenAI's class has had them
+# Half a minute each, so nightly. Other tests compare the parameter counts and the configs of all nine.
+LARGE = ("RN50x16", "RN50x64", "ViT-L/14", "ViT-L/14@336")
+# Nightly where OpenAI's class has had them.
+REPEATED = (*LARGE, "RN50x4", "ViT-B/16")
 OPEN_CLIP_NAMES = {name: name.replace("/", "-").replace("@", "-") + "-quickgelu" for name in NINE}
 
 
-def large_are_slow(names):
-    return [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in names]
+def slow_are(slow, names):
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
 
 
 def gelu(preset):
@@ -59,12 +62,12 @@ def check(model, preset, table, size=2):
         assert back[name].tobytes() == tensor.tobytes(), name
 
 
-@pytest.mark.parametrize("name", NINE)
+@pytest.mark.parametrize("name", slow_are(LARGE, NINE))
 def test_openais_class(name):
     check(peer_models.openai_model(PRESETS[name]), PRESETS[name], openai.TABLE)
 
 
-@pytest.mark.parametrize("name", large_are_slow(NINE))
+@pytest.mark.parametrize("name", slow_are(REPEATED, NINE))
 def test_open_clips_class(name):
     model = peer_models.open_clip_model(PRESETS[name], OPEN_CLIP_NAMES[name])
     check(model, PRESETS[name], open_clip_files.TABLE)
@@ -76,7 +79,7 @@ def test_open_clips_class_with_the_plain_activation(name):
     check(model, gelu(PRESETS[name]), open_clip_files.TABLE)
 
 
-@pytest.mark.parametrize("name", large_are_slow(name for name in NINE if name.startswith("ViT")))
+@pytest.mark.parametrize("name", slow_are(REPEATED, (name for name in NINE if name.startswith("ViT"))))
 def test_transformers_class(name):
     check(peer_models.hugging_face_model(PRESETS[name]), PRESETS[name], huggingface.TABLE)
 
