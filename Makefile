@@ -11,11 +11,15 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 # the tests that start pods.
 IN_PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 
+# pip would compile file after file; compileall does it on all cores.
+QUIETLY = --quiet --disable-pip-version-check --no-compile
+
 define make_venv
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "clip_jax needs Python 3.11 or newer; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv $(1)
-	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '$(2)'
+	$(1)/bin/python -m pip install $(QUIETLY) --constraint constraints.txt --editable '$(2)'
+	@$(1)/bin/python -m compileall -q -j 0 $(1)/lib >$(1)/compileall.log || true  # some packages have broken examples
 	@touch $@
 endef
 
@@ -88,18 +92,23 @@ $(VENV)/.test: setup.py constraints.txt
 # Without constraints.txt, and anew each time that setup.py changes.
 $(NEWEST_VENV)/.test: setup.py
 	$(PYTHON) -m venv --clear $(NEWEST_VENV)
-	$(NEWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(NEWEST_VENV)/bin/python -m pip install $(QUIETLY) --editable '.[test]'
 	@$(NEWEST_VENV)/bin/python -m pip list 2>/dev/null | grep -E '^(jax|flax|optax|orbax-checkpoint|grain|numpy) '
 	@touch $@
 
 $(VENV)/.dev: setup.py constraints.txt
 	$(call make_venv,$(VENV),.[dev$(,)test])
+	@touch $(VENV)/.base $(VENV)/.test
 
 $(CUDA_VENV)/.cuda: setup.py constraints.txt
 	$(call make_venv,$(CUDA_VENV),.[cuda$(,)test])
 
-$(PEERS_VENV)/.peers: setup.py constraints.txt
-	$(call make_venv,$(PEERS_VENV),.[peers$(,)test])
+# What the tests need is copied, and what they import of the peers, a tenth, is compiled as they import it.
+$(PEERS_VENV)/.peers: $(VENV)/.test
+	$(PYTHON) -m venv --clear $(PEERS_VENV)
+	cp -Rp $(VENV)/lib/. $(PEERS_VENV)/lib/
+	$(PEERS_VENV)/bin/python -m pip install $(QUIETLY) --constraint constraints.txt --editable '.[peers,test]'
+	@touch $@
 
 # After changing setup.py: resolves the newest versions anew and writes them down. By the oldest Python that is
 # supported, since newer ones may get versions that it cannot install. On Linux with x86-64, the only system that has
