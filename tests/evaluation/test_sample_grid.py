@@ -5,7 +5,7 @@ import pytest
 from PIL import ImageColor
 
 from clip_jax.evaluation.results import TaskResult
-from clip_jax.evaluation.sample_grid import LINE, RIGHT, SIDE, WRONG, draw_samples
+from clip_jax.evaluation.sample_grid import FONT, LINE, RIGHT, SIDE, WRONG, _below, draw_samples
 
 COLORS = [(255, 0, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255)]
 
@@ -58,6 +58,34 @@ def test_retrieval_shows_the_image_that_a_text_finds():
     grid = draw_samples(task_of("retrieval", arrays=arrays, texts=["blue", "yellow " * 9], image_at=image_at))
     assert frames(grid, 2) == ["right", "wrong"]
     assert grid[SIDE // 2, SIDE // 2].tolist() == list(COLORS[1])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(
+    "text", ["a photo of a golden retriever in snow", "W" * 60, "i" * 300, "a " + "x" * 90, "first\nsecond line " * 3]
+)
+def test_lines_are_as_wide_as_an_image_and_keep_each_letter_until_they_end(text, count):
+    lines = _below(text, count)
+    assert len(lines) == count and all(0 < FONT.getlength(line) <= SIDE for line in lines)
+    shown = "".join(lines).replace(" ", "")
+    assert "".join(text.split()).startswith(shown.removesuffix("…"))
+    assert shown.endswith("…") or shown == "".join(text.split())
+
+
+def test_a_text_that_fits_is_one_line():
+    assert _below("a dog", 2) == ["a dog"]
+    assert _below("", 2) == [""]
+    assert _below("two\n lines", 2) == ["two lines"]
+    assert _below("a golden retriever in the snow", 2) == ["a golden retriever in", "the snow"]
+
+
+def test_accents_are_left_out():
+    assert _below("Jalapeño à l'été", 1) == ["Jalapeno a l'ete"]
+
+
+def test_no_images_have_no_grid():
+    arrays = {"labels": np.zeros(0, np.int32), "best": np.zeros((0, 4), np.int32)}
+    assert draw_samples(task_of("zero_shot", 0, arrays=arrays, image_at=image_at)) is None
 
 
 @pytest.mark.parametrize("kind", ["zero_shot", "retrieval"])
