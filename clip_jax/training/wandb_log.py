@@ -4,6 +4,8 @@ import dataclasses
 import importlib.util
 import logging
 import uuid
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -78,23 +80,24 @@ class WandbLog:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Sends metrics of a step."""
-        self._call("log", {"step": step, **values})
+        self._try(lambda run: run.log({"step": step, **values}))
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
         """Sends an image, uint8 ``[H, W, 3]``."""
         import wandb
 
-        self._call("log", {"step": step, name: wandb.Image(image)})
+        # Image() writes a file to the temporary folder, whose disk can be full.
+        self._try(lambda run: run.log({"step": step, name: wandb.Image(image)}))
 
     def close(self) -> None:
         """Waits until all is sent."""
-        self._call("finish")
+        self._try(lambda run: run.finish())
 
-    def _call(self, method: str, *arguments: object) -> None:
+    def _try(self, send: Callable[[Any], None]) -> None:
         if self._run is None:
             return
         try:
-            getattr(self._run, method)(*arguments)
+            send(self._run)
         except Exception as error:
             self._give_up(error)
 

@@ -3,6 +3,7 @@
 import importlib.util
 import types
 
+import numpy as np
 import pytest
 from etils import epath
 from trial import SMALL
@@ -80,6 +81,19 @@ def test_an_error_of_the_service_is_logged_once(tmp_path, use, failing, monkeypa
         log.write(step, {"loss": 1.0})
     log.close()
     assert warnings == ["Weights & Biases gets nothing more until the next start: no network"]
+
+
+def test_an_image_that_cannot_be_stored_does_not_end_the_training(tmp_path, use, monkeypatch):
+    service, warnings = use(Service()), []
+
+    def full_disk(image):
+        raise OSError("No space left on device")
+
+    service.Image = full_disk
+    monkeypatch.setattr(wandb_log.logger, "warning", lambda text, *values: warnings.append(text % values))
+    log = WandbLog(PROJECT, epath.Path(tmp_path), {})
+    log.write_image(1, "task/samples", np.zeros((8, 8, 3), np.uint8))
+    assert warnings == ["Weights & Biases gets nothing more until the next start: No space left on device"]
 
 
 def test_a_missing_login_names_the_way_out(tmp_path, use):
