@@ -58,7 +58,7 @@ def parse_ranges(text: str) -> list[tuple[int, int]]:
     found = []
     for part in filter(None, text.replace(" ", "").split(",")):
         start, colon, stop = part.partition(":")
-        if not (colon and start.isdigit() and stop.isdigit() and int(start) < int(stop)):
+        if not (colon and start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
             raise ValueError(f"{part} must be START:STOP with whole numbers, the first below the second")
         found.append((int(start), int(stop)))
     joined: list[tuple[int, int]] = []

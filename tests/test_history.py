@@ -48,7 +48,7 @@ def test_ranges_are_sorted_and_joined(text, expected):
     assert parse_ranges(text) == expected
 
 
-@pytest.mark.parametrize("text", ["3", "3:3", "5:3", "-1:3", "a:b", "1:2:3", ":", "1.5:3"])
+@pytest.mark.parametrize("text", ["3", "3:3", "5:3", "-1:3", "a:b", "1:2:3", ":", "1.5:3", "²:3"])
 def test_a_text_that_is_no_range_is_an_error(text):
     with pytest.raises(ValueError, match="must be START:STOP with whole numbers"):
         parse_ranges(text)

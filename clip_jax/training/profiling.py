@@ -19,7 +19,7 @@ def parse_profile(text: str) -> tuple[int, int] | None:
     if not text:
         return None
     start, colon, stop = text.partition(":")
-    if not (colon and start.isdigit() and stop.isdigit() and int(start) < int(stop)):
+    if not (colon and start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
         raise ValueError(f"--profile={text}: must be START:STOP, two steps, the first below the second")
     return int(start), int(stop)
 

@@ -14,6 +14,8 @@ from clip_jax.errors import FailedError, first_line
 from clip_jax.files import write_atomically
 from clip_jax.settings import may_change, must_be
 
+START_TIMEOUT = 30  # seconds for the service to answer; the training waits
+
 logger = logging.getLogger("clip_jax")
 
 
@@ -66,7 +68,7 @@ class WandbLog:
                 name=workdir.name,
                 dir=str(workdir),
                 config=config,
-                settings=wandb.Settings(silent=True, console="off"),
+                settings=wandb.Settings(silent=True, console="off", init_timeout=START_TIMEOUT),
             )
             self._run.define_metric("*", step_metric="step")
         except wandb.errors.UsageError as error:
